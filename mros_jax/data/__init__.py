@@ -1,0 +1,1 @@
+"""What a batch is: data sets, image store, sampling plan, augmentation."""

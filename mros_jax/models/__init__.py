@@ -1,0 +1,1 @@
+"""The MROS network: backbone, stripes, heads, and weights to and from PyTorch."""

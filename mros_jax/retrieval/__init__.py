@@ -1,0 +1,1 @@
+"""What a result is: distances, CMC and mAP, re-ranking. Usable alone on any features."""
