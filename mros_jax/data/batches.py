@@ -1,0 +1,190 @@
+"""Which images make which batch: index plans that are pure functions of (seed, epoch)."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int, Int32, Integer
+
+_IDENTITIES, _SHUFFLED = 0, 1  # so that the two kinds of plan never share a stream of numbers
+
+
+def steps_per_epoch(num_images: int, batch: int) -> int:
+    """Returns the number of steps of every epoch, N // batch.
+
+    Raises:
+      ValueError: there are fewer images than one batch needs.
+    """
+    if batch < 1:
+        raise ValueError(f"the batch must hold at least one image, got {batch}")
+    if num_images < batch:
+        raise ValueError(
+            f"the training split has {num_images} images, fewer than one batch of {batch}: "
+            "lower batch.identities or batch.images"
+        )
+    return num_images // batch
+
+
+def process_slice(batch: int, process_index: int, process_count: int) -> slice:
+    """Returns the columns of the global batch that one process of a multi-host run takes.
+
+    Raises:
+      ValueError: the batch does not divide evenly, or there is no such process.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is not in 0..{process_count - 1}")
+    if batch % process_count:
+        raise ValueError(
+            f"a batch of {batch} images cannot be shared evenly by {process_count} processes: "
+            "choose batch.identities x batch.images as a multiple of the number of processes"
+        )
+    share = batch // process_count
+    return slice(process_index * share, (process_index + 1) * share)
+
+
+def plan_epoch(
+    labels: Integer[np.ndarray, "N"],
+    *,
+    identities: int,
+    images: int,
+    seed: int,
+    epoch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Int32[np.ndarray, "steps local_batch"]:
+    """Plans the P x K batches of one epoch.
+
+    Every batch holds P different identities with K consecutive entries each. Within the epoch an
+    identity goes through its images in a random order and starts over, in the same order, only when
+    all of them have been used; so K different images meet in a batch whenever the identity has K.
+    An identity with fewer than K images repeats them within its group of K.
+
+    An epoch has N // (P K) batches, hence N // (P K) x P groups of K. All groups of K unused images
+    are equally likely to be among them; groups that need a repeat come in where those do not suffice.
+
+    Args:
+      labels: (N,) identity of every training image; any integers, junk excluded by the caller.
+      identities: P, different identities in a batch.
+      images: K, images per identity in a batch.
+      seed: the run's seed, not negative.
+      epoch: the epoch, counted from 0. The plan depends on seed and epoch alone.
+      process_index: which process of a multi-host run this is.
+      process_count: how many processes share the batch; each takes consecutive columns.
+
+    Returns:
+      (N // (P K), P K / process_count) int32 indices into `labels`.
+
+    Raises:
+      ValueError: fewer than P identities, fewer than P K images, or a batch that does not divide.
+    """
+    if identities < 1 or images < 1:
+        raise ValueError(f"P and K must be at least 1, got P = {identities} and K = {images}")
+    _, label, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    if len(counts) < identities:
+        raise ValueError(
+            f"the training split has {len(counts)} identities and a batch needs {identities} "
+            f"different ones: set batch.identities to {len(counts)} or less"
+        )
+    columns = process_slice(identities * images, process_index, process_count)
+    steps = steps_per_epoch(len(labels), identities * images)
+    rng = np.random.default_rng([seed, epoch, _IDENTITIES])
+
+    groups = _count_groups(counts, images, steps, steps * identities, rng)
+    owner = _assign_identities(groups, steps, identities, rng)  # (steps, P)
+
+    # The j-th time an identity appears it takes the j-th K images of its order, cyclically.
+    flat = owner.reshape(-1)
+    by_owner = np.argsort(flat, kind="stable")
+    turn = np.empty(flat.size, np.int64)
+    turn[by_owner] = np.arange(flat.size) - np.repeat(np.cumsum(groups) - groups, groups)
+    place = turn[:, None] * images + np.arange(images)  # (steps * P, K)
+    place %= counts[flat][:, None]
+    place += (np.cumsum(counts) - counts)[flat][:, None]
+    shuffled = rng.permutation(len(labels))
+    order = shuffled[np.argsort(label.reshape(-1)[shuffled], kind="stable")]
+    plan = order[place].reshape(steps, identities * images)
+    return np.ascontiguousarray(plan[:, columns], dtype=np.int32)
+
+
+def _count_groups(
+    counts: Int[np.ndarray, "C"],
+    images: int,
+    steps: int,
+    wanted: int,
+    rng: np.random.Generator,
+) -> Int[np.ndarray, "C"]:
+    """Returns how many groups of K each identity gives; at most one a step, `wanted` in all."""
+    full = np.clip(counts // images, 1, steps)
+    surplus = int(full.sum()) - wanted
+    if surplus > 0:
+        dropped = rng.choice(int(full.sum()), surplus, replace=False, shuffle=False)
+        owner = np.repeat(np.arange(len(full)), full)
+        return full - np.bincount(owner[dropped], minlength=len(full))
+    # First the groups that complete an identity's remaining images, then whole turns again.
+    candidates = np.flatnonzero((counts > images) & (counts % images > 0) & (full < steps))
+    missing = -surplus
+    while missing:
+        chosen = rng.permutation(candidates)[:missing]
+        full[chosen] += 1
+        missing -= len(chosen)
+        candidates = np.flatnonzero(full < steps)
+    return full
+
+
+def _assign_identities(
+    groups: Int[np.ndarray, "C"], steps: int, identities: int, rng: np.random.Generator
+) -> Int[np.ndarray, "steps P"]:
+    """Deals the groups to steps at random so that no step holds an identity twice.
+
+    The groups, identity after identity in random order, fill a table of P rows of `steps` places; a
+    random permutation of each row says which step a place means. An identity has at most `steps`
+    groups, so it can meet itself only where it runs over from one row into the next: there the places
+    of the next row avoid the steps that it already has.
+    """
+    order = rng.permutation(len(groups))
+    table = np.repeat(order, groups[order]).reshape(identities, steps)
+    owner = np.empty((steps, identities), np.int64)
+    for row in range(identities):
+        step_of_place = rng.permutation(steps)
+        first = table[row, 0]
+        if row and table[row - 1, -1] == first:
+            taken = np.zeros(steps, bool)
+            taken[owner[:, row - 1] == first] = True
+            free = step_of_place[~taken[step_of_place]]
+            head = free[: np.count_nonzero(table[row] == first)]
+            in_head = np.zeros(steps, bool)
+            in_head[head] = True
+            step_of_place = np.concatenate([head, step_of_place[~in_head[step_of_place]]])
+        owner[step_of_place, row] = table[row]
+    return owner
+
+
+def plan_shuffled(
+    num_images: int,
+    *,
+    batch: int,
+    seed: int,
+    epoch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Int32[np.ndarray, "steps local_batch"]:
+    """Plans plain batches: a random permutation of all images, without the last incomplete batch.
+
+    Args:
+      num_images: N.
+      batch: images in the global batch.
+      seed: the run's seed, not negative.
+      epoch: the epoch, counted from 0.
+      process_index: which process of a multi-host run this is.
+      process_count: how many processes share the batch.
+
+    Returns:
+      (N // batch, batch / process_count) int32 indices in 0..N-1, no index twice.
+
+    Raises:
+      ValueError: fewer images than a batch needs, or a batch that does not divide.
+    """
+    columns = process_slice(batch, process_index, process_count)
+    steps = steps_per_epoch(num_images, batch)
+    order = np.random.default_rng([seed, epoch, _SHUFFLED]).permutation(num_images)
+    plan = order[: steps * batch].reshape(steps, batch)
+    return np.ascontiguousarray(plan[:, columns], dtype=np.int32)
