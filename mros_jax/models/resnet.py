@@ -1,0 +1,225 @@
+"""ResNet in Flax Linen with torchvision's arithmetic; every stage is returned by name.
+
+He et al., "Deep residual learning for image recognition" (CVPR 2016), in the variant torchvision
+trains (stride in the 3x3 convolution). Module names follow torchvision's, so that weights map one
+to one (`mros_jax.models.torch_weights`).
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+Block = Literal["basic", "bottleneck"]
+
+
+class BackboneSpec(NamedTuple):
+    """What distinguishes one ResNet from another."""
+
+    stage_sizes: tuple[int, int, int, int]
+    width: int
+    block: Block
+
+
+BACKBONES: dict[str, BackboneSpec] = {
+    "tiny": BackboneSpec((1, 1, 1, 1), 16, "basic"),
+    "resnet18": BackboneSpec((2, 2, 2, 2), 64, "basic"),
+    "resnet34": BackboneSpec((3, 4, 6, 3), 64, "basic"),
+    "resnet50": BackboneSpec((3, 4, 6, 3), 64, "bottleneck"),
+    "resnet101": BackboneSpec((3, 4, 23, 3), 64, "bottleneck"),
+    "resnet152": BackboneSpec((3, 8, 36, 3), 64, "bottleneck"),
+}
+
+# torchvision: kaiming_normal_(mode="fan_out", nonlinearity="relu")
+_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Conv(nn.Module):
+    """Square convolution without bias, padded by kernel // 2, as every one in a ResNet is."""
+
+    features: int
+    size: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 F"]:
+        """Convolve; float32 parameters are cast to the compute dtype."""
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", _conv_init, shape, jnp.float32).astype(self.dtype)
+        x = x.astype(self.dtype)
+        if self.size == 1:
+            # A matrix product: XLA's CPU convolution is far slower at 1x1.
+            x = x[:, :: self.stride, :: self.stride]
+            return jnp.einsum("bhwc,cf->bhwf", x, kernel[0, 0])
+        pad = self.size // 2
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(self.stride, self.stride),
+            padding=((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation with PyTorch's arithmetic, over all axes but the last `feature_axes`.
+
+    Normalises with the biased variance and keeps the *unbiased* one as running statistic, with
+    momentum 0.1 for the new value (Flax's own keeps the biased one). Statistics are float32.
+    With `axis_name` they are those of the global batch of all devices on that axis.
+    """
+
+    feature_axes: int = 1
+    use_bias: bool = True
+    momentum: float = 0.1
+    epsilon: float = 1e-5
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."], *, train: bool) -> Float[Array, "..."]:
+        """Normalise `x` with batch (train) or running (eval) statistics.
+
+        Raises:
+            ValueError: in training, if there is only one value per channel: no variance.
+        """
+        shape = x.shape[-self.feature_axes :]
+        axes = tuple(range(x.ndim - self.feature_axes))
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        x = x.astype(jnp.float32)
+        if train:
+            mean, var, count = _batch_statistics(x, axes, self.axis_name)
+            if count < 2 and not self.is_initializing():
+                raise ValueError(
+                    f"batch normalisation in training got one value per channel (input {x.shape}); "
+                    "use a batch of two or more images, or train=False"
+                )
+            if not self.is_initializing():
+                unbiased = var * (count / (count - 1))
+                running_mean.value += self.momentum * (mean - running_mean.value)
+                running_var.value += self.momentum * (unbiased - running_var.value)
+        else:
+            mean, var = running_mean.value, running_var.value
+        y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        return y.astype(self.dtype)
+
+
+def _batch_statistics(
+    x: Float[Array, "..."], axes: tuple[int, ...], axis_name: str | None
+) -> tuple[Float[Array, "..."], Float[Array, "..."], int]:
+    """Mean, biased variance (two passes: no cancellation) and the number of values per channel."""
+    count = 1
+    for axis in axes:
+        count *= x.shape[axis]
+    mean = jnp.mean(x, axes)
+    if axis_name is not None:
+        mean = lax.pmean(mean, axis_name)
+        count *= int(lax.psum(1, axis_name))  # of a constant: the static number of devices
+    var = jnp.mean(jnp.square(x - mean), axes)
+    if axis_name is not None:
+        var = lax.pmean(var, axis_name)
+    return mean, var, count
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions ("basic") or 1x1, 3x3, 1x1 with expansion 4 ("bottleneck")."""
+
+    width: int
+    block: Block
+    stride: int
+    dtype: Any = jnp.float32
+    bn_axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B H2 W2 F"]:
+        """Apply the block: relu(shortcut + branch)."""
+
+        def conv_bn(
+            y: Array, features: int, size: int, stride: int, conv_name: str, bn_name: str
+        ) -> Array:
+            y = Conv(features, size, stride, self.dtype, name=conv_name)(y)
+            bn = BatchNorm(axis_name=self.bn_axis_name, dtype=self.dtype, name=bn_name)
+            return bn(y, train=train)
+
+        if self.block == "basic":
+            out = self.width
+            y = nn.relu(conv_bn(x, self.width, 3, self.stride, "conv1", "bn1"))
+            y = conv_bn(y, out, 3, 1, "conv2", "bn2")
+        else:
+            out = 4 * self.width
+            y = nn.relu(conv_bn(x, self.width, 1, 1, "conv1", "bn1"))
+            y = nn.relu(conv_bn(y, self.width, 3, self.stride, "conv2", "bn2"))
+            y = conv_bn(y, out, 1, 1, "conv3", "bn3")
+        if self.stride != 1 or x.shape[-1] != out:
+            x = conv_bn(x, out, 1, self.stride, "downsample_conv", "downsample_bn")
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """A ResNet trunk without its classifier.
+
+    Attributes:
+        stage_sizes: number of residual blocks in each of the four stages.
+        width: channels of the first stage's 3x3 convolutions; they double with every stage.
+        block: "basic" (18, 34) or "bottleneck" (50, 101, 152).
+        last_stride: stride of the fourth stage, 1 (usual in re-identification) or 2 (ImageNet).
+        dtype: compute dtype; parameters and statistics stay float32.
+        bn_axis_name: axis over which batch statistics are shared; None = each device its own.
+    """
+
+    stage_sizes: Sequence[int] = (3, 4, 6, 3)
+    width: int = 64
+    block: Block = "bottleneck"
+    last_stride: int = 1
+    dtype: Any = jnp.float32
+    bn_axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "B H W 3"], *, train: bool
+    ) -> dict[str, Float[Array, "B _ _ _"]]:
+        """Compute the stages.
+
+        Args:
+            images: normalised, channels last.
+            train: batch statistics (True) or running statistics (False).
+
+        Returns:
+            `t1`..`t4`: the outputs of the four stages, (B, H/4, W/4, C) to
+            (B, H/(16 last_stride), ...), in the compute dtype.
+        """
+        if len(self.stage_sizes) != 4 or self.block not in ("basic", "bottleneck"):
+            raise ValueError(
+                f"stage_sizes {tuple(self.stage_sizes)} must be four numbers and block "
+                f"{self.block!r} be 'basic' or 'bottleneck'"
+            )
+        if self.last_stride not in (1, 2):
+            raise ValueError(f"last_stride is {self.last_stride}; it must be 1 or 2")
+        x = Conv(self.width, 7, 2, self.dtype, name="conv1")(images)
+        bn = BatchNorm(axis_name=self.bn_axis_name, dtype=self.dtype, name="bn1")
+        x = nn.relu(bn(x, train=train))
+        # PyTorch pads the maximum with -inf on both sides; "SAME" would pad on one.
+        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        stages: dict[str, jax.Array] = {}
+        for i, size in enumerate(self.stage_sizes):
+            for j in range(size):
+                stride = (1, 2, 2, self.last_stride)[i] if j == 0 else 1
+                x = ResidualBlock(
+                    self.width * 2**i,
+                    self.block,
+                    stride,
+                    self.dtype,
+                    self.bn_axis_name,
+                    name=f"layer{i + 1}_{j}",
+                )(x, train=train)
+            stages[f"t{i + 1}"] = x
+        return stages

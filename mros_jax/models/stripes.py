@@ -1,0 +1,45 @@
+"""Overlapping stripe pooling: the paper's g_j^l (Section 3, Figure 2)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def pool_stripes(
+    features: Float[Array, "*batch H W C"], num_stripes: int = 6, overlap: bool = True
+) -> Float[Array, "*batch S C"]:
+    """Average a feature map over horizontal stripes, or over pairs of adjacent stripes.
+
+    The map is cut into `num_stripes` equal stripes. With `overlap`, window l is stripes l and
+    l + 1 together; since both have the same size its mean is the mean of the two stripe means.
+
+    Args:
+        features: (..., H, W, C) feature map.
+        num_stripes: s; H must be a multiple of it.
+        overlap: pairs of adjacent stripes (S = s - 1) or single stripes (S = s).
+
+    Returns:
+        (..., S, C), float32, from the top of the image to the bottom.
+
+    Raises:
+        ValueError: if H is not a multiple of s, or s is too small for a window.
+    """
+    if features.ndim < 3:
+        raise ValueError(f"features have shape {features.shape}; expected (..., H, W, C)")
+    height, width, channels = features.shape[-3:]
+    if num_stripes < (2 if overlap else 1):
+        raise ValueError(
+            f"num_stripes is {num_stripes}; {'overlapping windows need 2' if overlap else 'use 1'} "
+            "or more"
+        )
+    if height % num_stripes or height == 0:
+        below = height // num_stripes * num_stripes
+        nearest = [h for h in (below, below + num_stripes) if h > 0]
+        raise ValueError(
+            f"a feature map of height {height} cannot be cut into {num_stripes} equal stripes; "
+            f"heights that work are its multiples, here {' or '.join(map(str, nearest))}"
+        )
+    shape = (*features.shape[:-3], num_stripes, height // num_stripes * width, channels)
+    stripes = jnp.mean(features.reshape(shape), axis=-2, dtype=jnp.float32)  # (..., s, C)
+    if not overlap:
+        return stripes
+    return (stripes[..., :-1, :] + stripes[..., 1:, :]) / 2  # (..., s - 1, C)
