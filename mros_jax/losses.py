@@ -350,7 +350,7 @@ def _metric_inputs(
     mask: _Mask,
     setting: str,
     axis_name: str | None,
-) -> tuple[Float[Array, "M B D"], Int[Array, "B"], _Mask]:
+) -> tuple[Float[Array, "M G D"], Int[Array, "G"], Bool[Array, "G"] | None]:
     """What triplet and centre loss look at, of the global batch: local g's (M = S) or G (M = 1)."""
     _check_setting(setting)
     missing = [level for level in SETTINGS[setting].levels if level not in outputs.logits]
