@@ -1,0 +1,289 @@
+"""Resize, flip, pad and crop, normalise, erase: one fused function on the accelerator.
+
+Every example has its own key, made from (seed, step, position in the global batch), so a batch looks
+the same on any number of devices and after any resume.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Int32, Key, Shaped, UInt8
+
+from mros_jax.data.resample import bilinear_taps, resample_axis
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+EraseFill = Literal["mean", "public"]
+_ATTEMPTS = 100  # of random erasing to find a rectangle that fits, as the public code has it
+
+
+class AugmentParams(NamedTuple):
+    """What happens to one example; `draw_params` draws it, `apply_params` does it.
+
+    Attributes:
+      flip: mirror left and right.
+      offset: (2,) row and column, 0..2 pad, of the crop's corner in the padded image.
+      erase_box: (4,) top, left, height, width of the erased rectangle; height 0 erases nothing.
+    """
+
+    flip: Bool[Array, ""]
+    offset: Int32[Array, "2"]
+    erase_box: Int32[Array, "4"]
+
+
+def example_keys(
+    seed: int | Int[Array, ""], step: int | Int[Array, ""], positions: Int[np.ndarray | Array, "B"]
+) -> Key[Array, "B"]:
+    """Returns one key per example, a pure function of (seed, step, position).
+
+    Args:
+      seed: the run's seed.
+      step: the training step, counted from the start of the run.
+      positions: (B,) places in the global batch (not in this device's share of it).
+    """
+    of_step = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+    return jax.vmap(lambda position: jax.random.fold_in(of_step, position))(jnp.asarray(positions))
+
+
+def draw_params(
+    key: Key[Array, ""],
+    *,
+    height: int,
+    width: int,
+    flip: float | int = 0.5,
+    pad: int = 10,
+    erase: float | int = 0.5,
+    erase_area: tuple[float | int, float | int] = (0.02, 0.4),
+    erase_aspect: tuple[float | int, float | int] = (0.3, 1 / 0.3),
+) -> AugmentParams:
+    """Draws what happens to one example.
+
+    The crop's corner is uniform over the (2 pad + 1)^2 possible ones. Random erasing (Zhong et al.,
+    AAAI 2020): up to 100 times draw an area, uniform in `erase_area` x the image's, and an aspect
+    ratio height / width, uniform in `erase_aspect`; sides are sqrt(area * aspect) and
+    sqrt(area / aspect), rounded; the first rectangle that is smaller than the image on both sides is
+    put at a place uniform over all where it fits. If none of the 100 is, nothing is erased. All 100
+    candidates are drawn at once and the first that fits is taken, which is the same distribution.
+
+    Args:
+      key: one key of `example_keys`.
+      height: of the network's input, in pixels.
+      width: of the network's input, in pixels.
+      flip: probability of mirroring.
+      pad: zero pixels added on each side before the crop.
+      erase: probability of erasing.
+      erase_area: smallest and largest share of the image.
+      erase_aspect: smallest and largest height / width.
+
+    Raises:
+      ValueError: a probability outside 0..1, a negative pad, or an empty range.
+    """
+    _check(flip, pad, erase, erase_area, erase_aspect)
+    flip_key, offset_key, erase_key, size_key, place_key = jax.random.split(key, 5)
+    offset = jax.random.randint(offset_key, (2,), 0, 2 * pad + 1, jnp.int32)
+
+    draws = jax.random.uniform(size_key, (2, _ATTEMPTS))
+    area = height * width * _stretch(draws[0], erase_area)
+    aspect = _stretch(draws[1], erase_aspect)
+    heights = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
+    widths = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
+    fits = (heights < height) & (widths < width)
+    first = jnp.argmax(fits)
+    wanted = fits[first] & jax.random.bernoulli(erase_key, erase)
+    sides = jnp.where(wanted, jnp.stack([heights[first], widths[first]]), 0)
+    room = jnp.array([height, width]) - sides
+    corner = jax.random.randint(place_key, (2,), 0, room + 1, jnp.int32)
+    return AugmentParams(
+        flip=jax.random.bernoulli(flip_key, flip),
+        offset=offset,
+        erase_box=jnp.concatenate([corner, sides]).astype(jnp.int32),
+    )
+
+
+def _stretch(
+    unit: Float[Array, "A"], limits: tuple[float | int, float | int]
+) -> Float[Array, "A"]:
+    low, high = limits
+    return low + (high - low) * unit
+
+
+def _check(
+    flip: float | int,
+    pad: int,
+    erase: float | int,
+    area: tuple[float | int, float | int],
+    aspect: tuple[float | int, float | int],
+) -> None:
+    for name, value in (("flip", flip), ("erase", erase)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"augmentation: {name} is a probability in 0..1, got {value}")
+    if pad < 0:
+        raise ValueError(f"augmentation: pad must not be negative, got {pad}")
+    if not 0 <= area[0] <= area[1] <= 1:
+        raise ValueError(f"augmentation: erase_area must be ascending shares in 0..1, got {area}")
+    if not 0 < aspect[0] <= aspect[1]:
+        raise ValueError(f"augmentation: erase_aspect must be ascending and positive, got {aspect}")
+
+
+def apply_params(
+    image: UInt8[Array, "h w 3"],
+    params: AugmentParams,
+    *,
+    height: int,
+    width: int,
+    pad: int = 10,
+    erase_fill: EraseFill = "mean",
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "height width 3"]:
+    """Resizes, mirrors, pads, crops, normalises and erases one image as told.
+
+    Mirror, padding and crop only choose which pixel of the resized image goes where, so the resize
+    computes just those. Padding is black before normalising. The erased rectangle becomes the mean
+    colour, 0 after normalising (`erase_fill="mean"`), or the numbers 0.485, 0.456, 0.406 after
+    normalising (`"public"`, what the usual public code does).
+
+    Args:
+      image: RGB grey levels.
+      params: from `draw_params`.
+      height: of the result.
+      width: of the result.
+      pad: as given to `draw_params`.
+      erase_fill: "mean" or "public".
+      dtype: of the result; the arithmetic is float32.
+
+    Raises:
+      ValueError: unknown `erase_fill`.
+    """
+    if erase_fill not in ("mean", "public"):
+        raise ValueError(f"erase_fill must be 'mean' or 'public', got {erase_fill!r}")
+    rows = jnp.arange(height) + params.offset[0] - pad
+    columns = jnp.arange(width) + params.offset[1] - pad
+    inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
+    columns = jnp.where(params.flip, width - 1 - columns, columns)
+
+    narrow = resample_axis(
+        image, bilinear_taps(image.shape[1], width), 1, jnp.clip(columns, 0, width - 1)
+    )  # (h, width, 3)
+    levels = resample_axis(
+        narrow, bilinear_taps(image.shape[0], height), 0, jnp.clip(rows, 0, height - 1)
+    )  # (height, width, 3)
+    normalised = _normalise(jnp.where(inside[..., None], levels, 0))
+
+    top, left, tall, wide = params.erase_box
+    y, x = jnp.arange(height)[:, None], jnp.arange(width)
+    erased = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
+    fill = jnp.array(IMAGENET_MEAN if erase_fill == "public" else (0.0, 0.0, 0.0), jnp.float32)
+    return jnp.where(erased[..., None], fill, normalised).astype(dtype)
+
+
+def _normalise(levels: Float[Array, "*B H W 3"]) -> Float[Array, "*B H W 3"]:
+    """Grey levels 0..255 to (level / 255 - mean) / standard deviation of ImageNet."""
+    mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+    return levels * (1 / (255 * std)).astype(np.float32) - (mean / std).astype(np.float32)
+
+
+def augment_batch(
+    images: UInt8[np.ndarray | Array, "B h w 3"],
+    keys: Key[Array, "B"],
+    *,
+    height: int,
+    width: int,
+    flip: float | int = 0.5,
+    pad: int = 10,
+    erase: float | int = 0.5,
+    erase_area: tuple[float | int, float | int] = (0.02, 0.4),
+    erase_aspect: tuple[float | int, float | int] = (0.3, 1 / 0.3),
+    erase_fill: EraseFill = "mean",
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "B height width 3"]:
+    """Augments a batch for training; call it inside the jitted step.
+
+    In this order: resize (bilinear, as PIL), mirror, zero pad and crop, normalise with ImageNet's
+    mean and standard deviation, random erasing. See `draw_params` and `apply_params`.
+
+    Args:
+      images: (B, h, w, 3) uint8 as stored; any size.
+      keys: (B,) from `example_keys`.
+      height: of the network's input, in pixels.
+      width: of the network's input, in pixels.
+      flip: probability of mirroring.
+      pad: zero pixels on each side before the crop.
+      erase: probability of erasing.
+      erase_area: smallest and largest share of the image.
+      erase_aspect: smallest and largest height / width.
+      erase_fill: "mean" (0 after normalising) or "public" (0.485, 0.456, 0.406).
+      dtype: of the result.
+
+    Returns:
+      (B, height, width, 3) normalised images.
+
+    Raises:
+      ValueError: parameters out of range.
+    """
+
+    def augment(image: UInt8[Array, "h w 3"], key: Key[Array, ""]) -> Float[Array, "H W 3"]:
+        params = draw_params(
+            key,
+            height=height,
+            width=width,
+            flip=flip,
+            pad=pad,
+            erase=erase,
+            erase_area=erase_area,
+            erase_aspect=erase_aspect,
+        )
+        return apply_params(
+            image,
+            params,
+            height=height,
+            width=width,
+            pad=pad,
+            erase_fill=erase_fill,
+            dtype=dtype,
+        )
+
+    return jax.vmap(augment)(jnp.asarray(images), keys)
+
+
+def preprocess(
+    images: UInt8[np.ndarray | Array, "B h w 3"],
+    *,
+    height: int,
+    width: int,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "B height width 3"]:
+    """Resizes and normalises a batch for evaluation.
+
+    Args:
+      images: (B, h, w, 3) uint8, any size.
+      height: of the network's input, in pixels.
+      width: of the network's input, in pixels.
+      dtype: of the result.
+
+    Returns:
+      (B, height, width, 3) normalised images.
+    """
+    return _normalise(resize(images, height=height, width=width)).astype(dtype)
+
+
+def resize(
+    images: Shaped[np.ndarray | Array, "B h w 3"], *, height: int, width: int
+) -> Float[Array, "B height width 3"]:
+    """Resizes as PIL's `Image.resize((width, height), BILINEAR)` does, to one grey level.
+
+    Args:
+      images: (B, h, w, 3) grey levels.
+      height: of the result.
+      width: of the result.
+
+    Returns:
+      float32 (B, height, width, 3), whole numbers 0..255.
+    """
+    narrow = resample_axis(jnp.asarray(images), bilinear_taps(images.shape[2], width), 2)
+    return resample_axis(narrow, bilinear_taps(images.shape[1], height), 1)
