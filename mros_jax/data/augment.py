@@ -106,9 +106,7 @@ def draw_params(
     )
 
 
-def _stretch(
-    unit: Float[Array, "A"], limits: tuple[float | int, float | int]
-) -> Float[Array, "A"]:
+def _stretch(unit: Float[Array, "A"], limits: tuple[float | int, float | int]) -> Float[Array, "A"]:
     low, high = limits
     return low + (high - low) * unit
 

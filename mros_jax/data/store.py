@@ -1,0 +1,243 @@
+"""Decode every image once, into one uint8 array, kept on disk and keyed by content."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from mros_jax.data import cache
+from mros_jax.data.layouts import OnBadImage, report_bad
+from mros_jax.data.splits import Split
+
+_CHUNK = 64  # images a thread takes at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageStore:
+    """All images of a split.
+
+    Attributes:
+      images: (N, H, W, 3) uint8 RGB; memory-mapped where the cache holds it.
+      kept: (N,) int64, row i is image `kept[i]` of the split that was loaded; all of them unless some
+        were skipped. `split` is already reduced to them.
+      split: the split with exactly these images.
+      cached: the file that holds `images`, or None.
+    """
+
+    images: UInt8[np.ndarray, "N H W 3"]
+    kept: np.ndarray
+    split: Split
+    cached: pathlib.Path | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def load_store(
+    split: Split,
+    *,
+    height: int,
+    width: int,
+    cache_dir: str | os.PathLike[str] | None = None,
+    use_cache: bool = True,
+    on_cache_error: Literal["warn", "error"] = "warn",
+    num_threads: int | None = None,
+    on_bad_image: OnBadImage = "error",
+    progress: bool = True,
+) -> ImageStore:
+    """Decodes all images of a split, or finds them in the cache.
+
+    Images keep their size where they all share one (Market-1501: 128 x 64); otherwise each is resized
+    to `height` x `width` by PIL's bilinear filter, as the evaluation transform would. Images that are
+    not RGB (greyscale, CMYK, palette, 16 bit) are converted, and a warning counts them.
+
+    The cache is one `.npy` file per split, its name a hash of the encoded bytes of all images in
+    order (of `pixels_key` for rendered ones): changing, adding or reordering files makes another
+    file, renaming or touching them does not. It is written under a temporary name and renamed, so a
+    killed writer leaves nothing that would be read.
+
+    Args:
+      split: the images.
+      height: common height, where they differ in size.
+      width: common width, where they differ in size.
+      cache_dir: where decoded images are kept; by default `mros_jax/images` in the user's cache
+        directory ($XDG_CACHE_HOME, or ~/.cache).
+      use_cache: read and write the cache at all.
+      on_cache_error: if the cache cannot be written (read-only, disk full): "warn" and go on with the
+        images in memory, or raise an "error".
+      num_threads: decoding threads; by default one per CPU.
+      on_bad_image: unreadable or truncated images: "error", or "skip" with a warning naming them.
+      progress: show a progress bar.
+
+    Raises:
+      ValueError: unreadable images, named (`on_bad_image="error"`), or no readable image.
+      OSError: the cache cannot be written (`on_cache_error="error"`).
+    """
+    if on_cache_error not in ("warn", "error"):
+        raise ValueError(f"on_cache_error must be 'warn' or 'error', got {on_cache_error!r}")
+    report_bad(split.name, [], "", on_bad_image)
+    loader = _Loader(split, num_threads or os.cpu_count() or 1, progress)
+    digest = loader.digest() if use_cache else None
+    directory = cache.directory(cache_dir)
+    found = None
+    if digest is not None:
+        for stem in (f"{digest}-native", f"{digest}-{height}x{width}"):
+            found = found or cache.load(directory / f"{stem}.npy")
+    path = None
+    if found is not None:
+        path, images, meta = found
+    else:
+        images, meta = loader.decode(height, width)
+        if digest is not None:
+            stem = f"{digest}-{'native' if meta['native'] else f'{height}x{width}'}"
+            saved = cache.save(directory / f"{stem}.npy", images, meta, on_cache_error)
+            if saved is not None:
+                path, images = directory / f"{stem}.npy", saved
+    bad = {int(i): reason for i, reason in meta["bad"].items()}
+    described = [f"{split.names[i]} ({reason})" for i, reason in bad.items()]
+    report_bad(f"{split.name} split", described, "cannot be decoded", on_bad_image)
+    if meta["converted"]:
+        counts = ", ".join(f"{count} {mode}" for mode, count in sorted(meta["converted"].items()))
+        warnings.warn(
+            f"{split.name} split: some images are not 8-bit RGB and were converted: {counts}",
+            stacklevel=2,
+        )
+    kept = np.setdiff1d(np.arange(len(split)), np.array(list(bad), np.int64))
+    if not len(kept):
+        raise ValueError(f"{split.name} split: none of {len(split)} images can be decoded")
+    return ImageStore(images, kept, split.select(kept) if bad else split, path)
+
+
+def decode_image(data: bytes) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+    """Decodes one image.
+
+    Args:
+      data: an encoded image in any format that PIL reads.
+
+    Returns:
+      RGB grey levels (H, W, 3) uint8, and the mode the file has in PIL's terms ("RGB", "L", ...).
+      16-bit grey levels are scaled to 8 bit; transparency is dropped.
+
+    Raises:
+      OSError: truncated, or not an image (also as PIL's other exceptions for broken files).
+    """
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        mode = image.mode
+        image.load()
+        if mode.startswith("I"):
+            # PIL would clip 16-bit levels at 255 instead of scaling them.
+            levels = (np.asarray(image).astype(np.int64) * 255 + 32767) // 65535
+            image = PIL.Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
+        elif mode == "P" or "transparency" in image.info:
+            image = image.convert("RGBA")
+        return np.asarray(image.convert("RGB")), mode
+
+
+class _Loader:
+    """Reads, hashes and decodes the images of one split in threads."""
+
+    def __init__(self, split: Split, threads: int, progress: bool):
+        self.split, self.threads, self.progress = split, threads, progress
+
+    def _each(self, task: Callable[[int], Any], what: str) -> Iterable[Any]:
+        """Yields `task(i)` for every image, in order, with a progress bar."""
+
+        def chunk(start: int) -> list[Any]:
+            return [task(i) for i in range(start, min(start + _CHUNK, len(self.split)))]
+
+        starts = range(0, len(self.split), _CHUNK)
+        bar = tqdm(
+            total=len(self.split),
+            desc=f"{what} {self.split.name}",
+            unit=" images",
+            disable=None if self.progress else True,
+        )
+        with bar, concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
+            for results in pool.map(chunk, starts):
+                bar.update(len(results))
+                yield from results
+
+    def digest(self) -> str | None:
+        """Returns a hash of all images in order, or None for rendered images without a key."""
+        total = hashlib.blake2b(digest_size=16)
+        if self.split.pixels is not None:
+            if self.split.pixels_key is None:
+                return None
+            total.update(b"pixels:" + self.split.pixels_key.encode())
+            return total.hexdigest()
+        for part in self._each(
+            lambda i: hashlib.blake2b(self.split.read(i), digest_size=16).digest(), "checking"
+        ):
+            total.update(part)
+        return total.hexdigest()
+
+    def decode(
+        self, height: int, width: int
+    ) -> tuple[UInt8[np.ndarray, "N H W 3"], dict[str, Any]]:
+        """Returns the images that can be decoded, and what was met on the way."""
+        if self.split.pixels is not None:
+            return self.split.pixels(), {"native": True, "bad": {}, "converted": {}}
+        native = self._decode_to(self._first_size(height, width), resize=False)
+        if native is not None:
+            return native[0], {"native": True, **native[1]}
+        resized = self._decode_to((height, width), resize=True)
+        assert resized is not None
+        return resized[0], {"native": False, **resized[1]}
+
+    def _first_size(self, height: int, width: int) -> tuple[int, int]:
+        for i in range(len(self.split)):
+            try:
+                return decode_image(self.split.read(i))[0].shape[:2]
+            except Exception:  # decoding all of them reports it
+                continue
+        return height, width
+
+    def _decode_to(
+        self, shape: tuple[int, int], *, resize: bool
+    ) -> tuple[UInt8[np.ndarray, "N H W 3"], dict[str, Any]] | None:
+        """Decodes everything into one array; None at the first other size if not to be resized."""
+        images = np.empty((len(self.split), *shape, 3), np.uint8)
+        bad: dict[int, str] = {}
+        converted: collections.Counter[str] = collections.Counter()
+        other_size = threading.Event()
+
+        def decode(i: int) -> str | Exception:
+            if other_size.is_set():
+                return ""
+            try:
+                pixels, mode = decode_image(self.split.read(i))
+            except Exception as error:  # PIL raises what it likes on broken files
+                return error
+            if pixels.shape[:2] != shape:
+                if not resize:
+                    other_size.set()
+                    return ""
+                image = PIL.Image.fromarray(pixels)
+                pixels = np.asarray(image.resize(shape[::-1], PIL.Image.Resampling.BILINEAR))
+            images[i] = pixels
+            return mode
+
+        for i, result in enumerate(self._each(decode, "decoding")):
+            if isinstance(result, Exception):
+                bad[i] = f"{type(result).__name__}: {result}"
+            elif result != "RGB":
+                converted[result] += 1
+        if other_size.is_set():
+            return None
+        if bad:
+            images = np.delete(images, list(bad), axis=0)
+        return images, {"bad": bad, "converted": dict(converted)}
