@@ -1,0 +1,313 @@
+"""The same network, losses and optimiser in JAX and in PyTorch: the numbers must agree.
+
+One full ResNet-50 goes through outputs, loss and gradients; what needs many networks or many steps
+uses a small one of the same code.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch_mros import TorchMROS, center_loss, total_loss, triplet_loss
+
+from mros_jax import losses, optimizers
+from mros_jax.models import torch_weights
+from mros_jax.models.mros import MROS
+
+NUM_CLASSES = 7
+LABELS = np.repeat(np.arange(4), 4).astype(np.int32) + 1
+
+
+def difference(a, b):
+    """max |a - b| / max |b|."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape
+    return np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)
+
+
+def to_numpy(tensor):
+    return tensor.detach().numpy()
+
+
+def make_images(batch, height, width, seed=0):
+    """Random images that differ in contrast and colour, as photographs do: (B, H, W, 3)."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((batch, height, width, 3)) * rng.uniform(0.3, 2, (batch, 1, 1, 1))
+    return (x + rng.standard_normal((batch, height // 16, 1, 3)).repeat(16, 1)).astype(np.float32)
+
+
+def randomise(model, seed=0):
+    """Random weights, and running statistics that are neither 0 nor 1."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def uniform(p, low, high):
+        p.copy_(torch.rand(p.shape, generator=rng) * (high - low) + low)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                uniform(module.weight, 0.5, 1.5)
+                if module.bias.requires_grad:
+                    uniform(module.bias, -0.3, 0.3)
+                uniform(module.running_mean, -0.3, 0.3)
+                uniform(module.running_var, 0.5, 2)
+            elif isinstance(module, torch.nn.Conv2d):
+                fan_in = module.weight[0].numel()
+                module.weight.copy_(
+                    torch.randn(module.weight.shape, generator=rng) * (2 / fan_in) ** 0.5
+                )
+            elif isinstance(module, torch.nn.Linear):
+                module.weight.copy_(torch.randn(module.weight.shape, generator=rng) * 0.02)
+                uniform(module.bias, -0.1, 0.1)
+    return model
+
+
+class Pair(NamedTuple):
+    """One network in both frameworks, with the same weights, images and centres."""
+
+    theirs: TorchMROS
+    ours: MROS
+    variables: dict
+    images: np.ndarray
+    centers: np.ndarray
+    setting: str
+
+    def torch_images(self):
+        return torch.from_numpy(self.images).permute(0, 3, 1, 2)
+
+
+def make_pair(layout, setting="IV", height=96, width=32, last_stride=1):
+    theirs = randomise(TorchMROS(NUM_CLASSES, setting, layout, last_stride=last_stride))
+    ours = MROS(NUM_CLASSES, setting, layout, last_stride=last_stride)
+    images = make_images(len(LABELS), height, width)
+    shapes = jax.eval_shape(lambda: ours.init(jax.random.key(0), images[:2], train=False))
+    state = {k: v.numpy() for k, v in theirs.state_dict().items()}
+    variables = torch_weights.from_torch_state_dict(state, shapes)
+    outputs = jax.eval_shape(lambda: ours.apply(variables, images, train=False))
+    centers = losses.init_centers(jax.random.key(1), NUM_CLASSES, outputs, setting=setting)
+    return Pair(theirs, ours, variables, images, np.asarray(centers), setting)
+
+
+def check_outputs(ours, theirs, tolerance=1e-5):
+    for name, stage in theirs["stages"].items():
+        assert difference(ours.stages[name].transpose(0, 3, 1, 2), to_numpy(stage)) <= tolerance
+    for kind in ("g", "h", "logits"):
+        for level, stripes in theirs[kind].items():
+            expected = to_numpy(torch.stack(stripes, dim=1))
+            assert difference(ours[kind][level], expected) <= tolerance, (kind, level)
+    assert difference(ours.descriptor, to_numpy(theirs["descriptor"])) <= tolerance
+
+
+def run_ours(pair):
+    """Outputs, loss, parts and gradients (PyTorch's names), and new statistics, in train mode."""
+
+    def loss(params, centers):
+        outputs, updated = pair.ours.apply(
+            {**pair.variables, "params": params}, pair.images, train=True, mutable=["batch_stats"]
+        )
+        total, parts = losses.mros_loss(outputs, jnp.asarray(LABELS), centers, setting=pair.setting)
+        return total, (parts, outputs, updated["batch_stats"])
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
+        pair.variables["params"], jnp.asarray(pair.centers)
+    )
+
+
+def check_training(pair):
+    """Outputs, losses, every gradient by name, running statistics: one step in train mode."""
+    theirs = pair.theirs.train()
+    centers = [torch.tensor(c, requires_grad=True) for c in pair.centers]
+    out = theirs(pair.torch_images())
+    total, parts = total_loss(out, torch.from_numpy(LABELS).long(), centers, pair.setting)
+    total.backward()
+
+    (our_total, (our_parts, outputs, stats)), (grads, center_grads) = run_ours(pair)
+    check_outputs(outputs, out)
+    assert difference(our_total, to_numpy(total)) <= 1e-4
+    for name, part in parts.items():
+        assert difference(our_parts[name], to_numpy(part)) <= 1e-4, name
+    named = torch_weights.to_torch_state_dict({"params": grads, "batch_stats": stats})
+    compared = 0
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            assert difference(named[name], to_numpy(parameter.grad)) <= 1e-4, name
+            compared += 1
+    assert compared == sum(p.requires_grad for p in theirs.parameters()) > 20
+    for ours, center in zip(center_grads, centers, strict=True):
+        assert difference(ours, to_numpy(center.grad)) <= 1e-4
+    for name, buffer in theirs.named_buffers():
+        if "running" in name:
+            assert difference(named[name], to_numpy(buffer)) <= 1e-5, name
+
+
+def test_resnet50_evaluation_and_round_trip(tmp_path):
+    pair = make_pair("resnet50")
+    images = pair.images[:4]
+    with torch.no_grad():
+        expected = pair.theirs.eval()(pair.torch_images()[:4])
+    outputs = jax.jit(lambda v, x: pair.ours.apply(v, x, train=False))(pair.variables, images)
+    assert outputs.descriptor.shape == (4, 15_360)
+    check_outputs(outputs, expected)
+
+    torch_weights.save_torch_state_dict(tmp_path / "mros.safetensors", pair.variables)
+    again = TorchMROS(NUM_CLASSES)
+    again.load_state_dict(load_file(tmp_path / "mros.safetensors"), strict=True)
+    with torch.no_grad():
+        assert torch.equal(
+            again.eval()(pair.torch_images()[:4])["descriptor"], expected["descriptor"]
+        )
+
+
+def test_resnet50_training_step():
+    check_training(make_pair("resnet50"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "last_stride"), [("I", 1), ("II", 1), ("III", 1), ("IV", 1), ("IV", 2)]
+)
+def test_training_step_of_every_setting(setting, last_stride):
+    check_training(make_pair("tiny", setting, 96 * last_stride, 32, last_stride))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("margin", [0.3, None])
+def test_metric_losses_and_their_gradients(margin, reduction):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((16, 40)).astype(np.float32)
+    c = rng.standard_normal((NUM_CLASSES, 40)).astype(np.float32)
+    tx, tc = torch.tensor(x, requires_grad=True), torch.tensor(c, requires_grad=True)
+    labels = torch.from_numpy(LABELS).long()
+    theirs = triplet_loss(tx, labels, margin, reduction)
+    theirs.backward()
+    ours, grad = jax.value_and_grad(losses.batch_hard_triplet)(
+        jnp.asarray(x), jnp.asarray(LABELS), margin=margin, reduction=reduction
+    )
+    assert difference(ours, to_numpy(theirs)) <= 1e-5
+    assert difference(grad, to_numpy(tx.grad)) <= 1e-4
+
+    tx.grad = None
+    theirs = center_loss(tx, labels, tc, reduction)
+    theirs.backward()
+    ours, grads = jax.value_and_grad(losses.center_loss, argnums=(0, 2))(
+        jnp.asarray(x), jnp.asarray(LABELS), jnp.asarray(c), reduction=reduction
+    )
+    assert difference(ours, to_numpy(theirs)) <= 1e-5
+    assert difference(grads[0], to_numpy(tx.grad)) <= 1e-4
+    assert difference(grads[1], to_numpy(tc.grad)) <= 1e-4
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_and_its_gradient(smoothing):
+    rng = np.random.default_rng(4)
+    x = 3 * rng.standard_normal((16, NUM_CLASSES)).astype(np.float32)
+    tx = torch.tensor(x, requires_grad=True)
+    theirs = torch.nn.functional.cross_entropy(
+        tx, torch.from_numpy(LABELS).long(), label_smoothing=smoothing
+    )
+    theirs.backward()
+    ours, grad = jax.value_and_grad(losses.smoothed_cross_entropy)(
+        jnp.asarray(x), jnp.asarray(LABELS), smoothing=smoothing
+    )
+    assert difference(ours, to_numpy(theirs)) <= 1e-5
+    assert difference(grad, to_numpy(tx.grad)) <= 1e-4
+
+
+def test_running_statistics_after_five_steps():
+    pair = make_pair("tiny")
+    apply = jax.jit(
+        lambda v, x: pair.ours.apply(v, x, train=True, mutable=["batch_stats"])[1]["batch_stats"]
+    )
+    variables, theirs = pair.variables, pair.theirs.train()
+    for step in range(5):
+        images = make_images(8, 96, 32, seed=step)
+        variables = {**variables, "batch_stats": apply(variables, images)}
+        with torch.no_grad():
+            theirs(torch.from_numpy(images).permute(0, 3, 1, 2))
+    named = torch_weights.to_torch_state_dict(variables)
+    compared = [name for name, _ in theirs.named_buffers() if "running" in name]
+    for name in compared:
+        assert difference(named[name], to_numpy(theirs.get_buffer(name))) <= 1e-5, name
+    assert len(compared) == 2 * (12 + 2 * 5)  # mean and variance; 12 in the trunk, 5 a level
+
+
+def torch_rate(epoch):
+    """The paper's schedule, written out: 10 epochs from 0.01 of 0.001, tenths after 30, 60, 90."""
+    if epoch < 10:
+        return 0.001 * (0.01 * (1 - epoch / 10) + epoch / 10)
+    return 0.001 * 0.1 ** (epoch // 30)
+
+
+def train_torch(pair, batches, name):
+    model = pair.theirs.train()
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = kinds[name](weights, lr=0.001, weight_decay=5e-4)
+    centers = [torch.tensor(c, requires_grad=True) for c in pair.centers]
+    center_optimizer = torch.optim.SGD(centers, lr=0.5)
+    labels, curve = torch.from_numpy(LABELS).long(), []
+    for step, images in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = torch_rate(step // 2)
+        optimizer.zero_grad()
+        center_optimizer.zero_grad()
+        out = model(torch.from_numpy(images).permute(0, 3, 1, 2))
+        total, _ = total_loss(out, labels, centers, pair.setting)
+        total.backward()
+        optimizer.step()
+        for center in centers:
+            center.grad /= 0.0005  # the public code's way: undo the weight beta
+        center_optimizer.step()
+        curve.append(total.item())
+    return curve, [to_numpy(c) for c in centers]
+
+
+def train_ours(pair, batches, name):
+    optimizer = optimizers.make_optimizer(
+        optimizers.make_schedule(steps_per_epoch=2), name=name, weight_decay=5e-4
+    )
+    labels = jnp.asarray(LABELS)
+
+    @jax.jit
+    def step(variables, centers, state, images):
+        def loss(params):
+            outputs, updated = pair.ours.apply(
+                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+            )
+            total, _ = losses.mros_loss(outputs, labels, centers, setting=pair.setting)
+            return total, (outputs, updated["batch_stats"])
+
+        (total, (outputs, stats)), grads = jax.value_and_grad(loss, has_aux=True)(
+            variables["params"]
+        )
+        updates, state = optimizer.update(grads, state, variables["params"])
+        params = jax.tree.map(jnp.add, variables["params"], updates)
+        gradient = losses.center_gradient(outputs, labels, centers, setting=pair.setting)
+        centers = optimizers.update_centers(centers, gradient)
+        return {"params": params, "batch_stats": stats}, centers, state, total
+
+    variables, centers = pair.variables, jnp.asarray(pair.centers)
+    state, curve = optimizer.init(variables["params"]), []
+    for images in batches:
+        variables, centers, state, total = step(variables, centers, state, images)
+        curve.append(float(total))
+    return curve, variables, centers
+
+
+@pytest.mark.parametrize(("setting", "name"), [("IV", "adam"), ("II", "adam"), ("IV", "adamw")])
+def test_twenty_steps_of_the_full_recipe(setting, name):
+    pair = make_pair("tiny", setting)
+    batches = [make_images(16, 96, 32, seed=step % 4) for step in range(20)]
+    expected, expected_centers = train_torch(pair, batches, name)
+    curve, variables, centers = train_ours(pair, batches, name)
+    np.testing.assert_allclose(curve, expected, rtol=1e-3)
+    assert curve[-1] < 0.9 * curve[0]
+    named = torch_weights.to_torch_state_dict(variables)
+    for key, parameter in pair.theirs.named_parameters():
+        assert difference(named[key], to_numpy(parameter)) <= 1e-3, key
+        if key.startswith("necks") and key.endswith("bias"):
+            assert not named[key].any()
+    for ours, theirs in zip(centers, expected_centers, strict=True):
+        assert difference(ours, theirs) <= 1e-3

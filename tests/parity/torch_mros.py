@@ -1,0 +1,158 @@
+"""MROS in PyTorch, written from the paper alone; shares no code with `mros_jax`.
+
+Okay et al., "Multi-Resolution Overlapping Stripes Network for Person Re-Identification", 2019. The
+backbone has torchvision's module names, so that its published weights load into it.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+LAYOUTS = {
+    # blocks per stage, width, bottleneck?
+    "tiny": ((1, 1, 1, 1), 16, False),
+    "resnet18": ((2, 2, 2, 2), 64, False),
+    "resnet50": ((3, 4, 6, 3), 64, True),
+}
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, cin, width, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(cin, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = _shortcut(cin, width, stride)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, cin, width, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(cin, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.downsample = _shortcut(cin, 4 * width, stride)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+def _shortcut(cin, cout, stride):
+    if cin == cout and stride == 1:
+        return None
+    return nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+
+
+class Backbone(nn.Module):
+    def __init__(self, layout, last_stride=1):
+        super().__init__()
+        sizes, width, bottleneck = LAYOUTS[layout]
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        cin, self.channels = width, []
+        for i, size in enumerate(sizes):
+            planes, stride, blocks = width * 2**i, (1, 2, 2, last_stride)[i], []
+            for j in range(size):
+                block = Bottleneck if bottleneck else BasicBlock
+                blocks.append(block(cin, planes, stride if j == 0 else 1))
+                cin = planes * (4 if bottleneck else 1)
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            self.channels.append(cin)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        stages = {}
+        for i in range(1, 5):
+            x = getattr(self, f"layer{i}")(x)
+            stages[f"t{i}"] = x
+        return stages
+
+
+class TorchMROS(nn.Module):
+    def __init__(self, num_classes, setting="IV", layout="resnet50", num_stripes=6, last_stride=1):
+        super().__init__()
+        self.num_stripes, self.overlap = num_stripes, setting != "I"
+        self.levels = ("t3", "t4") if setting == "IV" else ("t4",)
+        self.backbone = Backbone(layout, last_stride)
+        windows = num_stripes - 1 if self.overlap else num_stripes
+        dims = dict(zip(("t1", "t2", "t3", "t4"), self.backbone.channels, strict=True))
+        self.necks = nn.ModuleDict(
+            {k: nn.ModuleList(nn.BatchNorm1d(dims[k]) for _ in range(windows)) for k in self.levels}
+        )
+        self.classifiers = nn.ModuleDict(
+            {
+                k: nn.ModuleList(nn.Linear(dims[k], num_classes) for _ in range(windows))
+                for k in self.levels
+            }
+        )
+        for neck in self.necks.values():
+            for bn in neck:
+                bn.bias.requires_grad_(False)  # BNNeck: fixed at 0
+
+    def windows(self, feature):
+        """Global average pooling over each window of the map itself, one after another."""
+        step = feature.shape[2] // self.num_stripes
+        assert step * self.num_stripes == feature.shape[2]
+        span, count = (2 * step, self.num_stripes - 1) if self.overlap else (step, self.num_stripes)
+        return [feature[:, :, i * step : i * step + span].mean(dim=(2, 3)) for i in range(count)]
+
+    def forward(self, x):
+        out = {"stages": self.backbone(x), "g": {}, "h": {}, "logits": {}}
+        for k in self.levels:
+            out["g"][k] = self.windows(out["stages"][k])
+            out["h"][k] = [bn(g) for bn, g in zip(self.necks[k], out["g"][k], strict=True)]
+            out["logits"][k] = [
+                fc(h) for fc, h in zip(self.classifiers[k], out["h"][k], strict=True)
+            ]
+        out["descriptor"] = torch.cat([g for k in self.levels for g in out["g"][k]], dim=1)
+        return out
+
+
+def triplet_loss(x, labels, margin=0.3, reduction="mean"):
+    """Eq. 1, with every distance of the batch from the difference of the two descriptors."""
+    losses = []
+    for i in range(len(x)):
+        others = torch.arange(len(x)) != i
+        d = torch.linalg.vector_norm(x - x[i], dim=1)
+        positive = d[others & (labels == labels[i])].max()
+        negative = d[labels != labels[i]].min()
+        gap = positive - negative
+        losses.append(F.softplus(gap) if margin is None else F.relu(gap + margin))
+    losses = torch.stack(losses)
+    return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def center_loss(x, labels, centers, reduction="mean"):
+    """Eq. 2 ("sum"), or the mean without the half that public code computes."""
+    squared = (x - centers[labels]).square().sum(dim=1)
+    return squared.mean() if reduction == "mean" else squared.sum() / 2
+
+
+def total_loss(
+    out, labels, centers, setting="IV", beta=0.0005, margin=0.3, smoothing=0.1, reduction="mean"
+):
+    """L = L_triplet + beta * L_centre + L'_cross; `centers`: list of (N, D), one per descriptor."""
+    levels = ("t3", "t4") if setting == "IV" else ("t4",)
+    metric = [out["descriptor"]] if setting in ("III", "IV") else out["g"]["t4"]
+    triplet = torch.stack([triplet_loss(x, labels, margin, reduction) for x in metric]).mean()
+    center = torch.stack(
+        [center_loss(x, labels, c, reduction) for x, c in zip(metric, centers, strict=True)]
+    ).mean()
+    heads = [z for k in levels for z in out["logits"][k]]
+    cross = torch.stack(
+        [F.cross_entropy(z, labels, label_smoothing=smoothing) for z in heads]
+    ).mean()
+    parts = {"triplet": triplet, "center": center, "cross_entropy": cross}
+    return triplet + beta * center + cross, parts
