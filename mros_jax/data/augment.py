@@ -4,8 +4,6 @@ Every example has its own key, made from (seed, step, position in the global bat
 the same on any number of devices and after any resume.
 """
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """Which images make which batch: index plans that are pure functions of (seed, epoch)."""
 
-from __future__ import annotations
-
 import numpy as np
 from jaxtyping import Int, Int32, Integer
 

@@ -1,7 +1,5 @@
 """PIL's bilinear resize as fixed taps and weights, in whole numbers of grey levels."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -11,16 +11,19 @@ import os
 import pathlib
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 import PIL.Image
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import UInt8
 from tqdm import tqdm
 
 from mros_jax.data import cache
 from mros_jax.data.layouts import OnBadImage, report_bad
+from mros_jax.data.prefetch import prefetch
 from mros_jax.data.splits import Split
 
 _CHUNK = 64  # images a thread takes at a time
@@ -45,6 +48,51 @@ class ImageStore:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(N,) int32 training labels of these images; None for query and gallery."""
+        return self.split.labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """Where the images of a store are during training.
+
+    Attributes:
+      kind: "device" (all images on every device) or "host".
+      reason: one sentence with the numbers that decided it, for the log.
+      data: `{"images": (N, H, W, 3), "labels": (N,)}` on the devices, or None.
+      store: the store in host memory.
+    """
+
+    kind: Literal["device", "host"]
+    reason: str
+    data: dict[str, Any] | None
+    store: ImageStore
+
+    def batches(
+        self, plan: np.ndarray, put: Callable[[dict[str, np.ndarray]], Any], *, depth: int = 2
+    ) -> Iterator[Any]:
+        """Yields what the training step gets, one item per row of a plan.
+
+        Args:
+          plan: (steps, B) indices into the store.
+          put: puts a batch on the devices, splitting its leading axis B over them.
+          depth: batches made ahead in a thread (host memory only).
+
+        Yields:
+          `put({"indices": (B,)})` if the images are on the devices, where the step looks them up in
+          `data`; otherwise `put({"images": (B, H, W, 3), "labels": (B,)})`, the same images.
+        """
+        if self.kind == "device":
+            return (put({"indices": row}) for row in plan)
+        images, labels = self.store.images, _labels(self.store)
+
+        def make(row: np.ndarray) -> Any:
+            return put({"images": images[row], "labels": labels[row]})
+
+        return prefetch(plan, make, depth=depth)
 
 
 def load_store(
@@ -120,6 +168,63 @@ def load_store(
     if not len(kept):
         raise ValueError(f"{split.name} split: none of {len(split)} images can be decoded")
     return ImageStore(images, kept, split.select(kept) if bad else split, path)
+
+
+def place(
+    store: ImageStore,
+    *,
+    fraction: float | int = 0.5,
+    devices: Sequence[jax.Device] | None = None,
+    replicate: Callable[[dict[str, np.ndarray]], dict[str, Any]] | None = None,
+) -> Placed:
+    """Puts a training store on every device if it fits there, or leaves it in host memory.
+
+    Args:
+      store: a training store, with labels.
+      fraction: the images may take up to this share of the memory of a device. 0 keeps them in host
+        memory. A device that does not tell its memory (a CPU) is taken to have an equal part of the
+        machine's.
+      devices: this process's devices; by default all of them.
+      replicate: puts a tree of arrays whole on each device; by default with a replicated sharding.
+
+    Raises:
+      ValueError: a fraction outside 0..1, or a store without labels.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"the share of device memory must be in 0..1, got {fraction}")
+    labels = _labels(store)
+    devices = list(devices or jax.local_devices())
+    memory = min(_memory(device, len(devices)) for device in devices)
+    needed = store.images.nbytes
+    fits = needed <= fraction * memory
+    reason = (
+        f"{len(store)} images take {needed / 1e6:.0f} MB, "
+        f"{fraction:.0%} of {devices[0].platform} memory is {fraction * memory / 1e6:.0f} MB: "
+        + ("on the devices" if fits else "in host memory, prefetched")
+    )
+    if not fits:
+        return Placed("host", reason, None, store)
+    if replicate is None:
+        sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
+
+        def replicate(tree: dict[str, np.ndarray]) -> dict[str, Any]:
+            return {name: jax.device_put(array, sharding) for name, array in tree.items()}
+
+    return Placed("device", reason, replicate({"images": store.images, "labels": labels}), store)
+
+
+def _labels(store: ImageStore) -> np.ndarray:
+    if store.labels is None:
+        raise ValueError(f"the {store.split.name} split has no training labels")
+    return store.labels
+
+
+def _memory(device: jax.Device, count: int) -> float:
+    """Returns the bytes of a device's memory."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return float(stats["bytes_limit"])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / count
 
 
 def decode_image(data: bytes) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
