@@ -132,9 +132,8 @@ def _arm(person: Person, picture: Picture, camera: Camera, side: float) -> _Limb
     return _Limb(shoulder, elbow, wrist, hand, depth)
 
 
-def _lines(at: _Canvas, x: Array, y: Array, grid: Array, width: Array | float) -> Array:
+def _lines(x: Array, y: Array, grid: Array, width: Array | float) -> Array:
     """Coverage of a grid of lines, `grid` lines per unit in x and y; 0 lines where it is 0."""
-    del at
     lines = 0.0
     for value, rate in ((x, grid[0]), (y, grid[1])):
         cell = value * rate
@@ -151,9 +150,9 @@ def _backdrop(picture: Picture, camera: Camera, x: Array, y: Array) -> Array:
     below = jnp.maximum(y - horizon, 0.0)
     depth = 1.0 / (0.35 + below)
     gx, gy = x * depth * 0.8 + picture.scene[0], depth * 1.2 + picture.scene[1]
-    wall = _mix(_lines(None, wx, wy, camera.wall_grid, 0.006) * 0.8, camera.wall, camera.wall_line)
+    wall = _mix(_lines(wx, wy, camera.wall_grid, 0.006) * 0.8, camera.wall, camera.wall_line)
     ground = _mix(
-        _lines(None, gx, gy, camera.ground_grid, 0.010) * 0.7, camera.ground, camera.ground_line
+        _lines(gx, gy, camera.ground_grid, 0.010) * 0.7, camera.ground, camera.ground_line
     )
     ground = ground * (0.88 + 0.16 * jnp.clip(below, 0.0, 1.0))
     image = _mix(jnp.clip(0.5 + (y - horizon) * 90.0, 0.0, 1.0), wall, ground)
