@@ -1,0 +1,197 @@
+"""The nearest images of every image: exact, in blocks, without an N x N matrix."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from mros_jax.retrieval import blocks, distances
+from mros_jax.retrieval.inputs import Numbers
+
+
+class Neighbors(NamedTuple):
+    """Nearest images of each image by cosine, itself first.
+
+    Attributes:
+        indices: (N, k) by falling similarity; equal ones by index.
+        similarity: (N, k) cosines (of the image with itself: 1).
+        smallest: (N,) cosine with the farthest image.
+    """
+
+    indices: Int32[np.ndarray, "N k"]
+    similarity: Float32[np.ndarray, "N k"]
+    smallest: Float32[np.ndarray, "N"]
+
+
+def select_top(
+    values: Float[Array, "B N"], k: int
+) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+    """The k largest of each row and where they are, equal ones by index.
+
+    Only the k groups of neighbouring columns with the largest maxima can hold one of the k largest,
+    so two small selections replace one of the whole row.
+    """
+    num = values.shape[1]
+    size = max(1, math.isqrt(num // k))
+    groups = -(-num // size)
+    if size == 1 or groups <= k:
+        return jax.lax.top_k(values, k)
+    padded = jnp.pad(values, ((0, 0), (0, groups * size - num)), constant_values=-jnp.inf)
+    padded = padded.reshape(-1, groups, size)  # (B, groups, size)
+    _, best = jax.lax.top_k(padded.max(2), k)
+    best = jnp.sort(best, axis=1)  # by index, so that the second selection keeps the order of ties
+    members = jnp.take_along_axis(padded, best[:, :, None], axis=1)  # (B, k, size)
+    top, position = jax.lax.top_k(members.reshape(len(values), -1), k)
+    group = jnp.take_along_axis(best, position // size, axis=1)
+    return top, group * size + position % size
+
+
+@functools.cache
+def _make_search(k: int) -> Callable:
+    def search(
+        index: Int[Array, "B"], query: Float[Array, "B D"], features: Float[Array, "N D"]
+    ) -> tuple[Array, Array, Array]:
+        similarity = distances.similarity_block(query, features)
+        smallest = similarity.min(1)
+        itself = jnp.arange(features.shape[0]) == index[:, None]
+        top, indices = select_top(jnp.where(itself, jnp.inf, similarity), k)
+        return indices, jnp.minimum(top, 1.0), smallest
+
+    return search
+
+
+def search_neighbors(
+    features: Float32[np.ndarray | Array, "N D"],
+    k: int,
+    *,
+    block_size: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Neighbors:
+    """Find the k nearest images (itself included, and first) of every image by cosine.
+
+    Args:
+        features: (N, D), checked, of any norm but zero.
+        k: length of the lists, at most N.
+        block_size: images in a block on one device.
+        devices: default all local devices.
+    """
+    num = len(features)
+    mapped = blocks.BlockMap(_make_search(k), [features], devices=devices)
+    step = blocks.choose_block(num, block_size) * mapped.num_devices
+    result = Neighbors(
+        np.empty((num, k), np.int32), np.empty((num, k), np.float32), np.empty(num, np.float32)
+    )
+
+    def start(begin: int) -> tuple[int, Array]:
+        index = np.arange(begin, min(begin + step, num), dtype=np.int32)
+        rows = blocks.pad_rows(features[begin : begin + step], step)
+        return begin, mapped(blocks.pad_rows(index, step), rows)
+
+    for begin, block in blocks.run_ahead(start(b) for b in range(0, num, step)):
+        for whole, part in zip(result, block, strict=True):
+            whole[begin : begin + step] = part[: num - begin]
+    return result
+
+
+@functools.cache
+def _make_gallery_search(k: int) -> Callable:
+    def search(query: Float[Array, "B D"], gallery: Float[Array, "G D"]) -> Array:
+        return select_top(distances.similarity_block(query, gallery), k)[1]
+
+    return search
+
+
+def search_gallery(
+    query: Float32[np.ndarray | Array, "Q D"],
+    gallery: Float32[np.ndarray | Array, "G D"],
+    k: int,
+    *,
+    block_size: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Int32[np.ndarray, "Q k"]:
+    """The k gallery images nearest to each query by cosine, nearest first."""
+    mapped = blocks.BlockMap(_make_gallery_search(k), [gallery], devices=devices)
+    step = blocks.choose_block(len(gallery), block_size) * mapped.num_devices
+    result = np.empty((len(query), k), np.int32)
+    starts = range(0, len(query), step)
+    calls = ((s, mapped(blocks.pad_rows(query[s : s + step], step))) for s in starts)
+    for start, block in blocks.run_ahead(calls):
+        result[start : start + step] = block[: len(query) - start]
+    return result
+
+
+def _smallest(query: Float[Array, "B D"], features: Float[Array, "N D"]) -> Float[Array, "B"]:
+    return distances.similarity_block(query, features).min(1)
+
+
+def find_farthest(
+    features: Float32[np.ndarray | Array, "N D"],
+    *,
+    block_size: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Float32[np.ndarray, "N"]:
+    """Cosine of each image with the farthest one."""
+    mapped = blocks.BlockMap(_smallest, [features], devices=devices)
+    step = blocks.choose_block(len(features), block_size) * mapped.num_devices
+    result = np.empty(len(features), np.float32)
+    starts = range(0, len(features), step)
+    calls = ((s, mapped(blocks.pad_rows(features[s : s + step], step))) for s in starts)
+    for start, block in blocks.run_ahead(calls):
+        result[start : start + step] = block[: len(features) - start]
+    return result
+
+
+def stack(
+    query: Float32[np.ndarray | Array, "Q D"], gallery: Float32[np.ndarray | Array, "G D"]
+) -> Float32[np.ndarray | Array, "N D"]:
+    """Queries above gallery."""
+    if isinstance(query, jax.Array) or isinstance(gallery, jax.Array):
+        return jnp.concatenate([query, gallery])
+    return np.concatenate([query, gallery])
+
+
+def check_neighbors(neighbors: Numbers, num: int, least: int) -> Int32[np.ndarray, "N k"]:
+    """Return lists from outside with each image itself first, cut or kept as long as they are.
+
+    Args:
+        neighbors: (N, k) indices into queries and gallery stacked, nearest first.
+        num: N.
+        least: how long they must be.
+
+    Raises:
+        ValueError: another shape or type, too short, indices out of range or twice in a list.
+    """
+    lists = np.asarray(neighbors)
+    if lists.ndim != 2 or lists.dtype.kind not in "iu" or len(lists) != num:
+        raise ValueError(
+            f"neighbors has shape {lists.shape} and type {lists.dtype}; expected whole numbers of "
+            f"shape ({num}, k): one list for each query, then for each gallery image"
+        )
+    if lists.shape[1] < least:
+        raise ValueError(
+            f"neighbors has lists of {lists.shape[1]}; these parameters need at least {least} "
+            "(the image itself counts as one)"
+        )
+    if lists.min() < 0 or lists.max() >= num:
+        raise ValueError(
+            f"neighbors holds indices {lists.min()}..{lists.max()}; expected 0..{num - 1} (an "
+            "approximate search that found too few puts -1)"
+        )
+    lists = lists.astype(np.int32)
+    ordered = np.sort(lists, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]).any(1)
+    if twice.any():
+        raise ValueError(f"neighbors lists an image twice, e.g. in row {np.argmax(twice)}")
+    itself = np.arange(num, dtype=np.int32)[:, None]
+    # With duplicates a search may put another image first; one that it left out replaces the last.
+    found = lists == itself
+    key = np.where(found, -1, np.arange(lists.shape[1]))
+    missing = ~found.any(1)
+    key[missing, -1] = -1
+    lists[missing, -1] = itself[missing, 0]
+    return np.take_along_axis(lists, np.argsort(key, axis=1, kind="stable"), axis=1)
