@@ -239,11 +239,11 @@ def _to_torch(path: _Path, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 def _from_torch(path: _Path, arrays: list[np.ndarray]) -> np.ndarray:
     """Inverse of `_to_torch` for the arrays of one variable."""
+    # Always copied: PyTorch would go on changing the memory of its tensors in place.
     if path[1] == "backbone":
-        kernel = path[-1] == "kernel"
-        return np.ascontiguousarray(arrays[0].transpose(2, 3, 1, 0) if kernel else arrays[0])
+        return (arrays[0].transpose(2, 3, 1, 0) if path[-1] == "kernel" else arrays[0]).copy("C")
     value = np.stack(arrays)
-    return np.ascontiguousarray(value.transpose(0, 2, 1)) if path[-1] == "kernel" else value
+    return value.transpose(0, 2, 1).copy("C") if path[-1] == "kernel" else value
 
 
 def _torchvision_name(path: _Path) -> str:
