@@ -10,11 +10,12 @@ body heights.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Int, UInt8
 
 from mros_jax.data import imaging
 from mros_jax.data.pedestrians import Camera, Person, Picture
@@ -63,6 +64,16 @@ def _box(at: _Canvas, centre: tuple, rx: Array | float, ry: Array | float, r: fl
     y = jnp.abs(at.y - centre[1]) - (ry - r)
     outside = jnp.sqrt(jnp.maximum(x, 0.0) ** 2 + jnp.maximum(y, 0.0) ** 2 + 1e-9)
     return outside + jnp.minimum(jnp.maximum(x, y), 0.0) - r
+
+
+def _fraction(value: Array) -> Array:
+    return value - jnp.floor(value)
+
+
+def _wave(angle: Array) -> Array:
+    """A sine to within 6 %, from parabolas: XLA's own is 20 times as slow on a CPU."""
+    turn = _fraction(angle / (2 * math.pi)) - 0.5
+    return turn * (16.0 * jnp.abs(turn) - 8.0)
 
 
 def _cover(at: _Canvas, distance: Array) -> Array:
@@ -157,9 +168,9 @@ def _backdrop(picture: Picture, camera: Camera, x: Array, y: Array) -> Array:
     ground = ground * (0.88 + 0.16 * jnp.clip(below, 0.0, 1.0))
     image = _mix(jnp.clip(0.5 + (y - horizon) * 90.0, 0.0, 1.0), wall, ground)
     mottle = (
-        jnp.sin(17.0 * wx + 9.0 * y + 3.0 * jnp.sin(11.0 * y + picture.scene[0]))
-        + jnp.sin(41.0 * y - 23.0 * wx + 2.0 * jnp.sin(29.0 * wx))
-        + jnp.sin(7.0 * wx - 5.0 * y + picture.scene[1])
+        _wave(17.0 * wx + 9.0 * y + 3.0 * _wave(11.0 * y + picture.scene[0]))
+        + _wave(41.0 * y - 23.0 * wx + 2.0 * _wave(29.0 * wx))
+        + _wave(7.0 * wx - 5.0 * y + picture.scene[1])
     )
     image = image * (1.0 + camera.mottle * mottle)
     # Something else in the scene: a door, a sign, a bin.
@@ -231,7 +242,7 @@ def _torso(image: Array, at: _Canvas, person: Person, picture: Picture, neck: Ar
     band = _within(at, at.y, 0.655, 0.70) * person.detail_on[5]
     colour = _mix(band, person.bottom, person.detail_colour[5])
     worn = jnp.float32(person.bottom_kind == 2)
-    pleats = 0.95 + 0.06 * jnp.sin(x * 150.0)
+    pleats = 0.95 + 0.06 * _wave(x * 150.0)
     image = _paint(image, _cover(at, skirt) * worn, colour, _round(skirt, hip) * pleats)
 
     # The top: straight lines from shoulder to waist to hem, with sloping shoulders.
@@ -246,9 +257,9 @@ def _torso(image: Array, at: _Canvas, person: Person, picture: Picture, neck: Ar
     u = x / jnp.maximum(half, 0.03)
     period = person.top_period
     # Distances to the nearest edge of a stripe, so that patterns are anti-aliased as shapes are.
-    wave_v = (jnp.abs((v / period) % 1.0 - 0.5) - 0.25) * period
+    wave_v = (jnp.abs(_fraction(v / period) - 0.5) - 0.25) * period
     turn = (x - 0.06 * sin) / period
-    wave_u = (jnp.abs(turn % 1.0 - 0.5) - 0.25) * period
+    wave_u = (jnp.abs(_fraction(turn) - 0.5) - 0.25) * period
     striped = _step(at, wave_v)
     checked = 0.5 * striped + 0.5 * _step(at, wave_u)
     pattern = jnp.where(person.top_kind == 1, striped, checked) * (person.top_kind > 0)
@@ -273,7 +284,7 @@ def _torso(image: Array, at: _Canvas, person: Person, picture: Picture, neck: Ar
     )
     shown = _cover(at, logo) * person.detail_on[2] * jnp.clip(facing * 4.0 - 0.4, 0.0, 1.0)
     colour = _mix(shown, colour, person.detail_colour[2])
-    folds = 1.0 + 0.035 * jnp.sin(x * 60.0 + v * 45.0) * jnp.sin(v * 70.0 - x * 25.0)
+    folds = 1.0 + 0.035 * _wave(x * 60.0 + v * 45.0) * _wave(v * 70.0 - x * 25.0)
     shade = (1.0 - 0.22 * u * u) * folds
     image = _paint(image, _cover(at, top), colour, shade)
     throat = _box(place, (neck[0], 0.155), 0.030, 0.034, 0.015)
@@ -421,7 +432,8 @@ def _occlude(image: Array, picture: Picture, x: Array, y: Array, wide: float) ->
     return _paint(image, _cover(at, distance) * (kind > 0), colour, _round(distance, 0.05))
 
 
-def _render(person: Person, picture: Picture, camera: Camera, height: int, width: int) -> Array:
+def _scene(person: Person, picture: Picture, camera: Camera, height: int, width: int) -> Array:
+    """What the camera looks at, (3, H, W), in 0..1."""
     y = (jnp.arange(height, dtype=jnp.float32)[:, None] + 0.5) / height
     x = (jnp.arange(width, dtype=jnp.float32)[None, :] + 0.5 - width / 2) / height
     x, y = jnp.broadcast_arrays(x, y)  # each (H, W), in box heights
@@ -437,25 +449,37 @@ def _render(person: Person, picture: Picture, camera: Camera, height: int, width
     # Light from one side, on the person only.
     body = body * (1.0 + 0.10 * camera.light * jnp.clip(at.x / 0.12, -1.0, 1.0))
     image = jnp.where(picture.present > 0, body, image)
-    image = _occlude(image, picture, x, y, width / height)
-    return imaging.expose(image, picture, camera)
+    return _occlude(image, picture, x, y, width / height)
 
 
 @functools.partial(jax.jit, static_argnames=("height", "width"))
 def render(
-    people: Person, pictures: Picture, cameras: Camera, *, height: int = 128, width: int = 64
+    people: Person,
+    pictures: Picture,
+    cameras: Camera,
+    camera_rows: Int[Array, "B"],
+    *,
+    height: int = 128,
+    width: int = 64,
 ) -> UInt8[Array, "B H W 3"]:
     """Renders a batch of pictures.
 
     Args:
         people: who is in each picture, leading dimension B.
         pictures: pose, box and surroundings, leading dimension B.
-        cameras: the camera of each picture, leading dimension B.
+        cameras: the cameras there are, leading dimension K.
+        camera_rows: (B,) which of them took each picture, 0..K-1.
         height: pixels, a multiple of 16 (JPEG works on blocks of 8, colour on blocks of 16).
         width: pixels, a multiple of 16.
 
     Returns:
         sRGB pixels, (B, height, width, 3).
     """
-    one = functools.partial(_render, height=height, width=width)
-    return jax.vmap(one)(people, pictures, cameras)
+    sensors = imaging.make_sensors(cameras, height, width)
+
+    def one(person: Person, picture: Picture, row: Array) -> Array:
+        camera, sensor = jax.tree.map(lambda leaf: leaf[row], (cameras, sensors))
+        scene = _scene(person, picture, camera, height, width)
+        return imaging.expose(scene, picture, camera, *sensor)
+
+    return jax.vmap(one)(people, pictures, camera_rows)

@@ -92,18 +92,24 @@ class Renderer:
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yields the images in order, uint8 (n, height, width, 3) with n <= CHUNK."""
+        camids = np.arange(1, self.rows.camids.max() + 1, dtype=np.int32)
+        cameras = pedestrians.draw_cameras(self.seed, camids)
         for start in range(0, len(self.rows), CHUNK):
             index = np.arange(start, start + CHUNK, dtype=np.int32)
             # The last chunk is filled up with one image: one shape, hence one compilation.
             index = np.minimum(index, len(self.rows) - 1)
             rows = self.rows.take(index)
             people = pedestrians.draw_people(self.seed, rows.numbers, lookalikes=self.lookalikes)
-            cameras = pedestrians.draw_cameras(self.seed, rows.camids)
             pictures = pedestrians.draw_pictures(
                 self.seed, self.stream, index, rows.numbers, rows.camids, rows.flaws
             )
             images = rendering.render(
-                people, pictures, cameras, height=self.height, width=self.width
+                people,
+                pictures,
+                cameras,
+                rows.camids - 1,
+                height=self.height,
+                width=self.width,
             )
             yield np.asarray(images)[: len(self.rows) - start]
 
@@ -278,6 +284,8 @@ def _check(s: dict[str, Any]) -> None:
     }.items():
         if s[name] < low:
             raise ValueError(f"{name} is {s[name]}; expected at least {low}")
+    if s["seed"] >= 2**31:
+        raise ValueError(f"seed is {s['seed']}; expected less than 2**31")
     for name in ("num_distractors", "num_junk", "num_single_camera_pids"):
         if s[name] < 0:
             raise ValueError(f"{name} is {s[name]}; expected 0 or more")
