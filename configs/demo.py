@@ -1,0 +1,28 @@
+"""A laptop-sized MROS on the embedded synthetic data set.
+
+    python -m mros_jax.train --config configs/demo.py --workdir runs/demo
+
+The arithmetic and the code path are those of `configs/mros.py`; only sizes differ: a tiny ResNet,
+96x48 pixels, 64 identities. An argument picks the setting: `--config configs/demo.py:III`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import mros
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The recipe at laptop size; `arg` is a setting of the paper's Table 1."""
+    config = mros.get_config(f"{arg or 'IV'},synthetic")
+    config.num_epochs = 24
+    config.dataset.preset = "demo"
+    config.batch.identities = 16
+    config.input.height = 96
+    config.input.width = 48
+    config.augment.pad = 4
+    config.model.backbone = "tiny"
+    config.model.weights = "none"
+    config.optimizer.warmup_epochs = 2
+    config.optimizer.decay_epochs = (14, 20)
+    config.eval.every_epochs = 8
+    return config

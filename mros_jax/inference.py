@@ -1,0 +1,163 @@
+"""A trained model in use: images in, descriptors out.
+
+from mros_jax.inference import load_model
+model = load_model("runs/market")
+descriptors = model.embed(images)  # uint8 (N, H, W, 3), any size -> float32 (N, D)
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from mros_jax import parallel
+from mros_jax.checkpoints import load_variables
+from mros_jax.data import augment
+from mros_jax.recipe import make_model
+
+
+class Embedder:
+    """A network with its variables, ready to turn images into descriptors on all local devices.
+
+    Attributes:
+        model: the Flax module.
+        variables: its parameters and running statistics.
+        config: the run's resolved config, where it came from a run.
+        checkpoint_id: names the weights: descriptors of another id are not these.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        variables: dict[str, Any],
+        *,
+        height: int,
+        width: int,
+        config: ConfigDict | None = None,
+        checkpoint_id: str = "",
+    ):
+        self.model = model
+        self.variables = variables
+        self.config = config
+        self.checkpoint_id = checkpoint_id
+        self._height, self._width = height, width
+        self._embed = _make_embed(model, height, width)
+
+    def embed(
+        self,
+        images: np.ndarray,
+        *,
+        batch_size: int = 128,
+        flip_test: bool = False,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Descriptors G of images, not normalised.
+
+        Args:
+            images: uint8 (N, H, W, 3) RGB, any size; resized to the model's input.
+            batch_size: images per call, rounded up to a multiple of the local devices.
+            flip_test: mean of the descriptors of image and mirror image.
+            progress: show a progress bar.
+
+        Returns:
+            float32 (N, D).
+
+        Raises:
+            ValueError: images of another type or rank.
+        """
+        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+            raise ValueError(
+                f"expected uint8 images (N, H, W, 3), got {images.dtype} {images.shape}"
+            )
+        devices = jax.local_device_count()
+        batch_size = -(-min(batch_size, max(len(images), 1)) // devices) * devices
+        variables = parallel.replicate(self.variables)
+        parts = []
+        starts = range(0, len(images), batch_size)
+        for start in tqdm(starts, desc="descriptors", unit="batch", disable=not progress):
+            batch = images[start : start + batch_size]
+            padding = batch_size - len(batch)
+            padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
+            out = self._embed(variables, parallel.split(padded), flip_test)
+            # (devices, b, D) -> (batch_size, D)
+            parts.append(np.asarray(out).reshape(batch_size, -1)[: len(batch)])
+        return np.concatenate(parts) if parts else np.zeros((0, self.descriptor_size), np.float32)
+
+    @property
+    def descriptor_size(self) -> int:
+        """Numbers in a descriptor, D."""
+        image = jax.ShapeDtypeStruct((1, self._height, self._width, 3), jnp.float32)
+        outputs = jax.eval_shape(
+            functools.partial(self.model.apply, train=False), self.variables, image
+        )
+        return outputs.descriptor.shape[-1]
+
+    def __call__(self, images: np.ndarray) -> Any:
+        """All named outputs of the network (stages, g, h, logits, descriptor) for a few images."""
+        inputs = augment.preprocess(images, height=self._height, width=self._width)
+        return self.model.apply(self.variables, inputs, train=False)
+
+
+def _make_embed(model: nn.Module, height: int, width: int):
+    # Local devices only: in a run of many processes each may embed what it likes.
+    @functools.partial(
+        jax.pmap,
+        axis_name=parallel.AXIS,
+        in_axes=(None, 0),
+        static_broadcasted_argnums=2,
+        devices=jax.local_devices(),
+    )
+    def embed(variables, images, flip_test):
+        inputs = augment.preprocess(images, height=height, width=width)
+        descriptor = model.apply(variables, inputs, train=False).descriptor
+        if flip_test:
+            mirrored = model.apply(variables, inputs[:, :, ::-1], train=False).descriptor
+            descriptor = (descriptor + mirrored) / 2
+        return descriptor
+
+    return embed
+
+
+def load_model(run: str | os.PathLike, checkpoint: str = "last") -> Embedder:
+    """The model of a run.
+
+    Args:
+        run: the run's directory (its `--workdir`).
+        checkpoint: "last", which the paper's numbers correspond to, or "best" by mAP.
+
+    Raises:
+        FileNotFoundError: `run` is not a run directory, or holds no complete checkpoint.
+    """
+    run = pathlib.Path(run)
+    config_path = run / "config.json"
+    if not config_path.exists():
+        raise FileNotFoundError(
+            f"{run} is not a run: it has no config.json; give the --workdir of a training run"
+        )
+    config = ConfigDict(json.loads(config_path.read_text()))
+    num_classes = json.loads((run / "run.json").read_text())["dataset"]["num_classes"]
+    variables, step = load_variables(run / "checkpoints", checkpoint)
+    return Embedder(
+        make_model(config.model, num_classes),
+        variables,
+        height=config.input.height,
+        width=config.input.width,
+        config=config,
+        checkpoint_id=f"{checkpoint}-{step}-{_digest(variables)}",
+    )
+
+
+def _digest(variables: Any) -> str:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(variables):
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()[:12]

@@ -1,0 +1,48 @@
+"""Where a result comes from: commit, versions, devices, command."""
+
+import datetime
+import importlib.metadata
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import jax
+
+PACKAGES = ("mros_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
+
+
+def get_commit() -> str | None:
+    """The commit of this project's checkout, "-dirty" where files differ; None if not in git."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # an installed package inside somebody else's checkout
+        return None
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ("git", "-C", str(root), *args), check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "--short=12", "HEAD") + dirty
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe() -> dict[str, Any]:
+    """Command, commit, versions, devices and start time of this process."""
+    return {
+        "command": shlex.join([pathlib.Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "commit": get_commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "devices": [str(device.device_kind) for device in jax.devices()],
+        "processes": jax.process_count(),
+        "platform": platform.platform(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,192 @@
+"""From a config to the parts of a run: data set, model, optimiser, step.
+
+Together with `train.py` the only code that sees a whole config; what it calls takes explicit
+arguments.
+"""
+
+import functools
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mros_jax import losses, parallel
+from mros_jax.data import sources, synthetic
+from mros_jax.models import torch_weights
+from mros_jax.models.mros import MROS
+from mros_jax.optimizers import make_optimizer, make_schedule
+from mros_jax.state import TrainState, make_state
+from mros_jax.steps import make_train_step
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+BATCH_NORMS = {"per_device": None, "synchronised": parallel.AXIS}
+
+_CHOICES = {
+    "dataset.on_bad_image": ("error", "skip"),
+    "augment.erase_fill": ("mean", "public"),
+    "model.setting": ("I", "II", "III", "IV"),
+    "model.dtype": tuple(DTYPES),
+    "model.batch_norm": tuple(BATCH_NORMS),
+    "loss.triplet_reduction": ("mean", "sum"),
+    "loss.center_reduction": ("mean", "sum"),
+    "optimizer.name": ("adam", "adamw"),
+    "optimizer.warmup_per": ("epoch", "iteration"),
+    "eval.metric": ("cosine", "euclidean"),
+    "eval.ap": ("standard", "trapezoid"),
+}
+_AT_LEAST_ONE = (
+    "num_epochs",
+    "batch.identities",
+    "batch.images",
+    "input.height",
+    "input.width",
+    "optimizer.accumulate_steps",
+    "eval.every_epochs",
+    "eval.batch_size",
+    "checkpoint_every_epochs",
+    "log_every_steps",
+)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses what cannot work, before any work is done.
+
+    Raises:
+        ValueError: names the field, its value and what is expected.
+    """
+    values = {name: functools.reduce(getattr, name.split("."), config) for name in _CHOICES}
+    for name, value in values.items():
+        if value not in _CHOICES[name]:
+            raise ValueError(f"config.{name} is {value!r}; expected one of {_CHOICES[name]}")
+    for name in _AT_LEAST_ONE:
+        value = functools.reduce(getattr, name.split("."), config)
+        if value < 1:
+            raise ValueError(f"config.{name} is {value}; it must be at least 1")
+    for name in config.eval.rerank:
+        if name not in config.eval.rerank_options:
+            raise ValueError(
+                f"config.eval.rerank names {name!r}; expected some of "
+                f"{tuple(config.eval.rerank_options)}"
+            )
+    batch, devices = config.batch.identities * config.batch.images, jax.device_count()
+    if batch % devices:
+        raise ValueError(
+            f"a batch of {config.batch.identities} identities x {config.batch.images} images = "
+            f"{batch} cannot be split over {devices} devices; choose a multiple"
+        )
+
+
+def load_dataset(config: ConfigDict) -> sources.Dataset:
+    """The data set that the config names.
+
+    Raises:
+        ValueError, FileNotFoundError: no such data set, or none at its root.
+    """
+    options: dict[str, Any] = {}
+    if config.dataset.name == "synthetic":
+        options = {**synthetic.PRESETS[config.dataset.preset], "seed": config.dataset.seed}
+    return sources.load_dataset(config.dataset.name, config.dataset.root, **options)
+
+
+def make_model(model_config: ConfigDict, num_classes: int) -> MROS:
+    """The network that a config's `model` section describes."""
+    return MROS(
+        num_classes=num_classes,
+        setting=model_config.setting,
+        backbone=model_config.backbone,
+        num_stripes=model_config.num_stripes,
+        last_stride=model_config.last_stride,
+        neck_bias=model_config.neck_bias,
+        dtype=DTYPES[model_config.dtype],
+        bn_axis_name=BATCH_NORMS[model_config.batch_norm],
+    )
+
+
+def weights_dir() -> pathlib.Path:
+    """Where `scripts/fetch_weights.py` puts ImageNet weights."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(cache) / "mros_jax" / "weights"
+
+
+def find_weights(backbone: str) -> pathlib.Path | None:
+    """The fetched ImageNet weights of a backbone, torchvision's V1 before V2, if there are any."""
+    found = [p for s in ("safetensors", "pth") for p in weights_dir().glob(f"{backbone}-*.{s}")]
+    return min(found, key=lambda path: path.name, default=None)
+
+
+def init_variables(model: MROS, config: ConfigDict) -> dict[str, Any]:
+    """The variables before training: random, then ImageNet weights for the backbone."""
+    images = jnp.zeros((1, config.input.height, config.input.width, 3), jnp.float32)
+    init = jax.jit(functools.partial(model.init, train=False))
+    variables = init(jax.random.key(config.seed), images)
+    weights = config.model.weights
+    if weights == "auto":
+        weights = find_weights(config.model.backbone) or "none"
+        if weights == "none":
+            logger.warning(
+                "No ImageNet weights for %s in %s: training starts from random weights and will "
+                "end far below the paper. To fetch them: python scripts/fetch_weights.py",
+                config.model.backbone,
+                weights_dir(),
+            )
+    if weights == "none":
+        return variables
+    logger.info("ImageNet weights: %s", weights)
+    return torch_weights.load_imagenet(weights, variables)
+
+
+def build(
+    config: ConfigDict, model: MROS, steps_per_epoch: int
+) -> tuple[TrainState, parallel.MappedStep]:
+    """The state before the first step, and the step mapped over all devices."""
+    variables = init_variables(model, config)
+    schedule = make_schedule(
+        lr=config.optimizer.lr,
+        steps_per_epoch=steps_per_epoch,
+        warmup_epochs=config.optimizer.warmup_epochs,
+        warmup_factor=config.optimizer.warmup_factor,
+        warmup_per=config.optimizer.warmup_per,
+        milestones=config.optimizer.decay_epochs,
+        decay=config.optimizer.decay_factor,
+    )
+    optimizer = make_optimizer(
+        schedule,
+        name=config.optimizer.name,
+        weight_decay=config.optimizer.weight_decay,
+        decay_norm_and_bias=config.optimizer.decay_norm_and_bias,
+        clip_norm=config.optimizer.clip_norm or None,
+        accumulate_steps=config.optimizer.accumulate_steps,
+    )
+    image = jax.ShapeDtypeStruct((1, config.input.height, config.input.width, 3), jnp.float32)
+    centers = losses.init_centers(
+        jax.random.fold_in(jax.random.key(config.seed), 1),
+        model.num_classes,
+        jax.eval_shape(functools.partial(model.apply, train=False), variables, image),
+        setting=config.model.setting,
+    )
+    ema_decay = config.optimizer.ema_decay
+    state = make_state(variables, optimizer, centers, use_ema=ema_decay > 0)
+    step = make_train_step(
+        model,
+        optimizer,
+        schedule,
+        seed=config.seed,
+        augmentation={**config.input.to_dict(), **config.augment.to_dict()},
+        beta=config.loss.center_weight,
+        loss={
+            "setting": config.model.setting,
+            "margin": None if config.loss.soft_margin else config.loss.margin,
+            "smoothing": config.loss.smoothing,
+            "triplet_reduction": config.loss.triplet_reduction,
+            "center_reduction": config.loss.center_reduction,
+        },
+        center_lr=config.optimizer.center_lr,
+        ema_decay=ema_decay,
+    )
+    return state, parallel.MappedStep(step)
