@@ -1,27 +1,42 @@
-"""Data sets by name: the directory layouts as distributed, one's own images, and the embedded one."""
+"""Data sets by name: as distributed, one's own images, and the embedded one."""
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from mros_jax.data import layouts
+from mros_jax.data import cuhk03, layouts, msmt17
 from mros_jax.data.splits import Dataset, Split, relabel
 
 __all__ = ["DATASETS", "Dataset", "Split", "load_dataset", "relabel"]
 
 
-def _load_synthetic(**options: Any) -> Dataset:
-    from mros_jax.data import synthetic  # the renderer is compiled only where it is asked for
+def _load_synthetic(preset: str | None = None, **options: Any) -> Dataset:
+    from mros_jax.data import synthetic  # the renderer is loaded only where it is asked for
 
-    return synthetic.make_dataset(**options)
+    if preset is None:
+        return synthetic.make_dataset(**options)
+    if preset not in synthetic.PRESETS:
+        raise ValueError(
+            f"unknown preset {preset!r} of the synthetic data set; "
+            f"there are {', '.join(synthetic.PRESETS)}"
+        )
+    return synthetic.make_dataset(**{**synthetic.PRESETS[preset], **options})
 
 
 # name: how to read it. Options beyond the root are the reader's keyword arguments.
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "market1501": layouts.read_market1501,
+    "dukemtmc": layouts.read_dukemtmc,
+    "msmt17": functools.partial(msmt17.read_msmt17, version=1),
+    "msmt17_v2": functools.partial(msmt17.read_msmt17, version=2),
+    "cuhk03_labeled": functools.partial(cuhk03.read_new_protocol, kind="labeled"),
+    "cuhk03_detected": functools.partial(cuhk03.read_new_protocol, kind="detected"),
+    "cuhk03_labeled_classic": functools.partial(cuhk03.read_classic, kind="labeled"),
+    "cuhk03_detected_classic": functools.partial(cuhk03.read_classic, kind="detected"),
     "folder": layouts.read_folder,
     "synthetic": _load_synthetic,
 }
@@ -32,9 +47,11 @@ def load_dataset(name: str, root: str | os.PathLike[str] | None = None, **option
 
     Args:
       name: one of `DATASETS`.
-      root: the directory with the data; for `synthetic` there is none.
-      **options: the reader's own, for example `distractors_500k=True` for Market-1501 or
-        `num_train_pids=20` for `synthetic`; see the functions in `DATASETS`.
+      root: the directory with the data as distributed, or a TFDS data directory in which
+        `mros_jax.data.tfds_builders` has prepared them; for `synthetic` there is none.
+      **options: the reader's own: `on_bad_image` ("error" or "skip") for all that read files,
+        `distractors_500k` for Market-1501, `include_val` for MSMT17, `test_set` for the classic
+        CUHK03; `preset` and everything that `synthetic.make_dataset` takes for `synthetic`.
 
     Returns:
       The data set; training pids are numbered 0..C-1, `pid_of_label` has the originals.
@@ -48,10 +65,23 @@ def load_dataset(name: str, root: str | os.PathLike[str] | None = None, **option
     if name == "synthetic":
         if root is not None:
             raise ValueError(
-                f"the synthetic data set is rendered and takes no root, got {root!s}; to read images "
-                "that it wrote to a directory use market1501"
+                f"the synthetic data set is rendered and takes no root, got {root!s}; to read "
+                "images that were written to a directory use market1501"
             )
         return DATASETS[name](**options)
     if root is None:
         raise FileNotFoundError(layouts.missing(name, None))
-    return DATASETS[name](pathlib.Path(root), **options)
+    path = pathlib.Path(root).expanduser()
+    if _is_tfds_directory(path):
+        from mros_jax.data import tfds_builders  # slow to import, and few need it
+
+        return tfds_builders.load_prepared(name, path, **options)
+    return DATASETS[name](path, **options)
+
+
+def _is_tfds_directory(path: pathlib.Path) -> bool:
+    """Whether a TFDS builder of ours has prepared something here: builder/config/version."""
+    return any(
+        next((path / builder).glob("*/*/features.json"), None)
+        for builder in ("market1501", "dukemtmc", "msmt17", "cuhk03")
+    )
