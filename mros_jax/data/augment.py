@@ -1,7 +1,7 @@
 """Resize, flip, pad and crop, normalise, erase: one fused function on the accelerator.
 
-Every example has its own key, made from (seed, step, position in the global batch), so a batch looks
-the same on any number of devices and after any resume.
+Every example has its own key, made from (seed, step, position in the global batch), so a batch
+looks the same on any number of devices and after any resume.
 """
 
 from typing import Literal, NamedTuple
@@ -65,9 +65,9 @@ def draw_params(
     The crop's corner is uniform over the (2 pad + 1)^2 possible ones. Random erasing (Zhong et al.,
     AAAI 2020): up to 100 times draw an area, uniform in `erase_area` x the image's, and an aspect
     ratio height / width, uniform in `erase_aspect`; sides are sqrt(area * aspect) and
-    sqrt(area / aspect), rounded; the first rectangle that is smaller than the image on both sides is
-    put at a place uniform over all where it fits. If none of the 100 is, nothing is erased. All 100
-    candidates are drawn at once and the first that fits is taken, which is the same distribution.
+    sqrt(area / aspect), rounded; the first rectangle that is smaller than the image on both sides
+    is put at a place uniform over all where it fits. If none of the 100 is, nothing is erased. All
+    100 candidates are drawn at once and the first that fits is taken: the same distribution.
 
     Args:
       key: one key of `example_keys`.

@@ -57,7 +57,8 @@ def plan_epoch(
     An identity with fewer than K images repeats them within its group of K.
 
     An epoch has N // (P K) batches, hence N // (P K) x P groups of K. All groups of K unused images
-    are equally likely to be among them; groups that need a repeat come in where those do not suffice.
+    are equally likely to be among them; groups that need a repeat come in where those do not
+    suffice.
 
     Args:
       labels: (N,) identity of every training image; any integers, junk excluded by the caller.
@@ -135,8 +136,8 @@ def _assign_identities(
 
     The groups, identity after identity in random order, fill a table of P rows of `steps` places; a
     random permutation of each row says which step a place means. An identity has at most `steps`
-    groups, so it can meet itself only where it runs over from one row into the next: there the places
-    of the next row avoid the steps that it already has.
+    groups, so it can meet itself only where it runs over from one row into the next: there the
+    places of the next row avoid the steps that it already has.
     """
     order = rng.permutation(len(groups))
     table = np.repeat(order, groups[order]).reshape(identities, steps)

@@ -34,9 +34,9 @@ def read_new_protocol(
     """Reads CUHK03 (Li et al., CVPR 2014) with the 767 / 700 split of Zhong et al., CVPR 2017.
 
     Any of these will do, looked for in this order: the image folders of CUHK03-NP
-    (`labeled/bounding_box_train/`, ...); the split file `cuhk03_new_protocol_config_labeled.mat` with
-    extracted images in `images_labeled/`; the split file with the original `cuhk-03.mat` (needs
-    h5py). Camera 1 or 2 is the view; a person is seen by one of the five pairs of cameras only.
+    (`labeled/bounding_box_train/`, ...); the split file `cuhk03_new_protocol_config_labeled.mat`
+    with extracted images in `images_labeled/`; the split file with the original `cuhk-03.mat`
+    (needs h5py). Camera 1 or 2 is the view; a person is seen by one of the five camera pairs only.
 
     Args:
       root: the directory with them.
@@ -100,8 +100,8 @@ def draw_trials(
 ) -> Int64[np.ndarray, "trials identities"]:
     """Draws the galleries of the classic protocol: one image of every identity, `trials` times.
 
-    Every row selects the columns of a distance matrix (queries x gallery) that one trial is evaluated
-    on; the result of the protocol is the mean over the trials.
+    Every row selects the columns of a distance matrix (queries x gallery) that one trial is
+    evaluated on; the result of the protocol is the mean over the trials.
 
     Args:
       gallery: the gallery split.
@@ -143,6 +143,7 @@ def _with_reader(dataset: Dataset, mat: _Mat | None, kind: Kind) -> Dataset:
     """Lets the images come out of cuhk-03.mat instead of files."""
     if mat is None:
         return dataset
+
     def read_from_mat(split: Split) -> Split:
         names = split.names
         return dataclasses.replace(split, reader=lambda i: mat.read(kind, str(names[i])))

@@ -25,8 +25,8 @@ class Split:
       reader: `reader(i)` returns the encoded bytes (JPEG, PNG, ...) of image i as they are on disk.
         It must be safe to call from several threads.
       pixels: for rendered data sets instead of `reader`: returns all images, uint8 (N, H, W, 3).
-      pixels_key: names what `pixels` returns (parameters and version of the renderer), so that it can
-        be cached on disk; None means never cached.
+      pixels_key: names what `pixels` returns (parameters and version of the renderer), so that it
+        can be cached on disk; None means never cached.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Split:
         """
         if self.reader is None:
             raise ValueError(
-                f"split {self.name!r} is rendered, not read from files: use pixels() instead of read(i)"
+                f"split {self.name!r} is rendered, not read from files: use pixels(), not read(i)"
             )
         return self.reader(int(i))
 

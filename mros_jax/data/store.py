@@ -35,8 +35,8 @@ class ImageStore:
 
     Attributes:
       images: (N, H, W, 3) uint8 RGB; memory-mapped where the cache holds it.
-      kept: (N,) int64, row i is image `kept[i]` of the split that was loaded; all of them unless some
-        were skipped. `split` is already reduced to them.
+      kept: (N,) int64, row i is image `kept[i]` of the split that was loaded; all of them unless
+        some were skipped. `split` is already reduced to them.
       split: the split with exactly these images.
       cached: the file that holds `images`, or None.
     """
@@ -109,9 +109,10 @@ def load_store(
 ) -> ImageStore:
     """Decodes all images of a split, or finds them in the cache.
 
-    Images keep their size where they all share one (Market-1501: 128 x 64); otherwise each is resized
-    to `height` x `width` by PIL's bilinear filter, as the evaluation transform would. Images that are
-    not RGB (greyscale, CMYK, palette, 16 bit) are converted, and a warning counts them.
+    Images keep their size where they all share one (Market-1501: 128 x 64); otherwise each is
+    resized to `height` x `width` by PIL's bilinear filter, as the evaluation transform would.
+    Images that are not RGB (greyscale, CMYK, palette, 16 bit) are converted, and a warning counts
+    them.
 
     The cache is one `.npy` file per split, its name a hash of the encoded bytes of all images in
     order (of `pixels_key` for rendered ones): changing, adding or reordering files makes another
@@ -125,8 +126,8 @@ def load_store(
       cache_dir: where decoded images are kept; by default `mros_jax/images` in the user's cache
         directory ($XDG_CACHE_HOME, or ~/.cache).
       use_cache: read and write the cache at all.
-      on_cache_error: if the cache cannot be written (read-only, disk full): "warn" and go on with the
-        images in memory, or raise an "error".
+      on_cache_error: if the cache cannot be written (read-only, disk full): "warn" and go on with
+        the images in memory, or raise an "error".
       num_threads: decoding threads; by default one per CPU.
       on_bad_image: unreadable or truncated images: "error", or "skip" with a warning naming them.
       progress: show a progress bar.
@@ -284,11 +285,15 @@ class _Loader:
                 return None
             total.update(b"pixels:" + self.split.pixels_key.encode())
             return total.hexdigest()
-        for part in self._each(
-            lambda i: hashlib.blake2b(self.split.read(i), digest_size=16).digest(), "checking"
-        ):
+        for part in self._each(self._hash, "checking"):
             total.update(part)
         return total.hexdigest()
+
+    def _hash(self, i: int) -> bytes:
+        try:
+            return hashlib.blake2b(self.split.read(i), digest_size=16).digest()
+        except OSError as error:  # decoding meets it again and reports it
+            return str(error).encode()
 
     def decode(
         self, height: int, width: int
