@@ -95,8 +95,8 @@ def check_ids(ids: Numbers, name: str, length: int) -> Int64[np.ndarray, "N"]:
     )
     if not whole:
         raise ValueError(
-            f"{name} holds {array.dtype} (first: {array[0]!r}); expected whole numbers. Number them "
-            "over query and gallery together, e.g. with np.unique(both, return_inverse=True)"
+            f"{name} holds {array.dtype} (first: {array[0]!r}); expected whole numbers. Number "
+            "them over query and gallery together, e.g. with np.unique(both, return_inverse=True)"
         )
     return array.astype(np.int64)
 

@@ -22,9 +22,9 @@ from mros_jax.retrieval.inputs import (
     Numbers,
     check_choice,
     check_count,
-    check_ids,
     check_pair,
 )
+from mros_jax.retrieval.labels import Labels, check_labels, ragged_positions
 
 AP_VARIANTS = ("standard", "trapezoid")
 _ROWS = 32  # rows that are counted together: small enough to stay in a core's cache
@@ -58,6 +58,27 @@ class Result:
     query_pids: Int64[np.ndarray, "V"]
     protocol: dict[str, Any]
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Result":
+        """A result from its plain values, as `to_dict` made them; further entries are ignored.
+
+        Raises:
+            ValueError: entries are missing.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise ValueError(f"this result lacks {', '.join(missing)}")
+        whole = ("first_match_rank", "valid_queries", "invalid_queries", "query_pids")
+        return cls(
+            **{
+                name: np.asarray(values[name], np.int64 if name in whole else np.float64)
+                if isinstance(values[name], list)
+                else values[name]
+                for name in names
+            }
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values, as results.json holds it."""
         values = dataclasses.asdict(self)
@@ -71,59 +92,6 @@ class Result:
         ranks = [k for k in (1, 5, 10) if k <= len(self.cmc)]
         shares = "  ".join(f"Rank-{k} {100 * self.cmc[k - 1]:.2f}" for k in ranks)
         return f"mAP {100 * self.mAP:.2f}  mINP {100 * self.mINP:.2f}  {shares}"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Lists:
-    """Ragged lists of gallery indices, one list a query."""
-
-    starts: Int64[np.ndarray, "Q+1"]
-    indices: Int64[np.ndarray, "P"]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.starts)
-
-    def pad(self, rows: np.ndarray) -> Int[np.ndarray, "B M"]:
-        """Lists of `rows` side by side, -1 after the end; the width a power of two, to limit
-        the number of compilations."""
-        lengths = self.lengths[rows]
-        width = 1 << max(3, int(lengths.max() - 1).bit_length()) if lengths.max() else 1
-        table = np.full((len(rows), width), -1, np.int32)
-        row, column = ragged_positions(lengths)
-        table[row, column] = self.indices[np.repeat(self.starts[rows], lengths) + column]
-        return table
-
-
-def ragged_positions(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(row, position in the row) of every element of ragged rows."""
-    row = np.repeat(np.arange(len(lengths)), lengths)
-    return row, np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-
-def _split_lists(
-    query_pids: np.ndarray,
-    gallery_pids: np.ndarray,
-    query_camids: np.ndarray,
-    gallery_camids: np.ndarray,
-    distractor_pid: int | None,
-) -> tuple[_Lists, _Lists]:
-    """Gallery indices that match each query, and those removed (same pid, same camera)."""
-    by_pid = np.argsort(gallery_pids, kind="stable")
-    sorted_pids = gallery_pids[by_pid]
-    first = np.searchsorted(sorted_pids, query_pids, "left")
-    lengths = np.searchsorted(sorted_pids, query_pids, "right") - first
-    if distractor_pid is not None:
-        lengths[query_pids == distractor_pid] = 0
-    row, position = ragged_positions(lengths)
-    same_pid = by_pid[first[row] + position]
-    same_camera = gallery_camids[same_pid] == query_camids[row]
-
-    def select(mask: np.ndarray) -> _Lists:
-        counts = np.bincount(row[mask], minlength=len(query_pids))
-        return _Lists(np.concatenate([[0], np.cumsum(counts)]), same_pid[mask])
-
-    return select(~same_camera), select(same_camera)
 
 
 def count_ranks(
@@ -165,98 +133,63 @@ def _count_from_features(kind: str) -> Callable:
 
 
 def _rank_matches(
-    rows_of: Any,
+    rows_of: Callable[[np.ndarray], Any],
     function: Callable,
     shared: Sequence[Any],
-    matches: _Lists,
-    removed: _Lists,
-    num_gallery: int,
+    labels: Labels,
     block_size: int | None,
     devices: Sequence[jax.Device] | None,
 ) -> Int64[np.ndarray, "P"]:
-    """Ranks in the order of `matches.indices`."""
+    """Ranks of all matches, in the order of `labels.matches.indices`."""
+    matches, removed = labels.matches, labels.removed
     mapped = blocks.BlockMap(function, shared, devices=devices)
-    step = blocks.choose_block(num_gallery, block_size, multiple=_ROWS) * mapped.num_devices
-    # Queries with equally many matches go together: a block costs as much as its longest list.
+    step = blocks.choose_block(len(labels.kept), block_size, multiple=_ROWS) * mapped.num_devices
+    # Queries with equally many matches go together: rows cost as much as the longest list of them.
     order = np.argsort(-matches.lengths, kind="stable")
     order = order[: np.count_nonzero(matches.lengths)]
 
     def start(begin: int) -> tuple[np.ndarray, Any]:
         rows = order[begin : begin + step]
-        padded = blocks.pad_rows(rows, step)
-        values = blocks.pad_rows(rows_of(rows), step)
-        return rows, mapped(matches.pad(padded), removed.pad(padded), values)
+        tables = (matches.pad(rows), removed.pad(rows), rows_of(rows))
+        return rows, mapped(*(blocks.pad_rows(table, step) for table in tables))
 
     ranks = np.empty(len(matches.indices), np.int64)
     for rows, block in blocks.run_ahead(start(b) for b in range(0, len(order), step)):
-        lengths = matches.lengths[rows]
-        row, column = ragged_positions(lengths)
-        ranks[np.repeat(matches.starts[rows], lengths) + column] = block[row, column]
+        ranks[matches.places(rows)] = block[ragged_positions(matches.lengths[rows])]
     return ranks
 
 
-def _check_labels(
-    query_pids: Numbers,
-    gallery_pids: Numbers,
-    query_camids: Numbers,
-    gallery_camids: Numbers,
-    num_query: int,
-    num_gallery: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    return (
-        check_ids(query_pids, "query_pids", num_query),
-        check_ids(gallery_pids, "gallery_pids", num_gallery),
-        check_ids(query_camids, "query_camids", num_query),
-        check_ids(gallery_camids, "gallery_camids", num_gallery),
-    )
-
-
-def _explain_no_match(
-    query_pids: np.ndarray, gallery_pids: np.ndarray, query_camids: np.ndarray, removed: _Lists
-) -> str:
-    """Why no query is valid."""
-    start = f"none of the {len(query_pids)} queries has a true match in the gallery: "
-    if len(gallery_pids) == 0:
-        return start + "every gallery image is junk"
-    if not np.isin(query_pids, gallery_pids).any():
-        return start + (
-            f"no query pid (e.g. {query_pids[0]}) is among the gallery pids "
-            f"(e.g. {gallery_pids[0]})"
-        )
-    if len(removed.indices):
-        cameras = np.unique(query_camids)
-        seen = f"all queries have camera {cameras[0]}" if len(cameras) == 1 else "by camera"
-        return start + (
-            f"all {len(removed.indices)} images of the same pid are from the query's own camera "
-            f"and so are removed ({seen}). Check the camids: one camera cannot be evaluated"
-        )
-    return start + "all query pids mean junk or distractor"
-
-
 def _summarise(
-    ranks: np.ndarray,
-    matches: _Lists,
-    query_pids: np.ndarray,
+    ranks: Int64[np.ndarray, "P"],
+    labels: Labels,
     ap: str,
     max_rank: int,
     protocol: dict[str, Any],
 ) -> Result:
     """Metrics in float64 from the ranks of all matches."""
-    lengths = matches.lengths
+    lengths, starts = labels.matches.lengths, labels.matches.starts
     row, position = ragged_positions(lengths)
     ranks = ranks[np.lexsort((ranks, row))]
     i = position + 1.0
     precision = i / ranks
     if ap == "trapezoid":
-        # The Market-1501 rule: the precision just before the match counts half; 1 at rank 1.
+        # The Market-1501 rule: the mean with the precision just before the match, 1 at rank 1.
         before = np.where(ranks == 1, 1.0, (i - 1) / np.maximum(ranks - 1, 1))
         precision = (precision + before) / 2
     valid = np.flatnonzero(lengths)
     per_query = np.bincount(row, precision, minlength=len(lengths))[valid] / lengths[valid]
-    last = matches.starts[valid + 1] - 1
-    first_match_rank = ranks[matches.starts[valid]]
-    inp = lengths[valid] / ranks[last]
+    first_match_rank = ranks[starts[valid]]
+    inp = lengths[valid] / ranks[starts[valid + 1] - 1]
     counts = np.bincount(np.minimum(first_match_rank, max_rank + 1), minlength=max_rank + 2)
+    sizes = {
+        "ap": ap,
+        "max_rank": max_rank,
+        "num_query": len(lengths),
+        "num_valid_queries": len(valid),
+        "num_gallery": len(labels.kept),
+        "num_junk": labels.num_junk,
+        "num_distractors": labels.num_distractors,
+    }
     return Result(
         mAP=float(per_query.mean()),
         mINP=float(inp.mean()),
@@ -266,8 +199,8 @@ def _summarise(
         first_match_rank=first_match_rank,
         valid_queries=valid,
         invalid_queries=np.flatnonzero(lengths == 0),
-        query_pids=query_pids[valid],
-        protocol=protocol | {"num_valid_queries": len(valid)},
+        query_pids=labels.query_pids[valid],
+        protocol=sizes | protocol,
     )
 
 
@@ -319,44 +252,33 @@ def evaluate_distances(
         matrix = matrix.astype(np.float32)
     if matrix.dtype not in (np.float32, np.float64):
         matrix = matrix.astype(np.float64)
-    labels = _check_labels(
-        query_pids, gallery_pids, query_camids, gallery_camids, matrix.shape[0], matrix.shape[1]
+    labels = check_labels(
+        query_pids,
+        gallery_pids,
+        query_camids,
+        gallery_camids,
+        *matrix.shape,
+        junk_pid=junk_pid,
+        distractor_pid=distractor_pid,
     )
-    kept = np.flatnonzero(labels[1] != junk_pid) if junk_pid is not None else None
-    if kept is None or len(kept) == matrix.shape[1]:
-        kept = np.arange(matrix.shape[1])
-        columns: Any = slice(None)
-    else:
-        columns = kept
-    q_pids, g_pids, q_cams, g_cams = labels[0], labels[1][kept], labels[2], labels[3][kept]
-    matches, removed = _split_lists(q_pids, g_pids, q_cams, g_cams, distractor_pid)
-    if len(matches.indices) == 0:
-        raise ValueError(_explain_no_match(q_pids, g_pids, q_cams, removed))
 
-    def rows_of(rows: np.ndarray) -> np.ndarray:
+    def rows_of(rows: np.ndarray) -> Any:
         block = matrix[rows]
-        # A NaN is before and after nothing: it would only make the ranks better, silently.
+        # A NaN comes before nothing: it would only make the ranks better, silently.
         bad = np.isnan(np.asarray(block).sum(1)) & np.isnan(np.asarray(block)).any(1)
         if bad.any():
             raise ValueError(f"distance holds NaN, e.g. in row {rows[np.argmax(bad)]}")
-        return block if isinstance(columns, slice) else block[:, columns]
+        return block[:, labels.kept] if labels.num_junk else block
 
     with jax.enable_x64(matrix.dtype == np.float64):
-        ranks = _rank_matches(
-            rows_of, count_ranks, (), matches, removed, len(kept), block_size, devices
-        )
+        ranks = _rank_matches(rows_of, count_ranks, (), labels, block_size, devices)
     described = {
         "metric": "given distances",
-        "ap": ap,
-        "max_rank": max_rank,
-        "num_query": matrix.shape[0],
-        "num_gallery": len(kept),
-        "num_junk": matrix.shape[1] - len(kept),
+        "rerank": None,
         "junk_pid": junk_pid,
         "distractor_pid": distractor_pid,
-        "rerank": None,
     }
-    return _summarise(ranks, matches, q_pids, ap, max_rank, described | dict(protocol or {}))
+    return _summarise(ranks, labels, ap, max_rank, described | dict(protocol or {}))
 
 
 def evaluate(
@@ -428,56 +350,41 @@ def evaluate(
     query, gallery = check_pair(
         query_features, gallery_features, normalize=normalize or rerank is not None
     )
-    labels = _check_labels(
-        query_pids, gallery_pids, query_camids, gallery_camids, len(query), len(gallery)
+    labels = check_labels(
+        query_pids,
+        gallery_pids,
+        query_camids,
+        gallery_camids,
+        len(query),
+        len(gallery),
+        junk_pid=junk_pid,
+        distractor_pid=distractor_pid,
     )
     options = dict(rerank_options or {})
-    kept = np.arange(len(gallery)) if junk_pid is None else np.flatnonzero(labels[1] != junk_pid)
-    num_junk = len(gallery) - len(kept)
-    q_pids, g_pids, q_cams, g_cams = labels[0], labels[1][kept], labels[2], labels[3][kept]
-    matches, removed = _split_lists(q_pids, g_pids, q_cams, g_cams, distractor_pid)
-    if len(matches.indices) == 0:
-        raise ValueError(_explain_no_match(q_pids, g_pids, q_cams, removed))
-    if num_junk and not (keep_junk and rerank):
-        gallery = gallery[kept]
+    keep_junk = keep_junk and rerank is not None
+    if labels.num_junk and not keep_junk:
+        gallery = gallery[labels.kept]
     described = {
         "metric": metric,
         "normalize": normalize,
-        "ap": ap,
-        "max_rank": max_rank,
-        "num_query": len(query),
-        "num_gallery": len(kept),
-        "num_junk": num_junk,
-        "junk": "kept for re-ranking" if keep_junk else "dropped",
+        "rerank": rerank,
+        "rerank_options": reranking.describe(rerank, options) if rerank else None,
+        "junk": "neighbours in re-ranking" if keep_junk else "dropped",
         "junk_pid": junk_pid,
         "distractor_pid": distractor_pid,
-        "rerank": rerank,
-        "rerank_options": None,
     }
     if rerank is None:
+        function = _count_from_features(distances.choose_kind(metric, normalize))
         ranks = _rank_matches(
-            lambda rows: query[rows],
-            _count_from_features(distances.choose_kind(metric, normalize)),
-            [gallery],
-            matches,
-            removed,
-            len(gallery),
-            block_size,
-            devices,
+            lambda rows: query[rows], function, [gallery], labels, block_size, devices
         )
     else:
-        described["rerank_options"] = reranking.describe(rerank, options)
         prepare = reranking.METHODS[rerank]
         reranked = prepare(query, gallery, block_size=block_size, devices=devices, **options)
-        columns = kept if num_junk and keep_junk else slice(None)
-        ranks = _rank_matches(
-            lambda rows: reranked(rows)[:, columns].astype(np.float32),
-            count_ranks,
-            (),
-            matches,
-            removed,
-            len(kept),
-            block_size,
-            devices,
-        )
-    return _summarise(ranks, matches, q_pids, ap, max_rank, described | dict(protocol or {}))
+        columns = labels.kept if keep_junk else slice(None)
+
+        def rows_of(rows: np.ndarray) -> np.ndarray:
+            return reranked(rows)[:, columns].astype(np.float32)
+
+        ranks = _rank_matches(rows_of, count_ranks, (), labels, block_size, devices)
+    return _summarise(ranks, labels, ap, max_rank, described | dict(protocol or {}))

@@ -110,9 +110,9 @@ def ecn(
     The rank vector w_i gives each image b max(0, k - position of b in i's list); the rank distance
     is r(i, j) = -w_i . w_j; the expanded neighbours N(i) are the t nearest of i and the q nearest
     of each of those. The distance of query and gallery image is the mean of r(n, gallery) over
-    N(query) and r(query, n) over N(gallery). As r is bilinear the mean over n is taken first: with E_i the
-    mean of w_n over N(i), it is -(E_q . w_g + w_q . E_g) / 2, two sparse products. Where that is 0
-    the cosine distance stands in its place (so those come last, in cosine order).
+    N(query) and r(query, n) over N(gallery). As r is bilinear the mean over n is taken first: with
+    E_i the mean of w_n over N(i), it is -(E_q . w_g + w_q . E_g) / 2, two sparse products. Where
+    that is 0 the cosine distance stands in its place (so those come last, in cosine order).
 
     Args:
         query_features: (Q, D).
