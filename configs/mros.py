@@ -83,8 +83,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = ConfigDict()
     config.model.setting = setting
     config.model.backbone = "resnet50"
-    # ImageNet weights: a file; "auto": what scripts/fetch_weights.py has fetched, else a warning and
-    # a random start; "none": a random start.
+    # ImageNet weights: a file; "none": a random start; "auto": what scripts/fetch_weights.py has
+    # fetched, else a warning and a random start.
     config.model.weights = "auto"
     config.model.num_stripes = 6
     config.model.last_stride = 1  # default

@@ -77,8 +77,8 @@ class Checkpoints:
     def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The last complete checkpoint and its `extra`, or None where there is none.
 
-        Process 0 reads; the others are sent the state (their `extra` is empty). A best checkpoint from after the last
-        one is dropped: the resumed run will come to it again.
+        Process 0 reads; the others are sent the state (their `extra` is empty). A best checkpoint
+        from after the last one is dropped: the resumed run will come to it again.
 
         Args:
             template: a state of the same structure, shapes and types.

@@ -83,7 +83,7 @@ class Embedder:
         variables = parallel.replicate(self.variables)
         parts = []
         starts = range(0, len(images), batch_size)
-        for start in tqdm(starts, desc="descriptors", unit="batch", disable=not progress):
+        for start in tqdm(starts, desc="descriptors", leave=False, disable=not progress):
             batch = images[start : start + batch_size]
             padding = batch_size - len(batch)
             padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))

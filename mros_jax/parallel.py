@@ -6,7 +6,7 @@ device, so a checkpoint does not know how many devices made it.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -67,7 +67,7 @@ class MappedStep:
         RuntimeError: on a call, where it would need a second compilation: a shape or type changed.
     """
 
-    def __init__(self, step: Callable):
+    def __init__(self, step: Callable, devices: Sequence[jax.Device] | None = None):
         self._compiled = False
 
         def compiled_once(state: Any, data: Any, batch: Any) -> Any:
@@ -86,32 +86,36 @@ class MappedStep:
             in_axes=(None, None, 0),
             out_axes=None,
             donate_argnums=(0,),
+            devices=devices,
         )
 
     def __call__(self, state: Any, data: Any, batch: Any) -> tuple[Any, Any]:
+        """One step on all devices; returns without waiting for it."""
         return self._step(state, data, batch)
 
 
-def _sharding(*axes: str | None) -> NamedSharding:
-    return NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec(*axes))
+def _sharding(devices: Sequence[jax.Device] | None, *axes: str | None) -> NamedSharding:
+    mesh = Mesh(np.array(devices or jax.local_devices()), (AXIS,))
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def replicate(tree: Any) -> Any:
-    """Puts every array of `tree` whole on each device of this process.
+def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
+    """Puts every array of `tree` whole on each device of this process, or on each of `devices`.
 
-    The arrays are copied first: on a CPU a device array may share memory with its source, and the
-    training step donates its state.
+    The arrays are copied: the training step donates its state, and must not own its source.
     """
-    return jax.tree.map(lambda x: jax.device_put(np.array(x), _sharding()), tree)
+    sharding = _sharding(devices)
+    return jax.tree.map(lambda x: jax.device_put(x, sharding, may_alias=False), tree)
 
 
-def split(tree: Any) -> Any:
+def split(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
     """Splits arrays (B, ...) over this process's devices: (devices, B / devices, ...).
 
     Raises:
         ValueError: B is not a multiple of the number of devices.
     """
-    count = jax.local_device_count()
+    sharding = _sharding(devices, AXIS)
+    count = sharding.num_devices
 
     def put(array: np.ndarray) -> jax.Array:
         if array.shape[0] % count:
@@ -120,7 +124,7 @@ def split(tree: Any) -> Any:
                 "choose identities x images as a multiple of all devices"
             )
         parts = array.reshape(count, array.shape[0] // count, *array.shape[1:])
-        return jax.device_put(parts, _sharding(AXIS))
+        return jax.device_put(parts, sharding)
 
     return jax.tree.map(put, tree)
 

@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -143,8 +144,8 @@ def init_variables(model: MROS, config: ConfigDict) -> dict[str, Any]:
 
 def build(
     config: ConfigDict, model: MROS, steps_per_epoch: int
-) -> tuple[TrainState, parallel.MappedStep]:
-    """The state before the first step, and the step mapped over all devices."""
+) -> tuple[TrainState, Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]]:
+    """The state before the first step, and the step (for one device, see `steps`)."""
     variables = init_variables(model, config)
     schedule = make_schedule(
         lr=config.optimizer.lr,
@@ -189,4 +190,4 @@ def build(
         center_lr=config.optimizer.center_lr,
         ema_decay=ema_decay,
     )
-    return state, parallel.MappedStep(step)
+    return state, step

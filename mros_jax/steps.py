@@ -104,7 +104,7 @@ def make_train_step(
             centers=update_centers(state.centers, center_grads, lr=center_lr),
             ema_params=ema_params,
         )
-        metrics = {"loss": total, **parts, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": total, **parts, "grad_norm": optax.tree.norm(grads)}
         metrics["lr"] = schedule(state.step)
         return new_state, metrics
 

@@ -58,11 +58,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
     if is_main:
         claim_workdir(workdir, config)
         write_json(workdir / "run.json", describe_run(dataset))
-    batches = feed.make_feed(config, dataset.train)
+    batches = feed.Feed(config, dataset)
     sizes = batches.sizes
 
     model = recipe.make_model(config.model, dataset.num_classes)
     state, step_fn = recipe.build(config, model, sizes.steps_per_epoch)
+    mapped_step = parallel.MappedStep(step_fn)
     saved = checkpoints.Checkpoints(workdir / "checkpoints")
     best_mAP, last_saved = -1.0, None
     if (restored := saved.restore(state)) is not None:
@@ -81,7 +82,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
             epoch, first = divmod(step, sizes.steps_per_epoch)
             for batch in batches.epoch(epoch, first):
                 with jax.transfer_guard_device_to_host("disallow"):
-                    state, metrics = step_fn(state, batches.data, batch)
+                    state, metrics = mapped_step(state, batches.data, batch)
                 step += 1
                 logger.add(step, metrics)
                 at_log_point = step % config.log_every_steps == 0
@@ -97,7 +98,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
             evaluating = finished or (rest == 0 and epochs_done % config.eval.every_epochs == 0)
             names = ["last"]
             if evaluating:
-                scores = evaluator.run(state, workdir if finished else None)
+                scores = evaluator.run(state, epochs_done, workdir if finished else None)
                 if scores["mAP"] > best_mAP:
                     best_mAP = scores["mAP"]
                     names = ["best", "last"]

@@ -1,6 +1,6 @@
 """Evaluation of a model while and after it is trained."""
 
-import logging
+import functools
 import pathlib
 
 import jax
@@ -9,61 +9,82 @@ from ml_collections import ConfigDict
 from mros_jax import parallel
 from mros_jax.data import store
 from mros_jax.data.splits import Dataset
+from mros_jax.evaluate import evaluate_features, extract_features
 from mros_jax.inference import Embedder
 from mros_jax.models.mros import MROS
-from mros_jax.retrieval import evaluate
+from mros_jax.retrieval import files
 from mros_jax.state import TrainState
 from mros_jax.writer import write_json
 
-log = logging.getLogger(__name__)
+RANKS = (1, 5, 10)
 
 
 class Evaluator:
+    """Scores the states of a run on its data set's queries and gallery.
+
+    Images are decoded and programs compiled once. In a run of many processes each computes the
+    same, on its own devices.
+    """
+
     def __init__(self, config: ConfigDict, dataset: Dataset, model: MROS):
         self._config, self._dataset = config, dataset
         self._embedder = Embedder(model, {}, height=config.input.height, width=config.input.width)
         self._stores = [
             store.load_store(
-                s,
+                split,
                 height=config.input.height,
                 width=config.input.width,
                 cache_dir=config.dataset.cache_dir,
                 on_bad_image=config.dataset.on_bad_image,
-            )
-            for s in (dataset.query, dataset.gallery)
-        ]
-
-    def run(self, state: TrainState, workdir: pathlib.Path | None) -> dict[str, float]:
-        self._embedder.variables = jax.device_get(state.eval_variables)
-        q, g = (
-            self._embedder.embed(
-                s.images,
-                batch_size=self._config.eval.batch_size,
                 progress=parallel.is_main_process(),
             )
-            for s in self._stores
+            for split in (dataset.query, dataset.gallery)
+        ]
+
+    def run(
+        self, state: TrainState, epoch: int, workdir: pathlib.Path | None = None
+    ) -> dict[str, float]:
+        """Evaluates a state; with a workdir also with re-ranking, and all results are kept there.
+
+        Args:
+            state: to evaluate.
+            epoch: completed epochs.
+            workdir: where `features.npz` and `results.json` are written, by process 0.
+
+        Returns:
+            mAP, mINP and rank1, rank5, rank10 without re-ranking, as fractions of 1.
+        """
+        config = self._config.eval
+        self._embedder.variables = jax.device_get(state.eval_variables)
+        features = extract_features(
+            functools.partial(
+                self._embedder.embed,
+                batch_size=config.batch_size,
+                flip_test=config.flip_test,
+                progress=parallel.is_main_process(),
+            ),
+            self._dataset,
+            height=self._config.input.height,
+            width=self._config.input.width,
+            stores=self._stores,
         )
-        Q, G = (s.split for s in self._stores)
-        out = []
-        for rerank in (None, *(self._config.eval.rerank if workdir else ())):
-            r = evaluate(
-                q,
-                g,
-                Q.pids,
-                G.pids,
-                Q.camids,
-                G.camids,
-                rerank=rerank,
-                metric=self._config.eval.metric,
-                ap=self._config.eval.ap,
-            )
-            log.info("%s: %s", rerank or "plain", r)
-            out.append({"name": rerank or "plain", **r.to_dict()})
-        if workdir:
-            write_json(workdir / "results.json", {"results": out})
-        r = out[0]
-        return {
-            "mAP": r["mAP"],
-            "mINP": r["mINP"],
-            **{f"rank{k}": float(r["cmc"][k - 1]) for k in (1, 5, 10)},
-        }
+        results = evaluate_features(
+            features,
+            dataset=self._dataset.name,
+            reranks=config.rerank if workdir else (),
+            rerank_options=config.rerank_options.to_dict(),
+            metric=config.metric,
+            ap=config.ap,
+            flip_test=config.flip_test,
+            keep_junk=config.keep_junk,
+            setting=self._config.model.setting,
+            seed=self._config.seed,
+            step=int(state.step),
+            epoch=epoch,
+        )
+        if workdir and parallel.is_main_process():
+            files.save_features(workdir / "features.npz", features)
+            write_json(workdir / "results.json", results)
+        plain = results["results"][0]
+        ranks = {f"rank{k}": plain["cmc"][min(k, len(plain["cmc"])) - 1] for k in RANKS}
+        return {"mAP": plain["mAP"], "mINP": plain["mINP"], **ranks}

@@ -1,0 +1,154 @@
+"""Data parallelism: any number of devices trains the same model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mros_jax import losses, parallel, recipe
+from mros_jax.data import augment
+from mros_jax.feed import Feed
+from tests.training import assert_close, make_config
+
+STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def _train(config, num_devices, steps=STEPS):
+    """The state and the metrics of every step on `num_devices` devices."""
+    devices = jax.local_devices()[:num_devices]
+    dataset = recipe.load_dataset(config)
+    feed = Feed(config, dataset)
+    model = recipe.make_model(config.model, dataset.num_classes)
+    state, step = recipe.build(config, model, feed.sizes.steps_per_epoch)
+    step = parallel.MappedStep(step, devices)
+    state = parallel.replicate(state, devices)
+    data = parallel.replicate(jax.device_get(feed.data), devices)
+    history = []
+    for i in range(steps):
+        epoch, first = divmod(i, feed.sizes.steps_per_epoch)
+        indices = np.asarray(jax.device_get(next(feed.epoch(epoch, first))["indices"])).reshape(-1)
+        state, metrics = step(state, data, parallel.split({"indices": indices}, devices))
+        history.append(jax.device_get(metrics))
+    return jax.device_get(state), history
+
+
+@pytest.fixture(scope="module")
+def synchronised(cache_dir):
+    # A low rate: the test is of arithmetic, not of how training amplifies rounding.
+    return make_config(
+        cache_dir, **{"model.batch_norm": "synchronised", "optimizer.lr": 1e-5, "num_epochs": 12}
+    )
+
+
+@pytest.fixture(scope="module")
+def one_device(synchronised):
+    return _train(synchronised, 1)
+
+
+@pytest.mark.parametrize("num_devices", [2, 4])
+def test_synchronised_devices_equal_one(synchronised, one_device, num_devices):
+    state, history = _train(synchronised, num_devices)
+    for here, there in zip(history, one_device[1], strict=True):
+        assert_close(here, there, 1e-5)
+    assert_close(state.params, one_device[0].params, 1e-5)
+    assert_close(state.batch_stats, one_device[0].batch_stats, 1e-5)
+    assert_close(state.centers, one_device[0].centers, 1e-5)
+
+
+def test_per_device_statistics_are_data_parallels(cache_dir):
+    """DataParallel: each replica normalises its share by itself, losses see the whole batch, and
+    the running statistics kept are the first replica's."""
+    config = make_config(cache_dir, **{"optimizer.lr": 1e-3, "optimizer.warmup_epochs": 0})
+    after, (metrics,) = _train(config, 2, steps=1)
+
+    dataset = recipe.load_dataset(config)
+    feed = Feed(config, dataset)
+    model = recipe.make_model(config.model, dataset.num_classes)
+    before, _ = recipe.build(config, model, feed.sizes.steps_per_epoch)
+    indices = np.asarray(jax.device_get(next(feed.epoch(0))["indices"])).reshape(-1)
+    data = jax.device_get(feed.data)
+    labels = jnp.asarray(data["labels"][indices])
+    images = augment.augment_batch(
+        data["images"][indices],
+        augment.example_keys(config.seed, 0, np.arange(len(indices))),
+        **config.input.to_dict(),
+        **config.augment.to_dict(),
+    )
+
+    def data_parallel_loss(params):
+        variables = {"params": params, "batch_stats": before.batch_stats}
+        apply = functools.partial(model.apply, variables, train=True, mutable=["batch_stats"])
+        replicas = [apply(share) for share in jnp.split(images, 2)]
+        gathered = jax.tree.map(lambda *x: jnp.concatenate(x), *(out for out, _ in replicas))
+        total, _ = losses.mros_loss(
+            gathered,
+            labels,
+            jnp.asarray(before.centers),
+            setting=config.model.setting,
+            beta=config.loss.center_weight,
+        )
+        return total, replicas[0][1]["batch_stats"]
+
+    (total, batch_stats), grads = jax.jit(jax.value_and_grad(data_parallel_loss, has_aux=True))(
+        before.params
+    )
+    assert metrics["loss"] == pytest.approx(float(total), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
+    assert_close(after.batch_stats, batch_stats, 1e-5)
+    # The second replica saw other images: keeping its statistics, or a mean, would show.
+    whole, _ = _train(config.copy_and_resolve_references(), 1, steps=1)
+    with pytest.raises(AssertionError):
+        assert_close(whole.batch_stats, batch_stats, 1e-3)
+
+
+def test_images_from_host_memory_are_the_same(cache_dir):
+    config = make_config(cache_dir, **{"num_epochs": 2})
+    feeds = []
+    for fraction in (0.5, 0.0):
+        with config.unlocked():
+            config.dataset.device_fraction = fraction
+        feeds.append(Feed(config, recipe.load_dataset(config)))
+    resident, hosted = feeds
+    assert resident.data is not None
+    assert hosted.data is None
+    data = jax.device_get(resident.data)
+    for a, b in zip(resident.epoch(1, 1), hosted.epoch(1, 1), strict=True):
+        indices = jax.device_get(a["indices"])
+        np.testing.assert_array_equal(data["images"][indices], b["images"])
+        np.testing.assert_array_equal(data["labels"][indices], b["labels"])
+
+
+def test_batches_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="batch of 6 cannot be split over its 4 devices"):
+        parallel.split({"indices": np.arange(6)})
+
+
+def test_second_compilation_is_refused():
+    step = parallel.MappedStep(lambda state, data, batch: (state, {"sum": batch.sum() * 0}))
+    state = parallel.replicate(np.zeros(()))
+    state, _ = step(state, None, parallel.split(np.arange(4.0, dtype=np.float32)))
+    state, _ = step(state, None, parallel.split(np.arange(4.0, dtype=np.float32)))
+    with pytest.raises(RuntimeError, match="second time"):
+        step(state, None, parallel.split(np.arange(8.0, dtype=np.float32)))
+
+
+def test_step_donates_its_state():
+    step = parallel.MappedStep(lambda state, data, batch: (state + 1, {}))
+    source = np.zeros(3, np.float32)
+    state = parallel.replicate(source)
+    step(state, None, parallel.split(np.arange(4)))
+    assert state.is_deleted()
+    np.testing.assert_array_equal(source, 0)
+
+
+def test_half_an_address_is_refused():
+    with pytest.raises(ValueError, match="go together"):
+        parallel.initialize("localhost:1234")
