@@ -8,19 +8,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+MULTIPLE = 32  # blocks have a multiple of so many rows on each device
 _AXIS = "rows"
 _BYTES = 64 * 2**20  # of one block of float32 distances on one device
 
 
-def choose_block(num_columns: int, block_size: int | None, *, multiple: int = 32) -> int:
-    """Rows of a block on one device: `block_size`, or what fits in 64 MiB, in whole `multiple`s."""
+def choose_block(num_columns: int, block_size: int | None = None) -> int:
+    """Rows of a block on one device: `block_size`, or what fits in 64 MiB; a multiple of 32."""
     if block_size is None:
         block_size = min(512, _BYTES // 4 // num_columns)
-    return max(multiple, block_size // multiple * multiple)
+    return max(MULTIPLE, block_size // MULTIPLE * MULTIPLE)
 
 
 class BlockMap:
-    """Calls `function(*row_blocks, *shared)` with the row blocks split over devices.
+    """Maps `function(*row_blocks, *shared)` over rows, split over devices.
 
     The function is compiled once for a shape; `shared` arrays are copied to every device once.
 
@@ -39,7 +40,7 @@ class BlockMap:
         devices: Sequence[jax.Device] | None = None,
     ):
         devices = tuple(devices if devices is not None else jax.local_devices())
-        self.num_devices = len(devices)
+        self._num_devices = len(devices)
         self._function = _compile(function, len(shared), devices)
         mesh = Mesh(np.asarray(devices), (_AXIS,))
         self._split = NamedSharding(mesh, PartitionSpec(_AXIS))
@@ -48,9 +49,48 @@ class BlockMap:
 
     def __call__(self, *rows: Any) -> Any:
         """Start one block (rows divisible by the number of devices); returns without waiting."""
-        return self._function(
-            *(jax.device_put(array, self._split) for array in rows), *self._shared
-        )
+        blocks = [jax.device_put(array, self._split) for array in rows]
+        return self._function(*blocks, *self._shared)
+
+    def run(
+        self,
+        num_rows: int,
+        num_columns: int,
+        get: Callable[[slice], Sequence[Any]],
+        *,
+        block_size: int | None = None,
+    ) -> Iterator[tuple[slice, Any]]:
+        """Map all rows; the next block is started before the last one is fetched.
+
+        Args:
+            num_rows: rows in all.
+            num_columns: numbers in a row of what a block computes, which decides its size.
+            get: the row arrays of a slice of rows.
+            block_size: rows in a block on one device.
+
+        Yields:
+            The slice of rows, and the function's result on the host.
+        """
+        least = MULTIPLE * self._num_devices
+        step = choose_block(num_columns, block_size) * self._num_devices
+        step = min(step, -(-num_rows // least) * least)
+
+        def start(begin: int) -> tuple[slice, Any]:
+            rows = slice(begin, min(begin + step, num_rows))
+            return rows, self(*(_pad_rows(array, step) for array in get(rows)))
+
+        def fetch(rows: slice, result: Any) -> tuple[slice, Any]:
+            num = rows.stop - rows.start
+            return rows, jax.tree.map(lambda array: array[:num], jax.device_get(result))
+
+        waiting = None
+        for begin in range(0, num_rows, step):
+            started = start(begin)
+            if waiting is not None:
+                yield fetch(*waiting)
+            waiting = started
+        if waiting is not None:
+            yield fetch(*waiting)
 
 
 @functools.cache
@@ -68,21 +108,10 @@ def _compile(function: Callable, num_shared: int, devices: tuple) -> Callable:
     return jax.jit(call)
 
 
-def pad_rows(array: np.ndarray | jax.Array, rows: int) -> np.ndarray | jax.Array:
+def _pad_rows(array: np.ndarray | jax.Array, rows: int) -> np.ndarray | jax.Array:
     """Repeat the last row until there are `rows` (the extra results are thrown away)."""
     missing = rows - len(array)
     if missing == 0:
         return array
     xp = jax.numpy if isinstance(array, jax.Array) else np
     return xp.concatenate([array, xp.repeat(array[-1:], missing, axis=0)])
-
-
-def run_ahead(calls: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-    """Yield (key, fetched result) with the next call already started: host and device overlap."""
-    waiting = None
-    for item in calls:
-        if waiting is not None:
-            yield waiting[0], jax.device_get(waiting[1])
-        waiting = item
-    if waiting is not None:
-        yield waiting[0], jax.device_get(waiting[1])

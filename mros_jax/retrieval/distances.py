@@ -115,14 +115,13 @@ def make_row_function(
         devices: default all local devices.
     """
     mapped = blocks.BlockMap(KINDS[kind], [gallery], devices=devices)
-    step = blocks.choose_block(len(gallery), block_size) * mapped.num_devices
 
     def compute_rows(query: Any) -> np.ndarray:
         result = np.empty((len(query), len(gallery)), np.float32)
-        starts = range(0, len(query), step)
-        calls = ((s, mapped(blocks.pad_rows(query[s : s + step], step))) for s in starts)
-        for start, block in blocks.run_ahead(calls):
-            result[start : start + step] = block[: len(query) - start]
+        for rows, block in mapped.run(
+            len(query), len(gallery), lambda rows: (query[rows],), block_size=block_size
+        ):
+            result[rows] = block
         return result
 
     return compute_rows

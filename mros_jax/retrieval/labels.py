@@ -17,7 +17,7 @@ class Lists:
         indices: (P,) each list rising.
     """
 
-    starts: Int64[np.ndarray, "Q+1"]
+    starts: Int64[np.ndarray, "Q1"]
     indices: Int64[np.ndarray, "P"]
 
     @property

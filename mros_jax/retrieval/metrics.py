@@ -27,7 +27,6 @@ from mros_jax.retrieval.inputs import (
 from mros_jax.retrieval.labels import Labels, check_labels, ragged_positions
 
 AP_VARIANTS = ("standard", "trapezoid")
-_ROWS = 32  # rows that are counted together: small enough to stay in a core's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,19 +107,20 @@ def count_ranks(
     def count_rows(rows: tuple[Array, Array, Array]) -> Array:
         d, match, gone = rows
         d_match = jnp.take_along_axis(d, match, axis=1)  # (rows, M)
-        d_gone = jnp.where(gone < 0, jnp.inf, jnp.take_along_axis(d, gone, axis=1))  # (rows, R)
+        d_gone = jnp.take_along_axis(d, gone, axis=1)  # (rows, R)
 
         def count_one(i: Array, ranks: Array) -> Array:
             at, index = d_match[:, i, None], match[:, i, None]
             before = (d < at) | ((d == at) & (column < index))
-            gone_before = (d_gone < at) | ((d_gone == at) & (gone < index))
+            gone_before = (gone >= 0) & ((d_gone < at) | ((d_gone == at) & (gone < index)))
             rank = 1 + before.sum(1, dtype=jnp.int32) - gone_before.sum(1, dtype=jnp.int32)
             return ranks.at[:, i].set(rank)
 
         most = (match >= 0).sum(1).max()
         return jax.lax.fori_loop(0, most, count_one, jnp.zeros(match.shape, jnp.int32))
 
-    groups = [x.reshape(-1, _ROWS, x.shape[1]) for x in (distance, matches, removed)]
+    # A few rows at a time stay in a core's cache while their matches are counted one by one.
+    groups = [x.reshape(-1, blocks.MULTIPLE, x.shape[1]) for x in (distance, matches, removed)]
     return jax.lax.map(count_rows, tuple(groups)).reshape(matches.shape)
 
 
@@ -143,19 +143,17 @@ def _rank_matches(
     """Ranks of all matches, in the order of `labels.matches.indices`."""
     matches, removed = labels.matches, labels.removed
     mapped = blocks.BlockMap(function, shared, devices=devices)
-    step = blocks.choose_block(len(labels.kept), block_size, multiple=_ROWS) * mapped.num_devices
     # Queries with equally many matches go together: rows cost as much as the longest list of them.
     order = np.argsort(-matches.lengths, kind="stable")
     order = order[: np.count_nonzero(matches.lengths)]
 
-    def start(begin: int) -> tuple[np.ndarray, Any]:
-        rows = order[begin : begin + step]
-        tables = (matches.pad(rows), removed.pad(rows), rows_of(rows))
-        return rows, mapped(*(blocks.pad_rows(table, step) for table in tables))
+    def get(rows: slice) -> tuple[Any, ...]:
+        return matches.pad(order[rows]), removed.pad(order[rows]), rows_of(order[rows])
 
     ranks = np.empty(len(matches.indices), np.int64)
-    for rows, block in blocks.run_ahead(start(b) for b in range(0, len(order), step)):
-        ranks[matches.places(rows)] = block[ragged_positions(matches.lengths[rows])]
+    for rows, block in mapped.run(len(order), len(labels.kept), get, block_size=block_size):
+        chosen = order[rows]
+        ranks[matches.places(chosen)] = block[ragged_positions(matches.lengths[chosen])]
     return ranks
 
 

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,19 +82,16 @@ def search_neighbors(
     """
     num = len(features)
     mapped = blocks.BlockMap(_make_search(k), [features], devices=devices)
-    step = blocks.choose_block(num, block_size) * mapped.num_devices
     result = Neighbors(
         np.empty((num, k), np.int32), np.empty((num, k), np.float32), np.empty(num, np.float32)
     )
 
-    def start(begin: int) -> tuple[int, Array]:
-        index = np.arange(begin, min(begin + step, num), dtype=np.int32)
-        rows = blocks.pad_rows(features[begin : begin + step], step)
-        return begin, mapped(blocks.pad_rows(index, step), rows)
+    def get(rows: slice) -> tuple[Any, Any]:
+        return np.arange(rows.start, rows.stop, dtype=np.int32), features[rows]
 
-    for begin, block in blocks.run_ahead(start(b) for b in range(0, num, step)):
+    for rows, block in mapped.run(num, num, get, block_size=block_size):
         for whole, part in zip(result, block, strict=True):
-            whole[begin : begin + step] = part[: num - begin]
+            whole[rows] = part
     return result
 
 
@@ -116,12 +113,11 @@ def search_gallery(
 ) -> Int32[np.ndarray, "Q k"]:
     """The k gallery images nearest to each query by cosine, nearest first."""
     mapped = blocks.BlockMap(_make_gallery_search(k), [gallery], devices=devices)
-    step = blocks.choose_block(len(gallery), block_size) * mapped.num_devices
     result = np.empty((len(query), k), np.int32)
-    starts = range(0, len(query), step)
-    calls = ((s, mapped(blocks.pad_rows(query[s : s + step], step))) for s in starts)
-    for start, block in blocks.run_ahead(calls):
-        result[start : start + step] = block[: len(query) - start]
+    for rows, block in mapped.run(
+        len(query), len(gallery), lambda rows: (query[rows],), block_size=block_size
+    ):
+        result[rows] = block
     return result
 
 
@@ -137,12 +133,10 @@ def find_farthest(
 ) -> Float32[np.ndarray, "N"]:
     """Cosine of each image with the farthest one."""
     mapped = blocks.BlockMap(_smallest, [features], devices=devices)
-    step = blocks.choose_block(len(features), block_size) * mapped.num_devices
-    result = np.empty(len(features), np.float32)
-    starts = range(0, len(features), step)
-    calls = ((s, mapped(blocks.pad_rows(features[s : s + step], step))) for s in starts)
-    for start, block in blocks.run_ahead(calls):
-        result[start : start + step] = block[: len(features) - start]
+    num = len(features)
+    result = np.empty(num, np.float32)
+    for rows, block in mapped.run(num, num, lambda rows: (features[rows],), block_size=block_size):
+        result[rows] = block
     return result
 
 

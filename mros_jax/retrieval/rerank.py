@@ -8,6 +8,7 @@ function that returns a `Rows`, a function from query indices to their rows of d
 `evaluate` ranks block by block and never holds the whole matrix.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -347,8 +348,9 @@ METHODS: dict[str, Callable[..., Rows]] = {
 
 def describe(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All parameters of a re-ranking, defaults included, as the protocol states them."""
-    defaults = METHODS[name].__kwdefaults__ or {}
-    own = {
-        k: v for k, v in (defaults | dict(options)).items() if k not in ("block_size", "devices")
-    }
-    return own | {"neighbors": "exact" if own.get("neighbors") is None else "given"}
+    parameters = inspect.signature(METHODS[name]).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    values = defaults | dict(options)
+    del values["block_size"], values["devices"]
+    values["neighbors"] = "exact" if values["neighbors"] is None else "given"
+    return values
