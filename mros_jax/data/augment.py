@@ -4,7 +4,7 @@ Every example has its own key, made from (seed, step, position in the global bat
 looks the same on any number of devices and after any resume.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from mros_jax.data.resample import bilinear_taps, resample_axis
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-EraseFill = Literal["mean", "public"]
 _ATTEMPTS = 100  # of random erasing to find a rectangle that fits, as the public code has it
 
 
@@ -134,7 +133,7 @@ def apply_params(
     height: int,
     width: int,
     pad: int = 10,
-    erase_fill: EraseFill = "mean",
+    erase_fill: str = "mean",
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "height width 3"]:
     """Resizes, mirrors, pads, crops, normalises and erases one image as told.
@@ -195,7 +194,7 @@ def augment_batch(
     erase: float | int = 0.5,
     erase_area: tuple[float | int, float | int] = (0.02, 0.4),
     erase_aspect: tuple[float | int, float | int] = (0.3, 1 / 0.3),
-    erase_fill: EraseFill = "mean",
+    erase_fill: str = "mean",
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "B height width 3"]:
     """Augments a batch for training; call it inside the jitted step.

@@ -10,7 +10,7 @@ import shutil
 import time
 import uuid
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -46,9 +46,7 @@ def load(path: pathlib.Path) -> tuple[pathlib.Path, Images, dict[str, Any]] | No
     return path, images, meta
 
 
-def save(
-    path: pathlib.Path, images: Images, meta: dict[str, Any], on_error: Literal["warn", "error"]
-) -> Images | None:
+def save(path: pathlib.Path, images: Images, meta: dict[str, Any], on_error: str) -> Images | None:
     """Writes images and their description; returns the images memory-mapped.
 
     Both are written under temporary names and renamed, the images last. Ordinary writes are used

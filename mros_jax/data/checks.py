@@ -14,7 +14,6 @@ from tqdm import tqdm
 from mros_jax.data.splits import Dataset, Split
 from mros_jax.data.store import decode_image
 
-
 Level = Literal["fatal", "error", "warning", "note"]
 
 

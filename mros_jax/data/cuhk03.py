@@ -7,7 +7,7 @@ import functools
 import io
 import pathlib
 import threading
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -23,7 +23,7 @@ from mros_jax.data.layouts import (
 )
 from mros_jax.data.splits import Dataset, Split
 
-Kind = Literal["labeled", "detected"]
+Kind = str  # "labeled" or "detected"
 _MAT_PLACES = ("cuhk-03.mat", "cuhk03_release/cuhk-03.mat")
 _IMAGES_PER_VIEW = 5
 
@@ -81,7 +81,8 @@ def read_classic(root: pathlib.Path, *, kind: Kind, test_set: int = 0) -> Datase
     name = f"cuhk03_{kind}_classic"
     mat = _Mat(_find_mat(name, root))
     test = mat.test_set(test_set)
-    offset, parts = 0, {"train": [], "query": [], "gallery": []}
+    offset = 0
+    parts: dict[str, list[Record]] = {"train": [], "query": [], "gallery": []}
     for pair, persons in enumerate(mat.people(kind), 1):
         for person, present in enumerate(persons, 1):
             for image in np.flatnonzero(present) + 1:

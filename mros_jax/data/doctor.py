@@ -131,8 +131,9 @@ def format_report(report: Report) -> str:
     """Returns the report as a readable table."""
     lines = [f"data set {report.dataset}", ""]
     published = checks.PUBLISHED.get(report.dataset, {})
-    header = ("split", "images", "published", "identities", "published", "junk", "distractors")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [
+        ("split", "images", "published", "identities", "published", "junk", "distractors")
+    ]
     for name, counts in report.splits.items():
         expected = published.get(name)
         rows.append(

@@ -8,13 +8,12 @@ import pathlib
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 
 from mros_jax.data.splits import DISTRACTOR_PID, Dataset, Split, relabel
 
-OnBadImage = Literal["error", "skip"]
+OnBadImage = str  # "error" or "skip"; report_bad refuses anything else
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # What operating systems leave behind, and what the archives themselves contain beside images.
@@ -332,9 +331,12 @@ def _read_csv(table: pathlib.Path, on_bad_image: OnBadImage) -> list[list[Record
             )
         for row in rows:
             try:
-                numbers = [int(row[key]) for key in ("pid", "camid")]
                 record = Record(
-                    table.parent / row["path"], *numbers, int(row.get("sequence") or 0), row["path"]
+                    path=table.parent / row["path"],
+                    pid=int(row["pid"]),
+                    camid=int(row["camid"]),
+                    sequence=int(row.get("sequence") or 0),
+                    name=row["path"],
                 )
                 parts[row["split"]].append(record)
             except (ValueError, KeyError):

@@ -59,7 +59,7 @@ def read_msmt17(
 def _read_list(
     table: pathlib.Path, images: pathlib.Path, first_pid: int, on_bad_image: OnBadImage
 ) -> list[Record]:
-    """Reads lines like `0000/0000_000_01_0303morning_0015_0.jpg 0`; its third field is the camera."""
+    """Reads lines like `0000/0000_000_01_0303morning_0015_0.jpg 0`; the third field is a camera."""
     records, bad = [], []
     for number, line in enumerate(table.read_text().splitlines(), 1):
         if not line.strip():

@@ -102,7 +102,7 @@ def load_store(
     width: int,
     cache_dir: str | os.PathLike[str] | None = None,
     use_cache: bool = True,
-    on_cache_error: Literal["warn", "error"] = "warn",
+    on_cache_error: str = "warn",
     num_threads: int | None = None,
     on_bad_image: OnBadImage = "error",
     progress: bool = True,
@@ -241,15 +241,16 @@ def decode_image(data: bytes) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
     Raises:
       OSError: truncated, or not an image (also as PIL's other exceptions for broken files).
     """
-    with PIL.Image.open(io.BytesIO(data)) as image:
-        mode = image.mode
-        image.load()
+    with PIL.Image.open(io.BytesIO(data)) as file:
+        mode = file.mode
+        file.load()
+        image: PIL.Image.Image = file
         if mode.startswith("I"):
             # PIL would clip 16-bit levels at 255 instead of scaling them.
-            levels = (np.asarray(image).astype(np.int64) * 255 + 32767) // 65535
+            levels = (np.asarray(file).astype(np.int64) * 255 + 32767) // 65535
             image = PIL.Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
-        elif mode == "P" or "transparency" in image.info:
-            image = image.convert("RGBA")
+        elif mode == "P" or "transparency" in file.info:
+            image = file.convert("RGBA")
         return np.asarray(image.convert("RGB")), mode
 
 

@@ -33,7 +33,9 @@ class ReidConfig(tfds.core.BuilderConfig):
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class _ReidBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _ReidBuilder(  # type: ignore[call-arg]
+    tfds.core.GeneratorBasedBuilder, skip_registration=True
+):
     """Stores every image as its original bytes, in the reader's order (feature `index`)."""
 
     VERSION = tfds.core.Version("1.0.0")

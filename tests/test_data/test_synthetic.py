@@ -1,0 +1,392 @@
+"""The embedded data set: what is drawn, how it is rendered, and what is written to disk."""
+
+import dataclasses
+import io
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mros_jax.data import imaging, pedestrians, rendering, synthetic
+from mros_jax.data.layouts import read_market1501
+
+
+def small(**overrides):
+    return synthetic.make_dataset(**{**synthetic.PRESETS["small"], **overrides})
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return small()
+
+
+@pytest.fixture(scope="module")
+def query_pixels(dataset):
+    return dataset.query.pixels()
+
+
+def matches_elsewhere(dataset):
+    """(Q,) gallery images of the query's identity taken by another camera."""
+    query, gallery = dataset.query, dataset.gallery
+    same = query.pids[:, None] == gallery.pids[None]
+    return (same & (query.camids[:, None] != gallery.camids[None])).sum(1)
+
+
+# ---------------------------------------------------------------- what there is
+
+
+def test_market_preset_has_the_numbers_of_market1501():
+    data = synthetic.make_dataset(**synthetic.PRESETS["market"])
+    assert [len(split) for split in data.splits] == [12_936, 3_368, 19_732]
+    assert data.num_classes == 751
+    assert len(np.unique(data.query.pids)) == 750
+    assert (data.gallery.junk.sum(), data.gallery.distractors.sum()) == (3_819, 2_793)
+    assert set(data.train.camids) == set(data.query.camids) == {1, 2, 3, 4, 5, 6}
+    assert matches_elsewhere(data).min() >= 1
+    for pid in data.pid_of_label:
+        assert len(np.unique(data.train.camids[data.train.pids == pid])) >= 2
+
+
+@pytest.mark.parametrize("preset", ["small", "demo"])
+def test_splits_fit_together(preset):
+    data = synthetic.make_dataset(**synthetic.PRESETS[preset])
+    sizes = synthetic.PRESETS[preset]
+    cells = sizes["num_test_pids"] * sizes.get("num_cameras", 6)
+    each = sizes["images_per_pid_and_camera"]
+    assert len(data.train) == sizes["num_train_pids"] * sizes.get("num_cameras", 6) * each
+    assert len(data.query) == cells
+    assert len(data.gallery) == cells * each + sizes["num_distractors"] + sizes["num_junk"]
+    assert not set(data.train.pids) & set(data.gallery.pids)
+    assert set(data.query.pids) == set(data.gallery.pids) - {-1, 0}
+    assert matches_elsewhere(data).min() >= 1
+    names = np.concatenate([split.names for split in data.splits])
+    assert len(np.unique(names)) == len(names)
+    for split in data.splits:
+        assert list(split.names) == sorted(split.names)
+    np.testing.assert_array_equal(data.pid_of_label[data.train.labels], data.train.pids)
+
+
+def test_queries_without_a_match_are_made_when_asked_for():
+    data = small(num_single_camera_pids=3)
+    hopeless = matches_elsewhere(data) == 0
+    assert len(np.unique(data.query.pids[hopeless])) == hopeless.sum() == 3
+    alone = small(num_cameras=1, num_single_camera_pids=8)
+    assert matches_elsewhere(alone).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_train_pids": 0}, "num_train_pids is 0; expected at least 1"),
+        ({"num_junk": -1}, "num_junk is -1; expected 0 or more"),
+        ({"height": 120}, "height x width is 120 x 64; both are to be multiples of 16"),
+        ({"lookalikes": 9}, "lookalikes is 9; at most 8"),
+        ({"num_cameras": 1}, "no query has a true match"),
+        ({"num_single_camera_pids": 9}, "more than num_test_pids 8"),
+        ({"num_query_images": 15}, "expected 16 to 24"),
+        ({"num_query_images": 25}, "expected 16 to 24"),
+        ({"num_gallery_images": 23}, "expected at least 24"),
+        ({"num_query_images": 16, "num_gallery_images": 15}, "expected at least 16"),
+        ({"num_train_images": 23}, "expected at least 24"),
+        ({"seed": 2**31}, "expected less than 2\\*\\*31"),
+    ],
+)
+def test_numbers_that_cannot_be_met(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        small(**overrides)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    train=st.integers(1, 9),
+    test=st.integers(1, 9),
+    cameras=st.integers(2, 7),
+    more=st.integers(0, 60),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_given_totals_are_met_exactly(train, test, cameras, more, seed):
+    queries = min(2 * test + more, test * cameras)
+    data = synthetic.make_dataset(
+        num_train_pids=train,
+        num_test_pids=test,
+        num_cameras=cameras,
+        num_train_images=2 * train + more,
+        num_query_images=queries,
+        num_gallery_images=queries + more,
+        num_distractors=0,
+        num_junk=0,
+        seed=seed,
+    )
+    assert [len(s) for s in data.splits] == [2 * train + more, queries, queries + more]
+    assert data.num_classes == train
+    assert matches_elsewhere(data).min() >= 1
+    assert len(np.unique(np.stack([data.query.pids, data.query.camids]), axis=1).T) == queries
+
+
+# ---------------------------------------------------------------- who is drawn
+
+
+def test_a_person_depends_on_the_seed_and_the_number_alone():
+    few = pedestrians.draw_people(7, jnp.array([5]), lookalikes=4)
+    many = pedestrians.draw_people(7, jnp.arange(1, 12), lookalikes=4)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[4]), few, many)
+    other = pedestrians.draw_people(8, jnp.array([5]), lookalikes=4)
+    assert not np.array_equal(few.top, other.top)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lookalikes_share_everything_but_their_details_and_no_two_are_equal(seed):
+    people = pedestrians.draw_people(seed, jnp.arange(1, 25), lookalikes=8)
+    shown = jnp.where(people.detail_on[..., None] > 0, people.detail_colour, -1.0)
+    shown = np.asarray(shown).reshape(3, 8, 8, 3)  # group, member, detail, colour
+    for name, value in vars(people).items():
+        if not name.startswith("detail"):
+            groups = np.asarray(value).reshape(3, 8, -1)
+            np.testing.assert_array_equal(groups, np.repeat(groups[:, :1], 8, 1))
+    differs = (shown[:, :, None] != shown[:, None]).any(-1).sum(-1)  # (3, 8, 8) details apart
+    others = ~np.eye(8, dtype=bool)
+    assert differs[:, others].min() >= 1
+    assert differs.max() <= 4
+
+
+# ---------------------------------------------------------------- how it is rendered
+
+
+def clean_view(**picture_fields):
+    """A person, a picture and cameras without blur, noise, tint or occluder, facing front."""
+    people = pedestrians.draw_people(0, jnp.array([1]), lookalikes=1)
+    row = jnp.array([1])
+    picture = pedestrians.draw_pictures(0, 0, row, row, row, row * 0)
+    one, none = jnp.ones(1), jnp.zeros(1)
+    picture = picture.replace(
+        yaw=none, stride=none + 0.1, lean=none, shift=jnp.zeros((1, 2)), scale=one,
+        occluder_kind=jnp.zeros(1, jnp.int32), exposure=one,
+    ).replace(**picture_fields)  # fmt: skip
+    # As many cameras as the small data set has: one compilation serves all tests.
+    same = jnp.ones(3)
+    cameras = pedestrians.draw_cameras(0, jnp.arange(1, 4)).replace(
+        blur=same * 0.05, resolution=same, noise=same * 0, jpeg=same * 100, cast=jnp.ones((3, 3)),
+        gamma=same, contrast=same, light=same * 0, pitch=same * 0.1,
+    )  # fmt: skip
+    people = people.replace(
+        height=one * 0.97, hat_kind=jnp.zeros(1, jnp.int32), bag_kind=jnp.zeros(1, jnp.int32),
+        bottom_kind=jnp.zeros(1, jnp.int32), hair_kind=jnp.ones(1, jnp.int32),
+        detail_on=jnp.zeros((1, 8)), detail_colour=jnp.tile(jnp.array([0.9, 0.1, 0.8]), (1, 8, 1)),
+    )  # fmt: skip
+    return people, picture, cameras
+
+
+def render_one(person, picture, camera):
+    return np.asarray(rendering.render(person, picture, camera, jnp.zeros(1, jnp.int32)))[0]
+
+
+@pytest.mark.parametrize(
+    ("detail", "top", "bottom"),
+    [
+        ("hat", 6, 22),
+        ("collar", 21, 35),
+        ("logo", 30, 50),
+        ("sleeve", 30, 54),
+        ("hem", 58, 78),
+        ("knee", 76, 100),
+        ("socks", 102, 122),
+        ("shoes", 112, 126),
+    ],
+)
+def test_a_detail_changes_the_pixels_of_its_stripe_and_no_others(detail, top, bottom):
+    person, picture, camera = clean_view()
+    plain = render_one(person, picture, camera).astype(int)
+    with_detail = person.replace(
+        detail_on=person.detail_on.at[:, pedestrians.DETAILS.index(detail)].set(1.0)
+    )
+    changed = np.abs(render_one(with_detail, picture, camera) - plain).max(-1) > 24
+    rows = np.flatnonzero(changed.any(1))
+    assert changed.sum() >= 25
+    assert rows.min() >= top
+    assert rows.max() <= bottom
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("hair_kind", (0, 3)), ("top_kind", (0, 2)), ("bottom_kind", (0, 1)),
+        ("bottom_kind", (1, 2)), ("bag_kind", (0, 1)), ("bag_kind", (0, 2)),
+        ("long_sleeves", (0.0, 1.0)), ("girth", (0.9, 1.2)), ("height", (0.9, 1.0)),
+    ],
+)  # fmt: skip
+def test_every_attribute_shows(field, values):
+    person, picture, camera = clean_view()
+    dtype = getattr(person, field).dtype
+    first, second = (
+        render_one(person.replace(**{field: jnp.array([v], dtype)}), picture, camera)
+        for v in values
+    )
+    assert (np.abs(first.astype(int) - second).max(-1) > 24).sum() >= 25
+
+
+def test_the_view_decides_what_shows():
+    def visible(yaw, change):
+        person, picture, camera = clean_view(yaw=jnp.array([yaw], jnp.float32))
+        before = render_one(person, picture, camera).astype(int)
+        after = render_one(change(person), picture, camera)
+        return int((np.abs(after - before).max(-1) > 24).sum())
+
+    def logo(person):
+        return person.replace(detail_on=person.detail_on.at[:, 2].set(1.0))
+
+    def backpack(person):
+        return person.replace(
+            bag_kind=jnp.ones(1, jnp.int32), bag=jnp.array([[0.9, 0.1, 0.8]], jnp.float32)
+        )
+
+    assert visible(0.0, logo) >= 25
+    assert visible(np.pi, logo) == 0
+    assert visible(np.pi, backpack) > 2 * visible(0.0, backpack) > 0
+
+
+def test_junk_boxes_and_empty_boxes_differ_from_good_ones():
+    row = jnp.array([3])
+    good, junk, nobody = (
+        pedestrians.draw_pictures(0, 2, row, row, row, row * 0 + flaw) for flaw in range(3)
+    )
+    assert jnp.abs(junk.shift).max() > 3 * jnp.abs(good.shift).max()
+    assert abs(float(junk.scale[0]) - 1) > 0.15
+    assert (float(good.present[0]), float(nobody.present[0])) == (1.0, 0.0)
+
+
+def test_same_seed_same_bytes_whatever_the_chunk(dataset, query_pixels):
+    renderer = dataset.query.pixels
+    assert query_pixels.shape == (24, 128, 64, 3)
+    assert query_pixels.dtype == np.uint8
+    np.testing.assert_array_equal(small().query.pixels(), query_pixels)
+    pieces = list(dataclasses.replace(renderer, chunk=1).chunks())
+    assert [len(piece) for piece in pieces] == [1] * 24
+    np.testing.assert_array_equal(np.concatenate(pieces), query_pixels)
+
+
+def test_another_seed_or_split_gives_other_pictures(dataset, query_pixels):
+    other = small(seed=1).query.pixels()
+    assert (np.abs(other.astype(int) - query_pixels).mean((1, 2, 3)) > 5).all()
+    keys = {split.pixels_key for split in (*dataset.splits, *small(seed=1).splits)}
+    assert len(keys) == 6
+    train = dataclasses.replace(dataset.query.pixels, stream=0)
+    assert (train() != query_pixels).any((1, 2, 3)).all()
+
+
+def test_other_sizes():
+    assert small(height=64, width=32, num_test_pids=2).query.pixels().shape == (6, 64, 32, 3)
+
+
+def test_pictures_of_an_identity_are_alike():
+    """Colour means of six stripes find the identity in another camera much more often than chance."""
+    data = synthetic.make_dataset(
+        num_train_pids=1, num_test_pids=40, num_cameras=3, images_per_pid_and_camera=1,
+        num_distractors=0, num_junk=0, lookalikes=1,
+    )  # fmt: skip
+    query, gallery = data.query, data.gallery
+
+    def describe(images, camids):
+        crop = images[:, :126, 20:44].reshape(len(images), 6, 21, 24, 3)  # six stripes
+        values = crop.mean((2, 3)).reshape(len(images), -1)
+        for camid in np.unique(camids):  # a camera's tint is common to all of its pictures
+            values[camids == camid] -= values[camids == camid].mean(0)
+        return values
+
+    q, g = describe(query.pixels(), query.camids), describe(gallery.pixels(), gallery.camids)
+    distance = np.linalg.norm(q[:, None] - g[None], axis=-1)
+    distance[query.camids[:, None] == gallery.camids[None]] = np.inf
+    hits = gallery.pids[distance.argmin(1)] == query.pids
+    assert hits.mean() > 0.5, hits.mean()  # chance is 1 / 40
+
+
+# ---------------------------------------------------------------- what the camera does
+
+
+@pytest.mark.parametrize("quality", [30, 60, 90])
+def test_jpeg_is_what_libjpeg_makes(quality):
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (8, 4, 3)).repeat(16, 0).repeat(16, 1).astype(float)
+    picture = np.clip(picture + rng.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "jpeg", quality=quality, subsampling="4:2:0")
+    expected = np.asarray(Image.open(file)).astype(float)
+    simulate = jax.jit(imaging.jpeg)
+    got = simulate(jnp.float32(picture).transpose(2, 0, 1), jnp.float32(quality))
+    got = np.clip(np.asarray(got).transpose(1, 2, 0), 0, 255)
+    # libjpeg interpolates colour between its samples, we repeat it: the difference is at edges.
+    error, loss = np.abs(got - expected), np.abs(picture - expected)
+    assert error.mean() < 0.4 * loss.mean()
+    inside = error.reshape(8, 16, 4, 16, 3)[:, 4:12, :, 4:12]
+    assert inside.mean() < 1.0
+
+
+def test_a_perfect_sensor_changes_nothing_and_a_coarse_one_keeps_the_mean():
+    cameras = pedestrians.draw_cameras(0, jnp.array([1, 2])).replace(
+        blur=jnp.array([0.05, 0.8]), resolution=jnp.array([1.0, 0.5])
+    )
+    vertical, horizontal = imaging.make_sensors(cameras, 128, 64)
+    np.testing.assert_allclose(vertical[0], np.eye(128), atol=1e-6)
+    np.testing.assert_allclose(horizontal[0], np.eye(64), atol=1e-6)
+    np.testing.assert_allclose(vertical[1].sum(1), 1.0, atol=1e-5)
+    assert np.linalg.matrix_rank(np.asarray(vertical[1]), tol=1e-4) <= 64
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def test_written_files_read_back_as_the_same_data_set(tmp_path, dataset):
+    out = tmp_path / "data"
+    synthetic.main(["--out", str(out), "--preset", "small"])
+    assert sorted(p.name for p in out.iterdir()) == sorted(synthetic.FOLDERS.values())
+    read = read_market1501(out)
+    for ours, theirs in zip(dataset.splits, read.splits, strict=True):
+        for column in ("names", "pids", "camids", "sequences"):
+            np.testing.assert_array_equal(getattr(theirs, column), getattr(ours, column))
+        pixels = ours.pixels()
+        for i in (0, len(ours) - 1):
+            picture = np.asarray(Image.open(io.BytesIO(theirs.read(i))))
+            assert np.abs(picture.astype(int) - pixels[i]).mean() < 4
+    np.testing.assert_array_equal(read.train.labels, dataset.train.labels)
+    np.testing.assert_array_equal(read.pid_of_label, dataset.pid_of_label)
+
+
+def test_nothing_is_written_over_other_files(tmp_path, dataset):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match="is not empty; nothing was written"):
+        synthetic.write_dataset(dataset, tmp_path, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        synthetic.write_dataset(dataset, tmp_path / "mine.txt", progress=False)
+
+
+def test_a_broken_write_leaves_no_half_folder(tmp_path, dataset, monkeypatch):
+    saved = []
+
+    def fail_later(self, path, **options):
+        saved.append(path)
+        if len(saved) == 80:  # in the second folder
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail_later)
+    with pytest.raises(OSError, match="No space left"):
+        synthetic.write_dataset(dataset, tmp_path / "out", progress=False)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["bounding_box_train"]
+
+
+def test_command_line_errors(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="error: lookalikes is 9; at most 8"):
+        synthetic.main(["--out", str(tmp_path), "--lookalikes", "9"])
+    with pytest.raises(SystemExit):
+        synthetic.main(["--preset", "small"])
+    assert "--out" in capsys.readouterr().err
+    help_text = subprocess.run(
+        [sys.executable, "-m", "mros_jax.data.synthetic", "--help"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "--num_train_pids" in help_text
