@@ -1,0 +1,406 @@
+"""Puts a run's numbers, charts and pictures on one page."""
+
+import base64
+import functools
+import io
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jinja2
+import numpy as np
+import PIL.Image
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from mros_jax import recipe
+from mros_jax.data import store
+from mros_jax.data.splits import Split
+from mros_jax.report import plots
+from mros_jax.report.ranking import Ranking, Scan, choose_queries, stripe_distances
+from mros_jax.report.run import Run, load_run
+
+log = logging.getLogger(__name__)
+
+_THUMBNAIL = (160, 160)  # largest width and height in pixels
+_NAMES = {"plain": "Plain", "ecn": "ECN", "k_reciprocal": "k-reciprocal", "aqe": "AQE"}
+_METRICS = ("mAP", "Rank-1", "Rank-5", "Rank-10", "mINP")
+# Okay et al., 2019: Table 1 by setting, and the MROS rows of Tables 2 and 3, in percent.
+_PAPER_SETTINGS = {"I": (81.8, 93.2), "II": (82.8, 93.5), "III": (84.0, 94.2), "IV": (84.2, 94.4)}
+_PAPER_FULL = {"plain": (84.2, 94.4, 97.8, 98.7), "ecn": (93.5, 95.5, 97.2, 97.8)}
+
+
+def write_report(
+    workdir: str | os.PathLike,
+    out: str | os.PathLike | None = None,
+    *,
+    queries: int = 4,
+    top: int = 10,
+    seed: int = 0,
+    progress: bool = False,
+) -> pathlib.Path:
+    """Write a run's report, one HTML file that needs nothing else.
+
+    Args:
+        workdir: the run's directory, with `config.json` and `results.json`; the other files of a
+            run are shown as far as they are there.
+        out: file to write; default `report.html` in the run.
+        queries: best, worst and random queries to show, of each.
+        top: places of a ranked list to show.
+        seed: draws the random queries.
+        progress: show a progress bar.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: no run, or one without results.
+        ValueError: `queries` or `top` below 1, or incomplete features.
+    """
+    for name, value in (("queries", queries), ("top", top)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1")
+    run = load_run(workdir)
+    path = pathlib.Path(out) if out is not None else run.path / "report.html"
+    page: dict[str, Any] = {
+        "run": run,
+        "title": f"MROS setting {run.setting} on {run.dataset}",
+        "notes": [],
+        "scores": [_score(result) for result in run.rankings],
+        "paper": _compare_with_paper(run),
+        "metrics": _METRICS,
+        "curves": _plot_training(run),
+        "cmc": _plot_cmc(run),
+        "config": _flatten(run.config),
+        "groups": [],
+        "cameras": [],
+        "histograms": [],
+    }
+    if run.features is None:
+        page["notes"].append(
+            "The run holds no features.npz: ranked lists, distances and camera pairs are left out. "
+            "python -m mros_jax.evaluate --checkpoint RUN makes it."
+        )
+    else:
+        page |= _describe_retrieval(run, page["notes"], queries, top, seed, progress)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mros_jax.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = _percent
+    html = environment.get_template("report.html").render(page)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(html, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None or np.isnan(value) else f"{100 * value:.{digits}f}"
+
+
+def _score(result: dict[str, Any]) -> dict[str, Any]:
+    cmc = result["cmc"]
+    values = {
+        "mAP": result["mAP"],
+        **{f"Rank-{k}": cmc[k - 1] if k <= len(cmc) else None for k in (1, 5, 10)},
+        "mINP": result["mINP"],
+    }
+    return {
+        "name": _NAMES.get(result["name"], result["name"]),
+        "values": values,
+        "protocol": _flatten(result["protocol"]),
+    }
+
+
+def _compare_with_paper(run: Run) -> dict[str, Any]:
+    """The paper's numbers beside those of the run."""
+    rows = []
+    for result, score in zip(run.rankings, map(_score, run.rankings), strict=True):
+        ours = [score["values"][name] for name in _METRICS]
+        paper: Sequence[float] = ()
+        if run.setting == "IV":
+            paper = _PAPER_FULL.get(result["name"], ())
+        elif result["name"] == "plain":
+            paper = _PAPER_SETTINGS[run.setting]
+        theirs = [p / 100 for p in paper] + [None] * (len(_METRICS) - len(paper))
+        rows.append({"name": score["name"], "cells": list(zip(ours, theirs, strict=True))})
+    return {
+        "rows": rows,
+        "comparable": run.dataset == "market1501" and run.results["dataset"]["num_query"] == 3368,
+    }
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(dotted name, value) of every leaf."""
+    rows: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            rows += _flatten(value, f"{prefix}{key}.")
+        else:
+            shown = value if isinstance(value, str) else json.dumps(value)
+            rows.append((f"{prefix}{key}", shown))
+    return rows
+
+
+def _plot_training(run: Run) -> list[dict[str, str]]:
+    charts = []
+    epochs = [record["step"] / run.steps_per_epoch for record in run.train]
+    if run.train:
+        beta = run.config["loss"]["center_weight"]
+        labels = {
+            "loss": ("total", 1.0),
+            "cross_entropy": ("cross-entropy", 1.0),
+            "triplet": ("triplet", 1.0),
+            "center": (f"{beta:g} × centre", beta),
+        }
+        losses = {
+            label: (epochs, [scale * record[key] for record in run.train])
+            for key, (label, scale) in labels.items()
+            if key in run.train[0]
+        }
+        description = "Training loss and its parts by epoch"
+        svg = plots.plot_lines("loss", description, losses, xlabel="epoch", ylabel="loss", log=True)
+        charts.append({"title": "Loss", "svg": svg})
+        rate = {"rate": (epochs, [record["lr"] for record in run.train])}
+        description = "Learning rate by epoch"
+        svg = plots.plot_lines(
+            "rate", description, rate, xlabel="epoch", ylabel="learning rate", log=True
+        )
+        charts.append({"title": "Learning rate", "svg": svg})
+    if run.evals:
+        at = [record["step"] / run.steps_per_epoch for record in run.evals]
+        names = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10"}
+        names["mINP"] = "mINP"
+        scores = {
+            label: (at, [100 * record[key] for record in run.evals])
+            for key, label in names.items()
+            if key in run.evals[0]
+        }
+        svg = plots.plot_lines(
+            "metrics",
+            "Retrieval metrics by epoch, without re-ranking",
+            scores,
+            xlabel="epoch",
+            ylabel="%",
+            markers=True,
+            bottom=0,
+        )
+        charts.append({"title": "Retrieval while training", "svg": svg})
+    if run.timing:
+        speed = {
+            "images/s": (
+                [record["step"] / run.steps_per_epoch for record in run.timing],
+                [record["images_per_second"] for record in run.timing],
+            )
+        }
+        svg = plots.plot_lines(
+            "speed",
+            "Training speed in images per second",
+            speed,
+            xlabel="epoch",
+            ylabel="images per second",
+            bottom=0,
+        )
+        charts.append({"title": "Training speed", "svg": svg})
+    return charts
+
+
+def _plot_cmc(run: Run) -> str:
+    series = {}
+    for result in run.rankings:
+        ranks = list(range(1, len(result["cmc"]) + 1))
+        name = _NAMES.get(result["name"], result["name"])
+        series[name] = (ranks, [100 * value for value in result["cmc"]])
+    return plots.plot_lines(
+        "cmc",
+        "Cumulative matching characteristic with and without re-ranking",
+        series,
+        xlabel="rank",
+        ylabel="queries with a match, %",
+        top=101,
+        ranks=True,
+    )
+
+
+def _describe_retrieval(
+    run: Run, notes: list[str], queries: int, top: int, seed: int, progress: bool
+) -> dict[str, Any]:
+    """Everything that is computed again from the descriptors."""
+    assert run.features is not None
+    rankings = [Ranking(run.features, result) for result in run.rankings]
+    names = [_NAMES.get(ranking.name, ranking.name) for ranking in rankings]
+    scans: list[Scan] = []
+    for ranking in tqdm(rankings, desc="ranking", unit=" lists", disable=not progress):
+        scans.append(ranking.scan(seed))
+    if not _agree(run, scans):
+        notes.append(
+            "features.npz does not give the scores of results.json: one of them is from another "
+            "checkpoint. python -m mros_jax.evaluate --checkpoint RUN makes both again."
+        )
+    histograms = []
+    for result, name, scan in zip(run.rankings, names, scans, strict=True):
+        metric = run.rankings[0]["protocol"]["metric"]
+        svg = plots.plot_histograms(
+            f"distances-{result['name']}",
+            f"Distances of same and different identities, {name}",
+            {"same identity": scan.same, "different": scan.different},
+            # Nearly all pairs of different identities have a re-ranked distance of about 0.
+            log=result["rerank"] == "ecn",
+            xlabel=f"{metric if result['rerank'] is None else name} distance",
+        )
+        histograms.append({"title": f"Distances, {name}", "svg": svg})
+    cameras = [
+        {
+            "name": name,
+            "rows": list(zip(scan.cameras[0], scan.pair_ap, scan.pair_rank1, strict=True)),
+            "columns": scan.cameras[1],
+            "counts": scan.pair_queries,
+        }
+        for name, scan in zip(names, scans, strict=True)
+    ]
+    return {
+        "groups": _list_queries(run, rankings, names, scans, notes, queries, top, seed),
+        "histograms": histograms,
+        "cameras": cameras,
+        "stripe_shapes": _stripe_shapes(run),
+    }
+
+
+def _agree(run: Run, scans: Sequence[Scan]) -> bool:
+    """Whether the descriptors give the mAP that the run states, near-ties allowed for."""
+    return all(
+        abs(np.nanmean(scan.ap) - result["mAP"]) < 1e-3
+        for scan, result in zip(scans, run.rankings, strict=True)
+    )
+
+
+def _stripe_shapes(run: Run) -> dict[str, tuple[int, int]]:
+    """Level -> (stripes, channels) of the run's descriptor, from the model itself."""
+    config = ConfigDict(run.config)
+    model = recipe.make_model(config.model, 2)
+    image = jax.ShapeDtypeStruct((1, config.input.height, config.input.width, 3), jnp.float32)
+    init = functools.partial(model.init_with_output, train=False)
+    outputs, _ = jax.eval_shape(init, jax.random.key(0), image)
+    return {level: (g.shape[1], g.shape[2]) for level, g in outputs.g.items()}
+
+
+def _list_queries(
+    run: Run,
+    rankings: Sequence[Ranking],
+    names: Sequence[str],
+    scans: Sequence[Scan],
+    notes: list[str],
+    queries: int,
+    top: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Ranked lists of the chosen queries, grouped as best, worst and random."""
+    arrays = run.features
+    assert arrays is not None
+    shapes = _stripe_shapes(run)
+    chosen = choose_queries(run.rankings[0], queries, seed)
+    indices = np.array([query for group in chosen.values() for query, _, _ in group])
+    rows = [ranking.rows(indices) for ranking in rankings]
+    lists = {
+        int(query): [
+            ranking.list_top(int(query), block[i], top)
+            for ranking, block in zip(rankings, rows, strict=True)
+        ]
+        for i, query in enumerate(indices)
+    }
+    wanted = sorted({e.index for own in lists.values() for entries in own for e in entries})
+    pictures = _load_pictures(run, indices.tolist(), wanted, notes)
+
+    def describe_entry(query: int, entry: Any) -> dict[str, Any]:
+        parts = stripe_distances(
+            arrays["query_features"][query], arrays["gallery_features"][entry.index], shapes
+        )
+        return {
+            "picture": pictures["gallery"].get(entry.index),
+            "name": _name(arrays, "gallery", entry.index),
+            "camera": int(arrays["gallery_camids"][entry.index]),
+            "pid": int(arrays["gallery_pids"][entry.index]),
+            "rank": entry.rank,
+            "distance": entry.distance,
+            "status": entry.status,
+            "stripes": {level: np.round(p, 6).tolist() for level, p in parts.items()},
+        }
+
+    def describe_query(query: int) -> dict[str, Any]:
+        return {
+            "picture": pictures["query"].get(query),
+            "name": _name(arrays, "query", query),
+            "camera": int(arrays["query_camids"][query]),
+            "pid": int(arrays["query_pids"][query]),
+            "lists": [
+                {
+                    "name": name,
+                    "ap": float(scan.ap[query]),
+                    "entries": [describe_entry(query, entry) for entry in entries],
+                }
+                for name, scan, entries in zip(names, scans, lists[query], strict=True)
+            ],
+        }
+
+    return [
+        {"kind": kind, "queries": [describe_query(query) for query, _, _ in group]}
+        for kind, group in chosen.items()
+    ]
+
+
+def _name(arrays: dict[str, np.ndarray], split: str, index: int) -> str:
+    names = arrays.get(f"{split}_names")
+    return f"{split} {index}" if names is None else str(names[index])
+
+
+def _load_pictures(
+    run: Run, queries: Sequence[int], gallery: Sequence[int], notes: list[str]
+) -> dict[str, dict[int, str]]:
+    """Data URIs of the images that the lists need; none, and a note why, if the data are gone."""
+    assert run.features is not None
+    config = ConfigDict(run.config)
+    try:
+        dataset = recipe.load_dataset(config)
+        return {
+            split.name: _read_pictures(split, rows, run.features, config)
+            for split, rows in ((dataset.query, queries), (dataset.gallery, gallery))
+        }
+    except (OSError, ValueError, KeyError) as error:
+        notes.append(f"The data set could not be read, so there are no pictures: {error}")
+        return {"query": {}, "gallery": {}}
+
+
+def _read_pictures(
+    split: Split, rows: Sequence[int], arrays: dict[str, np.ndarray], config: ConfigDict
+) -> dict[int, str]:
+    index = {str(name): i for i, name in enumerate(split.names)}
+    names = arrays.get(f"{split.name}_names")
+    # Images that were skipped as unreadable shift the rows: names find them again.
+    places = {row: row if names is None else index[str(names[row])] for row in rows}
+    if split.reader is not None:
+        return {row: _encode(store.decode_image(split.read(i))[0]) for row, i in places.items()}
+    images = store.load_store(
+        split,
+        height=config.input.height,
+        width=config.input.width,
+        cache_dir=config.dataset.cache_dir,
+        progress=False,
+    ).images
+    return {row: _encode(np.asarray(images[i])) for row, i in places.items()}
+
+
+def _encode(pixels: np.ndarray) -> str:
+    image = PIL.Image.fromarray(pixels)
+    image.thumbnail(_THUMBNAIL)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
