@@ -82,30 +82,30 @@ def draw_params(
       ValueError: a probability outside 0..1, a negative pad, or an empty range.
     """
     _check(flip, pad, erase, erase_area, erase_aspect)
-    flip_key, offset_key, erase_key, size_key, place_key = jax.random.split(key, 5)
-    offset = jax.random.randint(offset_key, (2,), 0, 2 * pad + 1, jnp.int32)
-
-    draws = jax.random.uniform(size_key, (2, _ATTEMPTS))
-    area = height * width * _stretch(draws[0], erase_area)
-    aspect = _stretch(draws[1], erase_aspect)
+    # One call for all numbers: multiples of 2^-23 below 1, so that floor(u n) is 0..n-1, each as
+    # probable as the others to n 2^-23.
+    u = jax.random.uniform(key, (6 + 2 * _ATTEMPTS,))
+    area = height * width * _stretch(u[6 : 6 + _ATTEMPTS], erase_area)
+    aspect = _stretch(u[6 + _ATTEMPTS :], erase_aspect)
     heights = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
     widths = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
     fits = (heights < height) & (widths < width)
     first = jnp.argmax(fits)
-    wanted = fits[first] & jax.random.bernoulli(erase_key, erase)
-    sides = jnp.where(wanted, jnp.stack([heights[first], widths[first]]), 0)
+    sides = jnp.where(fits[first] & (u[1] < erase), jnp.stack([heights, widths])[:, first], 0)
     room = jnp.array([height, width]) - sides
-    corner = jax.random.randint(place_key, (2,), 0, room + 1, jnp.int32)
+    corner = jnp.floor(u[4:6] * (room + 1)).astype(jnp.int32)
     return AugmentParams(
-        flip=jax.random.bernoulli(flip_key, flip),
-        offset=offset,
-        erase_box=jnp.concatenate([corner, sides]).astype(jnp.int32),
+        flip=u[0] < flip,
+        offset=jnp.floor(u[2:4] * (2 * pad + 1)).astype(jnp.int32),
+        erase_box=jnp.concatenate([corner, sides]),
     )
 
 
 def _stretch(unit: Float[Array, "A"], limits: tuple[float | int, float | int]) -> Float[Array, "A"]:
     low, high = limits
-    return low + (high - low) * unit
+    if low == high:
+        return jnp.full_like(unit, low)
+    return (unit + low / (high - low)) * (high - low)  # the order as in _normalise, and why
 
 
 def _check(
@@ -124,6 +124,11 @@ def _check(
         raise ValueError(f"augmentation: erase_area must be ascending shares in 0..1, got {area}")
     if not 0 < aspect[0] <= aspect[1]:
         raise ValueError(f"augmentation: erase_aspect must be ascending and positive, got {aspect}")
+
+
+def _check_fill(erase_fill: str) -> None:
+    if erase_fill not in ("mean", "public"):
+        raise ValueError(f"erase_fill must be 'mean' or 'public', got {erase_fill!r}")
 
 
 def apply_params(
@@ -155,8 +160,7 @@ def apply_params(
     Raises:
       ValueError: unknown `erase_fill`.
     """
-    if erase_fill not in ("mean", "public"):
-        raise ValueError(f"erase_fill must be 'mean' or 'public', got {erase_fill!r}")
+    _check_fill(erase_fill)
     rows = jnp.arange(height) + params.offset[0] - pad
     columns = jnp.arange(width) + params.offset[1] - pad
     inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
@@ -180,7 +184,9 @@ def apply_params(
 def _normalise(levels: Float[Array, "*B H W 3"]) -> Float[Array, "*B H W 3"]:
     """Grey levels 0..255 to (level / 255 - mean) / standard deviation of ImageNet."""
     mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
-    return levels * (1 / (255 * std)).astype(np.float32) - (mean / std).astype(np.float32)
+    # Subtract, then multiply: a product and a sum after it may or may not be fused by the compiler,
+    # and the last bit would depend on the program around it.
+    return (levels - (255 * mean).astype(np.float32)) * (1 / (255 * std)).astype(np.float32)
 
 
 def augment_batch(
@@ -221,6 +227,7 @@ def augment_batch(
     Raises:
       ValueError: parameters out of range.
     """
+    _check_fill(erase_fill)
 
     def augment(image: UInt8[Array, "h w 3"], key: Key[Array, ""]) -> Float[Array, "H W 3"]:
         params = draw_params(

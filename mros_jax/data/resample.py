@@ -2,11 +2,15 @@
 
 import dataclasses
 import functools
-import math
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
+
+# Weights are whole multiples of 1 / _UNIT. Grey levels of 8 bits times weights of 16 are exact in
+# float32, sums below 256 as well: no result depends on the order of sums or on fused operations,
+# and so none depends on the device count or the program around it.
+_UNIT = 2.0**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +19,8 @@ class Taps:
 
     Attributes:
       indices: (out, T) int32, inside the input.
-      weights: (out, T) float32, rows sum to 1; taps that are not needed weigh 0.
+      weights: (out, T) float32, multiples of 2^-16 with rows that sum to 1 exactly; taps that are
+        not needed weigh 0.
     """
 
     indices: Int32[np.ndarray, "out T"]
@@ -46,9 +51,11 @@ def bilinear_taps(size: int, out: int) -> Taps:
         first = max(0, int(center - support + 0.5))
         last = min(size, int(center + support + 0.5))
         weights = [max(0.0, 1 - abs((x + 0.5 - center) / support)) for x in range(first, last)]
-        used = [(first + k, w) for k, w in enumerate(weights) if w > 0]
-        total = math.fsum(w for _, w in used)
-        rows.append([(x, w / total) for x, w in used])
+        used = [first + k for k, weight in enumerate(weights) if weight > 0]
+        parts = np.array([weight for weight in weights if weight > 0])
+        parts = np.rint(parts / parts.sum() * _UNIT)
+        parts[parts.argmax()] += _UNIT - parts.sum()
+        rows.append(list(zip(used, parts / _UNIT, strict=True)))
     width = max(map(len, rows))
     indices = np.zeros((out, width), np.int32)
     values = np.zeros((out, width), np.float32)

@@ -92,7 +92,7 @@ def test_msmt17_lists(layout, version):
         file.write("0000/nonsense.jpg 0\n")
     with pytest.raises(ValueError, match=r"list_query\.txt: 1 line .*line 2 .*nonsense"):
         load_dataset(name, layout.root)
-    with pytest.warns(UserWarning, match="nonsense.*Skipped"):
+    with pytest.warns(UserWarning, match=r"nonsense.*Skipped"):
         assert len(load_dataset(name, layout.root, on_bad_image="skip").query) == 1
 
 
@@ -159,7 +159,7 @@ def test_missing_root_says_what_to_do(name, root, tmp_path):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="unknown data set 'market'; there are .*market1501"):
+    with pytest.raises(ValueError, match=r"unknown data set 'market'; there are .*market1501"):
         load_dataset("market")
 
 

@@ -1,0 +1,224 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from mros_jax.data.augment import (
+    AugmentParams,
+    apply_params,
+    augment_batch,
+    draw_params,
+    example_keys,
+)
+
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+H, W, PAD = 48, 16, 5
+
+
+def augment(images, keys):
+    return augment_batch(images, keys, height=H, width=W, pad=PAD)
+
+
+augment_jitted = jax.jit(augment)
+
+
+def by_pil(image, params, fill):
+    """The transform as PIL and NumPy define it: resize, mirror, pad, crop, normalise, erase."""
+    picture = Image.fromarray(image).resize((W, H), Image.Resampling.BILINEAR)
+    if params.flip:
+        picture = ImageOps.mirror(picture)
+    picture = ImageOps.expand(picture, PAD, fill=0)
+    row, column = map(int, params.offset)
+    picture = picture.crop((column, row, column + W, row + H))
+    result = (np.asarray(picture) / 255 - MEAN) / STD
+    top, left, tall, wide = map(int, params.erase_box)
+    result[top : top + tall, left : left + wide] = MEAN if fill == "public" else 0
+    return result
+
+
+@pytest.mark.parametrize("fill", ["mean", "public"])
+def test_equals_pil_for_given_parameters(fill):
+    rng = np.random.default_rng(0)
+    apply = jax.jit(
+        lambda image, params: apply_params(
+            image, params, height=H, width=W, pad=PAD, erase_fill=fill
+        )
+    )
+    corners = [(0, 0), (0, 2 * PAD), (2 * PAD, 0), (2 * PAD, 2 * PAD), (PAD, PAD), (3, 8)]
+    boxes = [(0, 0, 0, 0), (0, 0, 47, 15), (40, 10, 8, 6), (1, 2, 3, 4)]
+    for flip in (False, True):
+        for corner in corners:
+            for box in boxes:
+                image = rng.integers(0, 256, (16, 8, 3), dtype=np.uint8)
+                params = AugmentParams(
+                    jnp.array(flip), jnp.array(corner, jnp.int32), jnp.array(box, jnp.int32)
+                )
+                ours, expected = apply(image, params), by_pil(image, params, fill)
+                levels = np.abs(np.asarray(ours) - expected) * STD * 255
+                assert levels.max() < 1.01
+                assert (levels < 0.01).mean() > 0.95
+
+
+@pytest.fixture(scope="module")
+def draws():
+    """Parameters of 40,000 examples at the paper's size."""
+    keys = example_keys(0, 0, np.arange(40_000))
+    draw = jax.jit(jax.vmap(lambda key: draw_params(key, height=384, width=128)))
+    return jax.tree.map(np.asarray, draw(keys))
+
+
+def within(count, n, p):
+    """Whether a count of n draws with probability p is believable (5 sigma)."""
+    return np.abs(count - n * p) < 5 * np.sqrt(n * p * (1 - p))
+
+
+def test_flip_rate(draws):
+    assert within(draws.flip.sum(), 40_000, 0.5)
+
+
+def test_crop_offsets_are_uniform(draws):
+    assert draws.offset.min() == 0
+    assert draws.offset.max() == 20
+    joint = np.bincount(draws.offset[:, 0] * 21 + draws.offset[:, 1], minlength=441)
+    for axis in range(2):
+        counts = np.bincount(draws.offset[:, axis], minlength=21)
+        assert within(counts, 40_000, 1 / 21).all()
+    assert within(joint, 40_000, 1 / 441).all()
+
+
+def reference_boxes(count, seed=0):
+    """Random erasing as the public code does it, one attempt after another, in NumPy."""
+    rng = np.random.default_rng(seed)
+    boxes = []
+    while len(boxes) < count:
+        area = rng.uniform(0.02, 0.4, 10 * count) * 384 * 128
+        aspect = rng.uniform(0.3, 1 / 0.3, 10 * count)
+        tall = np.rint(np.sqrt(area * aspect)).astype(int)
+        wide = np.rint(np.sqrt(area / aspect)).astype(int)
+        # Rejected attempts are drawn again, so the accepted ones are what one example sees.
+        fits = (tall < 384) & (wide < 128)
+        boxes += list(zip(tall[fits], wide[fits], strict=True))
+    return np.array(boxes[:count])
+
+
+def test_erased_area_and_aspect_follow_the_definition(draws):
+    erased = draws.erase_box[:, 2] > 0
+    # About two thirds of the attempts fit, so that all 100 failing is out of the question.
+    assert within(erased.sum(), 40_000, 0.5)
+    ours = draws.erase_box[erased, 2:]
+    expected = reference_boxes(200_000)
+    for measure in (lambda b: b[:, 0] * b[:, 1] / (384 * 128), lambda b: b[:, 0] / b[:, 1]):
+        edges = np.quantile(measure(expected), np.linspace(0, 1, 13))
+        edges[[0, -1]] = -np.inf, np.inf
+        share = np.histogram(measure(expected), edges)[0] / len(expected)
+        counts = np.histogram(measure(ours), edges)[0]
+        assert within(counts, len(ours), share).all()
+    assert ours[:, 0].max() < 384
+    assert ours[:, 1].max() < 128
+
+
+def test_erased_place_is_uniform(draws):
+    top, left, tall, wide = draws.erase_box[draws.erase_box[:, 2] > 0].T
+    for place, room in ((top, 384 - tall), (left, 128 - wide)):
+        assert (place >= 0).all()
+        assert (place <= room).all()
+        spread = (place + 0.5) / (room + 1)
+        counts = np.histogram(spread, np.linspace(0, 1, 6))[0]
+        # Where there is little room the values are few; the bins then hold about a fifth.
+        np.testing.assert_allclose(counts / len(place), 0.2, atol=0.03)
+        wide_room = room >= 100
+        if wide_room.any():
+            counts = np.histogram(spread[wide_room], np.linspace(0, 1, 6))[0]
+            assert (np.abs(counts / wide_room.sum() - 0.2) < 0.02).all()
+
+
+def test_draws_are_independent(draws):
+    erased = draws.erase_box[:, 2] > 0
+    for one, other in ((draws.flip, erased), (draws.flip, draws.offset[:, 0] > 10)):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.03
+    assert abs(np.corrcoef(draws.offset[:, 0], draws.offset[:, 1])[0, 1]) < 0.03
+
+
+def test_nothing_fits_nothing_is_erased():
+    # Aspect 0.3 at 90 % of a tall image is wider than the image, always.
+    draw = jax.jit(
+        jax.vmap(
+            lambda key: draw_params(
+                key, height=384, width=128, erase=1, erase_area=(0.9, 0.9), erase_aspect=(0.3, 0.3)
+            )
+        )
+    )
+    assert (draw(example_keys(0, 0, np.arange(50))).erase_box[:, 2:] == 0).all()
+
+
+def test_probabilities_zero_and_one():
+    def draw(**options):
+        keys = example_keys(0, 0, np.arange(200))
+        return jax.jit(jax.vmap(lambda key: draw_params(key, height=H, width=W, **options)))(keys)
+
+    never, always = draw(flip=0, pad=0, erase=0), draw(flip=1, erase=1)
+    assert not never.flip.any()
+    assert (never.offset == 0).all()
+    assert (never.erase_box[:, 2:] == 0).all()
+    assert always.flip.all()
+    assert (always.erase_box[:, 2:] > 0).all()
+
+
+def test_example_depends_on_seed_step_and_position_alone():
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 8, 3), dtype=np.uint8)
+    whole = augment_jitted(images, example_keys(3, 7, np.arange(8)))
+    # The same examples as halves of the batch on two devices.
+    halves = [
+        augment_jitted(images[part], example_keys(3, jnp.int32(7), np.arange(8)[part]))
+        for part in (slice(0, 4), slice(4, 8))
+    ]
+    np.testing.assert_array_equal(np.concatenate(halves), whole)
+    for seed, step in ((3, 8), (4, 7)):
+        assert (
+            np.asarray(augment_jitted(images, example_keys(seed, step, np.arange(8)))) != whole
+        ).any()
+
+
+def test_same_on_every_device_count():
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 8, 3), dtype=np.uint8)
+    keys = example_keys(0, 0, np.arange(8))
+    whole = augment_jitted(images, keys)
+    parts = jax.pmap(augment)(images.reshape(4, 2, 16, 8, 3), keys.reshape(4, 2))
+    np.testing.assert_array_equal(np.asarray(parts).reshape(whole.shape), whole)
+
+
+def test_result_is_resize_and_normalise_without_augmentation():
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 8, 3), dtype=np.uint8)
+    keys = example_keys(0, 0, np.arange(2))
+    ours = jax.jit(lambda x, k: augment_batch(x, k, height=H, width=W, flip=0, pad=0, erase=0))(
+        images, keys
+    )
+    still = AugmentParams(np.array(False), np.array([PAD, PAD]), np.zeros(4, int))
+    for image, expected in zip(images, ours, strict=True):
+        np.testing.assert_allclose(by_pil(image, still, "mean"), expected, atol=1.01 / 57)
+
+
+def test_dtype():
+    images, keys = np.zeros((1, 4, 2, 3), np.uint8), example_keys(0, 0, np.arange(1))
+    result = jax.eval_shape(
+        lambda x, k: augment_batch(x, k, height=H, width=W, dtype=jnp.bfloat16), images, keys
+    )
+    assert result.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flip": 1.5}, "flip is a probability in 0..1, got 1.5"),
+        ({"erase": -1}, "erase is a probability"),
+        ({"pad": -1}, "pad must not be negative, got -1"),
+        ({"erase_area": (0.4, 0.02)}, "erase_area must be ascending"),
+        ({"erase_aspect": (0, 1)}, "erase_aspect must be ascending and positive"),
+        ({"erase_fill": "black"}, "'mean' or 'public', got 'black'"),
+    ],
+)
+def test_wrong_parameters(options, message):
+    images, keys = np.zeros((1, 4, 2, 3), np.uint8), example_keys(0, 0, np.arange(1))
+    with pytest.raises(ValueError, match=message):
+        augment_batch(images, keys, height=H, width=W, **options)

@@ -1,0 +1,87 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from mros_jax.data.augment import preprocess, resize
+from mros_jax.data.resample import bilinear_taps, resample_axis
+
+SIZES = [
+    ((16, 8), (48, 16)),  # the ratio of 128x64 -> 384x128
+    ((48, 16), (48, 16)),
+    ((16, 8), (12, 8)),
+    ((50, 30), (24, 8)),  # shrinking: PIL antialiases
+    ((13, 9), (24, 8)),  # larger one way, smaller the other
+    ((9, 31), (24, 8)),
+    ((1, 1), (6, 4)),
+    ((7, 5), (1, 1)),
+]
+
+
+def pil_resize(images, height, width):
+    """The definition that our resize must equal to one grey level."""
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+            for image in images
+        ]
+    )
+
+
+@pytest.mark.parametrize(("size", "out"), SIZES)
+def test_resize_equals_pil(size, out):
+    images = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
+    images[1] = images[1] > 127  # extremes 0 and 1, and then 0 and 255
+    images[2] = (images[2] > 127) * 255
+    ours = np.asarray(jax.jit(lambda x: resize(x, height=out[0], width=out[1]))(images))
+    pil = pil_resize(images, *out)
+    assert np.abs(ours - pil).max() <= 1
+    assert (ours == ours.round()).all()
+    # Rounding both axes as PIL does makes nearly all levels equal, not just close; where weights
+    # are halves and quarters, exact ties may go either way.
+    assert (ours == pil).mean() > 0.75
+
+
+@pytest.mark.parametrize(("size", "out"), [((128, 64), (384, 128)), ((128, 64), (96, 32))])
+def test_resize_equals_pil_at_full_size(size, out):
+    images = np.random.default_rng(1).integers(0, 256, (2, *size, 3), dtype=np.uint8)
+    ours = np.asarray(jax.jit(lambda x: resize(x, height=out[0], width=out[1]))(images))
+    pil = pil_resize(images, *out)
+    assert np.abs(ours - pil).max() <= 1
+    assert (ours == pil).mean() > 0.99
+
+
+def test_same_size_is_untouched():
+    images = np.random.default_rng(0).integers(0, 256, (1, 6, 4, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(resize(images, height=6, width=4), images)
+
+
+def test_taps_are_a_partition():
+    for size, out in [(64, 128), (128, 64), (100, 7), (5, 5)]:
+        taps = bilinear_taps(size, out)
+        np.testing.assert_array_equal(taps.weights.sum(1), 1)
+        assert (taps.indices >= 0).all()
+        assert (taps.indices < size).all()
+    assert bilinear_taps(64, 128).weights.shape[1] == 2
+    assert bilinear_taps(64, 64).weights.shape[1] == 1
+    with pytest.raises(ValueError, match="0 pixels to 5"):
+        bilinear_taps(0, 5)
+
+
+def test_positions_choose_outputs():
+    rows = jnp.asarray(np.random.default_rng(0).integers(0, 256, (9, 4), dtype=np.uint8))
+    taps = bilinear_taps(9, 14)
+    whole = resample_axis(rows, taps, 0)
+    wanted = jnp.array([3, 3, 13, 0])
+    np.testing.assert_array_equal(resample_axis(rows, taps, 0, wanted), whole[wanted])
+
+
+def test_preprocess_normalises():
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 4, 3), dtype=np.uint8)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = (pil_resize(images, 24, 8) / 255 - mean) / std
+    ours = jax.jit(lambda x: preprocess(x, height=24, width=8))(images)
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, expected, atol=1.01 / 255 / 0.224)
+    assert preprocess(images, height=24, width=8, dtype=jnp.bfloat16).dtype == jnp.bfloat16
