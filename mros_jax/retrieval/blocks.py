@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float32
 
 MULTIPLE = 32  # blocks have a multiple of so many rows on each device
 _AXIS = "rows"
+_ALIGNMENT = 64  # bytes; what XLA asks for
 _BYTES = 64 * 2**20  # of one block of float32 distances on one device
 
 
@@ -18,6 +20,30 @@ def choose_block(num_columns: int, block_size: int | None = None) -> int:
     if block_size is None:
         block_size = min(512, _BYTES // 4 // num_columns)
     return max(MULTIPLE, block_size // MULTIPLE * MULTIPLE)
+
+
+def place_everywhere(array: Any, devices: Sequence[jax.Device] | None = None) -> jax.Array:
+    """Copy an array to every device (default: all local ones)."""
+    mesh = Mesh(np.asarray(devices if devices is not None else jax.local_devices()), (_AXIS,))
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
+
+
+def empty_aligned(shape: tuple[int, int]) -> Float32[np.ndarray, "N D"]:
+    """Uninitialised float32 memory that JAX can use on a CPU without another copy."""
+    size = shape[0] * shape[1] * 4
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    begin = -raw.ctypes.data % _ALIGNMENT
+    return raw[begin : begin + size].view(np.float32).reshape(shape)
+
+
+def take_rows(
+    array: Float32[np.ndarray | jax.Array, "N D"], rows: np.ndarray
+) -> Float32[np.ndarray | jax.Array, "M D"]:
+    """array[rows], in memory that JAX can use on a CPU without another copy."""
+    if isinstance(array, jax.Array):
+        return array[rows]
+    out = empty_aligned((len(rows), array.shape[1]))
+    return np.take(array, rows, axis=0, out=out, mode="clip")
 
 
 class BlockMap:
@@ -44,8 +70,7 @@ class BlockMap:
         self._function = _compile(function, len(shared), devices)
         mesh = Mesh(np.asarray(devices), (_AXIS,))
         self._split = NamedSharding(mesh, PartitionSpec(_AXIS))
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        self._shared = [jax.device_put(array, everywhere) for array in shared]
+        self._shared = [place_everywhere(array, devices) for array in shared]
 
     def __call__(self, *rows: Any) -> Any:
         """Start one block (rows divisible by the number of devices); returns without waiting."""

@@ -1,7 +1,7 @@
 """Distances between descriptors: float32, products at the highest precision."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,47 +14,79 @@ from mros_jax.retrieval.inputs import Numbers, check_choice, check_pair
 METRICS = ("cosine", "euclidean")
 
 
+def _squared_norms(features: Float[Array, "N D"]) -> Float[Array, "N"]:
+    return jnp.einsum("nd,nd->n", features, features, precision="highest")
+
+
 def _inverse_norms(features: Float[Array, "N D"]) -> Float[Array, "N"]:
-    return jax.lax.rsqrt(jnp.einsum("nd,nd->n", features, features, precision="highest"))
+    return jax.lax.rsqrt(_squared_norms(features))
 
 
-def similarity_block(
-    query: Float[Array, "B D"], gallery: Float[Array, "G D"]
+def _no_norms(features: Float[Array, "N D"]) -> Float[Array, "N"]:
+    return jnp.zeros(len(features))
+
+
+def _product(query: Float[Array, "B D"], gallery: Float[Array, "G D"]) -> Float[Array, "B G"]:
+    return jnp.matmul(query, gallery.T, precision="highest")
+
+
+def compute_similarity(
+    query: Float[Array, "B D"], gallery: Float[Array, "G D"], inverse_norms: Float[Array, "G"]
 ) -> Float[Array, "B G"]:
     """Cosine of each pair. The norms divide the product, so no normalised copy is made."""
-    product = jnp.matmul(query, gallery.T, precision="highest")
-    return product * _inverse_norms(query)[:, None] * _inverse_norms(gallery)
+    return _product(query, gallery) * _inverse_norms(query)[:, None] * inverse_norms
 
 
-def _cosine(query: Float[Array, "B D"], gallery: Float[Array, "G D"]) -> Float[Array, "B G"]:
-    return 1.0 - similarity_block(query, gallery)
+def _cosine(
+    query: Float[Array, "B D"], gallery: Float[Array, "G D"], inverse_norms: Float[Array, "G"]
+) -> Float[Array, "B G"]:
+    return 1.0 - compute_similarity(query, gallery, inverse_norms)
 
 
-def _inner(query: Float[Array, "B D"], gallery: Float[Array, "G D"]) -> Float[Array, "B G"]:
-    return 1.0 - jnp.matmul(query, gallery.T, precision="highest")
+def _inner(
+    query: Float[Array, "B D"], gallery: Float[Array, "G D"], unused: Float[Array, "G"]
+) -> Float[Array, "B G"]:
+    return 1.0 - _product(query, gallery)
 
 
 def _squared_euclidean(
-    query: Float[Array, "B D"], gallery: Float[Array, "G D"]
+    query: Float[Array, "B D"], gallery: Float[Array, "G D"], squared_norms: Float[Array, "G"]
 ) -> Float[Array, "B G"]:
-    query_norms = jnp.einsum("bd,bd->b", query, query, precision="highest")
-    gallery_norms = jnp.einsum("gd,gd->g", gallery, gallery, precision="highest")
-    product = jnp.matmul(query, gallery.T, precision="highest")
-    return jnp.maximum(query_norms[:, None] + gallery_norms - 2.0 * product, 0.0)
+    distance = _squared_norms(query)[:, None] + squared_norms - 2.0 * _product(query, gallery)
+    return jnp.maximum(distance, 0.0)
 
 
-def _squared_chord(query: Float[Array, "B D"], gallery: Float[Array, "G D"]) -> Float[Array, "B G"]:
-    return 2.0 * _cosine(query, gallery)
+def _squared_chord(
+    query: Float[Array, "B D"], gallery: Float[Array, "G D"], inverse_norms: Float[Array, "G"]
+) -> Float[Array, "B G"]:
+    return 2.0 * _cosine(query, gallery, inverse_norms)
+
+
+class Kind(NamedTuple):
+    """A distance: `measure(query block, gallery, norms)`, with `norms` of the gallery made once."""
+
+    measure: Callable[..., Array]
+    norms: Callable[[Array], Array]
 
 
 # Distances whose order is that of the metric. Square roots are left out: they make ties.
 KINDS = {
-    "cosine": _cosine,
-    "inner": _inner,
-    "chord": _squared_chord,
-    "euclidean": _squared_euclidean,
-    "similarity": similarity_block,
+    "cosine": Kind(_cosine, _inverse_norms),
+    "inner": Kind(_inner, _no_norms),
+    "chord": Kind(_squared_chord, _inverse_norms),
+    "euclidean": Kind(_squared_euclidean, _squared_norms),
+    "similarity": Kind(compute_similarity, _inverse_norms),
 }
+
+
+def place_gallery(
+    gallery: Float32[np.ndarray | Array, "G D"],
+    kind: str,
+    devices: Sequence[jax.Device] | None = None,
+) -> list[Array]:
+    """The gallery and its norms on every device."""
+    placed = blocks.place_everywhere(gallery, devices)
+    return [placed, jax.jit(KINDS[kind].norms)(placed)]
 
 
 def choose_kind(metric: str, normalize: bool) -> str:
@@ -114,7 +146,8 @@ def make_row_function(
             least that is computed at once.
         devices: default all local devices.
     """
-    mapped = blocks.BlockMap(KINDS[kind], [gallery], devices=devices)
+    shared = place_gallery(gallery, kind, devices)
+    mapped = blocks.BlockMap(KINDS[kind].measure, shared, devices=devices)
 
     def compute_rows(query: Any) -> np.ndarray:
         result = np.empty((len(query), len(gallery)), np.float32)

@@ -125,11 +125,16 @@ def count_ranks(
 
 
 @functools.cache
-def _count_from_features(kind: str) -> Callable:
-    def count(matches: Array, removed: Array, query: Array, gallery: Array) -> Array:
-        return count_ranks(matches, removed, distances.KINDS[kind](query, gallery))
+def _make_count(kind: str) -> Callable:
+    def count(matches: Array, removed: Array, query: Array, gallery: Array, norms: Array) -> Array:
+        return count_ranks(matches, removed, distances.KINDS[kind].measure(query, gallery, norms))
 
     return count
+
+
+def _count_given(matches: Array, removed: Array, distance: Array) -> tuple[Array, Array]:
+    """Ranks, and which rows hold NaN: that comes before nothing and would improve ranks, unseen."""
+    return count_ranks(matches, removed, distance), jnp.isnan(distance).any(1)
 
 
 def _rank_matches(
@@ -153,6 +158,10 @@ def _rank_matches(
     ranks = np.empty(len(matches.indices), np.int64)
     for rows, block in mapped.run(len(order), len(labels.kept), get, block_size=block_size):
         chosen = order[rows]
+        if isinstance(block, tuple):
+            block, bad = block
+            if bad.any():
+                raise ValueError(f"distance holds NaN, e.g. in row {chosen[np.argmax(bad)]}")
         ranks[matches.places(chosen)] = block[ragged_positions(matches.lengths[chosen])]
     return ranks
 
@@ -261,15 +270,10 @@ def evaluate_distances(
     )
 
     def rows_of(rows: np.ndarray) -> Any:
-        block = matrix[rows]
-        # A NaN comes before nothing: it would only make the ranks better, silently.
-        bad = np.isnan(np.asarray(block).sum(1)) & np.isnan(np.asarray(block)).any(1)
-        if bad.any():
-            raise ValueError(f"distance holds NaN, e.g. in row {rows[np.argmax(bad)]}")
-        return block[:, labels.kept] if labels.num_junk else block
+        return matrix[rows][:, labels.kept] if labels.num_junk else matrix[rows]
 
     with jax.enable_x64(matrix.dtype == np.float64):
-        ranks = _rank_matches(rows_of, count_ranks, (), labels, block_size, devices)
+        ranks = _rank_matches(rows_of, _count_given, (), labels, block_size, devices)
     described = {
         "metric": "given distances",
         "rerank": None,
@@ -361,7 +365,7 @@ def evaluate(
     options = dict(rerank_options or {})
     keep_junk = keep_junk and rerank is not None
     if labels.num_junk and not keep_junk:
-        gallery = gallery[labels.kept]
+        gallery = blocks.take_rows(gallery, labels.kept)
     described = {
         "metric": metric,
         "normalize": normalize,
@@ -372,9 +376,10 @@ def evaluate(
         "distractor_pid": distractor_pid,
     }
     if rerank is None:
-        function = _count_from_features(distances.choose_kind(metric, normalize))
+        kind = distances.choose_kind(metric, normalize)
+        shared = distances.place_gallery(gallery, kind, devices)
         ranks = _rank_matches(
-            lambda rows: query[rows], function, [gallery], labels, block_size, devices
+            lambda rows: query[rows], _make_count(kind), shared, labels, block_size, devices
         )
     else:
         prepare = reranking.METHODS[rerank]
@@ -384,5 +389,5 @@ def evaluate(
         def rows_of(rows: np.ndarray) -> np.ndarray:
             return reranked(rows)[:, columns].astype(np.float32)
 
-        ranks = _rank_matches(rows_of, count_ranks, (), labels, block_size, devices)
+        ranks = _rank_matches(rows_of, _count_given, (), labels, block_size, devices)
     return _summarise(ranks, labels, ap, max_rank, described | dict(protocol or {}))

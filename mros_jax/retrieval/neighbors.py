@@ -51,12 +51,19 @@ def select_top(
     return top, group * size + position % size
 
 
+def _place(features: Any, devices: Sequence[jax.Device] | None) -> list[Array]:
+    return distances.place_gallery(features, "similarity", devices)
+
+
 @functools.cache
 def _make_search(k: int) -> Callable:
     def search(
-        index: Int[Array, "B"], query: Float[Array, "B D"], features: Float[Array, "N D"]
+        index: Int[Array, "B"],
+        query: Float[Array, "B D"],
+        features: Float[Array, "N D"],
+        norms: Float[Array, "N"],
     ) -> tuple[Array, Array, Array]:
-        similarity = distances.similarity_block(query, features)
+        similarity = distances.compute_similarity(query, features, norms)
         smallest = similarity.min(1)
         itself = jnp.arange(features.shape[0]) == index[:, None]
         top, indices = select_top(jnp.where(itself, jnp.inf, similarity), k)
@@ -81,7 +88,7 @@ def search_neighbors(
         devices: default all local devices.
     """
     num = len(features)
-    mapped = blocks.BlockMap(_make_search(k), [features], devices=devices)
+    mapped = blocks.BlockMap(_make_search(k), _place(features, devices), devices=devices)
     result = Neighbors(
         np.empty((num, k), np.int32), np.empty((num, k), np.float32), np.empty(num, np.float32)
     )
@@ -97,8 +104,10 @@ def search_neighbors(
 
 @functools.cache
 def _make_gallery_search(k: int) -> Callable:
-    def search(query: Float[Array, "B D"], gallery: Float[Array, "G D"]) -> Array:
-        return select_top(distances.similarity_block(query, gallery), k)[1]
+    def search(
+        query: Float[Array, "B D"], gallery: Float[Array, "G D"], norms: Float[Array, "G"]
+    ) -> Array:
+        return select_top(distances.compute_similarity(query, gallery, norms), k)[1]
 
     return search
 
@@ -112,7 +121,7 @@ def search_gallery(
     devices: Sequence[jax.Device] | None = None,
 ) -> Int32[np.ndarray, "Q k"]:
     """The k gallery images nearest to each query by cosine, nearest first."""
-    mapped = blocks.BlockMap(_make_gallery_search(k), [gallery], devices=devices)
+    mapped = blocks.BlockMap(_make_gallery_search(k), _place(gallery, devices), devices=devices)
     result = np.empty((len(query), k), np.int32)
     for rows, block in mapped.run(
         len(query), len(gallery), lambda rows: (query[rows],), block_size=block_size
@@ -121,8 +130,10 @@ def search_gallery(
     return result
 
 
-def _smallest(query: Float[Array, "B D"], features: Float[Array, "N D"]) -> Float[Array, "B"]:
-    return distances.similarity_block(query, features).min(1)
+def _smallest(
+    query: Float[Array, "B D"], features: Float[Array, "N D"], norms: Float[Array, "N"]
+) -> Float[Array, "B"]:
+    return distances.compute_similarity(query, features, norms).min(1)
 
 
 def find_farthest(
@@ -132,7 +143,7 @@ def find_farthest(
     devices: Sequence[jax.Device] | None = None,
 ) -> Float32[np.ndarray, "N"]:
     """Cosine of each image with the farthest one."""
-    mapped = blocks.BlockMap(_smallest, [features], devices=devices)
+    mapped = blocks.BlockMap(_smallest, _place(features, devices), devices=devices)
     num = len(features)
     result = np.empty(num, np.float32)
     for rows, block in mapped.run(num, num, lambda rows: (features[rows],), block_size=block_size):
@@ -143,10 +154,11 @@ def find_farthest(
 def stack(
     query: Float32[np.ndarray | Array, "Q D"], gallery: Float32[np.ndarray | Array, "G D"]
 ) -> Float32[np.ndarray | Array, "N D"]:
-    """Queries above gallery."""
+    """Queries above gallery; on a CPU, JAX then uses this copy as it is."""
     if isinstance(query, jax.Array) or isinstance(gallery, jax.Array):
         return jnp.concatenate([query, gallery])
-    return np.concatenate([query, gallery])
+    out = blocks.empty_aligned((len(query) + len(gallery), query.shape[1]))
+    return np.concatenate([query, gallery], out=out)
 
 
 def check_neighbors(neighbors: Numbers, num: int, least: int) -> Int32[np.ndarray, "N k"]:

@@ -52,8 +52,10 @@ def prepare_ecn(
         check_count(value, name, most=num - extra, of="images in queries and gallery together")
     length = max(k, t + 1, q + 1)
     spread: dict[str, Any] = {"block_size": block_size, "devices": devices}
+    features = stack(query, gallery)
+    query, gallery = features[:num_query], features[num_query:]
     if neighbors is None:
-        lists = search_neighbors(stack(query, gallery), length, **spread).indices
+        lists = search_neighbors(features, length, **spread).indices
     else:
         lists = check_neighbors(neighbors, num, length)
     first = lists[:, 1 : t + 1]
@@ -63,7 +65,6 @@ def prepare_ecn(
 
     if method == "origdist":
         # The mean of 1 - x_n . x_g over n is 1 - (mean of x_n) . x_g.
-        features = stack(query, gallery)
         cosines = distances.make_row_function(features, "similarity", **spread)
         host = np.asarray(features)
         scale = 1 / np.sqrt(np.einsum("nd,nd->n", host, host))
@@ -167,6 +168,7 @@ def prepare_k_reciprocal(
     if not 0 <= lambda_value <= 1:
         raise ValueError(f"lambda_value is {lambda_value}; expected a share between 0 and 1")
     features = stack(query, gallery)
+    query, gallery = features[:num_query], features[num_query:]
     length = max(k1 + 1, k2)
     spread: dict[str, Any] = {"block_size": block_size, "devices": devices}
     if neighbors is None:

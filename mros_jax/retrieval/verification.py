@@ -141,7 +141,7 @@ def verify(
         distractor_pid=distractor_pid,
     )
     if labels.num_junk:
-        gallery = gallery[labels.kept]
+        gallery = blocks.take_rows(gallery, labels.kept)
     kind = distances.choose_kind(metric, normalize)
     compute = distances.make_row_function(gallery, kind, block_size=block_size, devices=devices)
 
