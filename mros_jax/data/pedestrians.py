@@ -182,7 +182,7 @@ class _Draws:
 
     def sign(self, *shape: int) -> Array:
         """Minus or plus one."""
-        return jnp.where(self.uniform(*shape) < 0.5, -1.0, 1.0)
+        return 1.0 - 2.0 * (self.uniform(*shape) < 0.5).astype(jnp.float32)
 
     def kind(self, *weights: float | int) -> Array:
         """A whole number from 0 with these relative weights."""
@@ -254,7 +254,7 @@ def _person(seed: Array, number: Array, lookalikes: int) -> Person:
         top_kind=draws.kind(6, 2, 2),
         top_period=draws.between(0.045, 0.085),
         top_length=draws.between(0.49, 0.56),
-        long_sleeves=jnp.where(draws.uniform() < 0.6, 1.0, 0.0),
+        long_sleeves=(draws.uniform() < 0.6).astype(jnp.float32),
         bottom=bottom,
         bottom_kind=draws.kind(6, 2, 2),
         bag=draws.row(_CLOTHES, _CLOTHES_WEIGHTS),
@@ -303,7 +303,7 @@ def _camera(seed: Array, camid: Array) -> Camera:
         mottle=draws.between(0.02, 0.06),
         pitch=draws.between(0.05, 0.35),
         light=draws.between(-1.0, 1.0),
-        cast=draws.between(0.86, 1.12, 3),
+        cast=draws.between(0.82, 1.08, 3),
         gamma=draws.between(0.80, 1.30),
         contrast=draws.between(0.75, 1.05),
         blur=draws.between(0.3, 1.0),
@@ -325,7 +325,7 @@ def _picture(
     shift = draws.normal(2) * jnp.array([0.018, 0.015])
     scale = 1.0 + 0.035 * draws.normal()
     # A junk box misses much of the person: it is far off, and far too large or too small.
-    far = draws.sign(2) * draws.between(0.12, 0.45, 2) * jnp.array([0.5, 1.0])
+    far = draws.sign(2) * draws.between(0.12, 0.34, 2) * jnp.array([0.5, 1.0])
     wrong = jnp.exp(draws.sign() * draws.between(0.2, 0.5))
     shift, scale = jnp.where(junk, far, shift), jnp.where(junk, wrong, scale)
     occluder = draws.kind(0.86, 0.05, 0.05, 0.04)
@@ -344,7 +344,7 @@ def _picture(
         occluder_at=draws.between(0.0, 1.0),
         occluder_colour=draws.row(_CLOTHES),
         exposure=jnp.exp(0.10 * draws.normal()),
-        present=jnp.where(nobody, 0.0, 1.0),
+        present=1.0 - nobody.astype(jnp.float32),
         noise_key=jax.random.fold_in(key, 1),
     )
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Int, UInt8
 from mros_jax.data import imaging
 from mros_jax.data.pedestrians import Camera, Person, Picture
 
+_GROUP = 4  # pictures that are vectorised together
 _BODY = 0.91  # body height of a 1.0 person, as a share of the box
 
 
@@ -132,14 +133,14 @@ def _leg(person: Person, picture: Picture, camera: Camera, side: float) -> _Limb
 def _arm(person: Person, picture: Picture, camera: Camera, side: float) -> _Limb:
     swing = -0.85 * picture.stride * jnp.sin(picture.phase + (0.0 if side > 0 else jnp.pi))
     point = functools.partial(_project, picture, camera.pitch)
-    x = side * 0.108 * person.shoulders * jnp.sqrt(person.girth)
+    x = side * 0.101 * person.shoulders * jnp.sqrt(person.girth)
     zero = jnp.float32(0.0)
-    shoulder, depth = point(x, jnp.float32(0.205), zero)
-    ey, ez = 0.205 + 0.15 * jnp.cos(swing), 0.15 * jnp.sin(swing)
-    elbow, _ = point(x * 1.12, ey, ez)
+    shoulder, depth = point(x, jnp.float32(0.222), zero)
+    ey, ez = 0.222 + 0.145 * jnp.cos(swing), 0.145 * jnp.sin(swing)
+    elbow, _ = point(x * 1.20, ey, ez)
     wy, wz = ey + 0.135 * jnp.cos(swing + 0.25), ez + 0.135 * jnp.sin(swing + 0.25)
-    wrist, _ = point(x * 1.14, wy, wz)
-    hand, _ = point(x * 1.13, wy + 0.025, wz + 0.01)
+    wrist, _ = point(x * 1.23, wy, wz)
+    hand, _ = point(x * 1.21, wy + 0.025, wz + 0.01)
     return _Limb(shoulder, elbow, wrist, hand, depth)
 
 
@@ -153,8 +154,9 @@ def _lines(x: Array, y: Array, grid: Array, width: Array | float) -> Array:
     return lines
 
 
-def _backdrop(picture: Picture, camera: Camera, x: Array, y: Array) -> Array:
-    """The scene without people. x and y in box heights from the middle of the top edge."""
+def _backdrop(frame: _Canvas, picture: Picture, camera: Camera) -> Array:
+    """The scene without people."""
+    x, y = frame.x, frame.y
     zoom = 1.0 + 0.1 * jnp.tanh(picture.scene[1])
     wx, wy = (x + picture.scene[0]) * zoom, y * zoom
     horizon = camera.horizon + 0.06 * picture.scene[1]
@@ -175,10 +177,9 @@ def _backdrop(picture: Picture, camera: Camera, x: Array, y: Array) -> Array:
     image = image * (1.0 + camera.mottle * mottle)
     # Something else in the scene: a door, a sign, a bin.
     c = picture.clutter
-    place = _Canvas(x, y, jnp.float32(1 / 128))
     bottom = horizon + 0.05 + 0.2 * c[1]
     centre = (0.6 * (c[0] - 0.5), bottom - 0.15 - 0.2 * c[2])
-    cover = _cover(place, _box(place, centre, 0.03 + 0.1 * c[3], 0.15 + 0.2 * c[2], 0.01))
+    cover = _cover(frame, _box(frame, centre, 0.03 + 0.1 * c[3], 0.15 + 0.2 * c[2], 0.01))
     muted = 0.5 * picture.clutter_colour + 0.5 * camera.wall
     return _paint(image, cover * (c[1] > 0.45), muted)
 
@@ -252,7 +253,7 @@ def _torso(image: Array, at: _Canvas, person: Person, picture: Picture, neck: Ar
         shoulder + (waist - shoulder) * jnp.clip((v - 0.20) / 0.18, 0.0, 1.0),
         waist + (hip * 1.03 - waist) * jnp.clip((v - 0.38) / 0.14, 0.0, 1.0),
     )
-    slope = 0.168 + 0.045 * (jnp.abs(x) / jnp.maximum(shoulder, 0.03)) ** 2
+    slope = 0.168 + 0.050 * (jnp.abs(x) / jnp.maximum(shoulder, 0.03)) ** 2
     top = jnp.maximum(jnp.abs(x) - half, jnp.maximum(slope - v, v - person.top_length))
     u = x / jnp.maximum(half, 0.03)
     period = person.top_period
@@ -417,19 +418,19 @@ def _figure(image: Array, at: _Canvas, person: Person, picture: Picture, camera:
     return _arms(image, at, person, near_arm, jnp.float32(1.0), jnp.float32(1.0))
 
 
-def _occlude(image: Array, picture: Picture, x: Array, y: Array, wide: float) -> Array:
+def _occlude(image: Array, frame: _Canvas, picture: Picture, half_width: float) -> Array:
+    """Something between the camera and the person: a pole, a low thing, or somebody at the edge."""
     kind, where = picture.occluder_kind, picture.occluder_at
-    at = _Canvas(x, y, jnp.float32(1 / 128))
-    pole = jnp.abs(x - (where - 0.5) * wide) - 0.035
-    low = jnp.maximum(0.72 + 0.16 * where - y, jnp.abs(x - 0.1 * (where - 0.5)) - 0.2)
-    edge = jnp.where(where < 0.5, -1.0, 1.0) * (0.20 + 0.1 * where * wide)
-    body = _box(at, (edge, 0.62), 0.10, 0.42, 0.07)
-    head = _ellipse(at, (edge, 0.13), 0.050, 0.068)
+    pole = jnp.abs(frame.x - (2 * where - 1) * half_width) - 0.035
+    low = jnp.maximum(0.72 + 0.16 * where - frame.y, jnp.abs(frame.x - 0.1 * (where - 0.5)) - 0.2)
+    edge = jnp.where(where < 0.5, -1.0, 1.0) * (0.8 + 0.2 * where) * half_width
+    body = _box(frame, (edge, 0.62), 0.10, 0.42, 0.07)
+    head = _ellipse(frame, (edge, 0.13), 0.050, 0.068)
     distance = jnp.select([kind == 1, kind == 2], [pole, low], jnp.minimum(body, head))
-    colour = _mix(
-        _cover(at, head) * (kind == 3), picture.occluder_colour, jnp.array([0.7, 0.5, 0.4])
-    )
-    return _paint(image, _cover(at, distance) * (kind > 0), colour, _round(distance, 0.05))
+    legs = _step(frame, frame.y - 0.56) * (kind == 3)
+    colour = _mix(legs, picture.occluder_colour, picture.occluder_colour * 0.35)
+    colour = _mix(_cover(frame, head) * (kind == 3), colour, jnp.array([0.7, 0.5, 0.4]))
+    return _paint(image, _cover(frame, distance) * (kind > 0), colour, _round(distance, 0.05))
 
 
 def _scene(person: Person, picture: Picture, camera: Camera, height: int, width: int) -> Array:
@@ -437,7 +438,8 @@ def _scene(person: Person, picture: Picture, camera: Camera, height: int, width:
     y = (jnp.arange(height, dtype=jnp.float32)[:, None] + 0.5) / height
     x = (jnp.arange(width, dtype=jnp.float32)[None, :] + 0.5 - width / 2) / height
     x, y = jnp.broadcast_arrays(x, y)  # each (H, W), in box heights
-    image = _backdrop(picture, camera, x, y)
+    frame = _Canvas(x, y, jnp.float32(1 / height))
+    image = _backdrop(frame, picture, camera)
 
     size = _BODY * person.height * picture.scale
     feet = 0.965 + picture.shift[1] - 0.5 * (picture.scale - 1.0)
@@ -449,7 +451,7 @@ def _scene(person: Person, picture: Picture, camera: Camera, height: int, width:
     # Light from one side, on the person only.
     body = body * (1.0 + 0.10 * camera.light * jnp.clip(at.x / 0.12, -1.0, 1.0))
     image = jnp.where(picture.present > 0, body, image)
-    return _occlude(image, picture, x, y, width / height)
+    return _occlude(image, frame, picture, width / height / 2)
 
 
 @functools.partial(jax.jit, static_argnames=("height", "width"))
@@ -477,9 +479,14 @@ def render(
     """
     sensors = imaging.make_sensors(cameras, height, width)
 
-    def one(person: Person, picture: Picture, row: Array) -> Array:
+    def one(i: Array) -> Array:
+        person, picture, row = jax.tree.map(lambda leaf: leaf[i], (people, pictures, camera_rows))
         camera, sensor = jax.tree.map(lambda leaf: leaf[row], (cameras, sensors))
         scene = _scene(person, picture, camera, height, width)
         return imaging.expose(scene, picture, camera, *sensor)
 
-    return jax.vmap(one)(people, pictures, camera_rows)
+    # Groups of one size, the last filled up: what is compiled for a picture, and with it the
+    # rounding of its pixels, does not depend on how many there are. Small ones stay in the cache.
+    count = len(camera_rows)
+    index = jnp.minimum(jnp.arange(-(-count // _GROUP) * _GROUP), count - 1)
+    return jax.lax.map(one, index, batch_size=_GROUP)[:count]

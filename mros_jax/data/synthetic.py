@@ -25,7 +25,7 @@ from mros_jax.data.splits import DISTRACTOR_PID, JUNK_PID, Dataset, Split, relab
 
 # Part of every cache key: a change of the pictures must change it.
 VERSION = 1
-CHUNK = 128  # images per call of the renderer: one compiled shape, and a few tens of MB at work
+CHUNK = 32  # images per call of the renderer
 _GOOD, _JUNK, _NOBODY = 0, 1, 2
 
 PRESETS: dict[str, dict[str, int]] = {
@@ -89,13 +89,14 @@ class Renderer:
     lookalikes: int
     height: int
     width: int
+    chunk: int = CHUNK
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """Yields the images in order, uint8 (n, height, width, 3) with n <= CHUNK."""
+        """Yields the images in order, uint8 (n, height, width, 3) with n <= `chunk`."""
         camids = np.arange(1, self.rows.camids.max() + 1, dtype=np.int32)
         cameras = pedestrians.draw_cameras(self.seed, camids)
-        for start in range(0, len(self.rows), CHUNK):
-            index = np.arange(start, start + CHUNK, dtype=np.int32)
+        for start in range(0, len(self.rows), self.chunk):
+            index = np.arange(start, start + self.chunk, dtype=np.int32)
             # The last chunk is filled up with one image: one shape, hence one compilation.
             index = np.minimum(index, len(self.rows) - 1)
             rows = self.rows.take(index)
@@ -116,8 +117,10 @@ class Renderer:
     def __call__(self) -> np.ndarray:
         """Returns all images, uint8 (N, height, width, 3)."""
         images = np.empty((len(self.rows), self.height, self.width, 3), np.uint8)
-        for i, chunk in enumerate(self.chunks()):
-            images[i * CHUNK : i * CHUNK + len(chunk)] = chunk
+        start = 0
+        for chunk in self.chunks():
+            images[start : start + len(chunk)] = chunk
+            start += len(chunk)
         return images
 
 
