@@ -2,7 +2,7 @@
 
 from mros_jax.inference import load_model
 model = load_model("runs/market")
-descriptors = model.embed(images)  # uint8 (N, H, W, 3), any size -> float32 (N, D)
+descriptors = model.embed(images)  # uint8 (N, H, W, 3), arrays of any sizes, or paths -> (N, D)
 """
 
 import functools
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from mros_jax import parallel
 from mros_jax.checkpoints import load_variables
-from mros_jax.data import augment
+from mros_jax.data import augment, decoding
 from mros_jax.recipe import make_model
 
 
@@ -54,7 +55,7 @@ class Embedder:
 
     def embed(
         self,
-        images: np.ndarray,
+        images: np.ndarray | Sequence[np.ndarray | str | os.PathLike],
         *,
         batch_size: int = 128,
         flip_test: bool = False,
@@ -63,7 +64,8 @@ class Embedder:
         """Descriptors G of images, not normalised.
 
         Args:
-            images: uint8 (N, H, W, 3) RGB, any size; resized to the model's input.
+            images: uint8 (N, H, W, 3) RGB, any size; or a sequence of uint8 (H, W, 3) arrays of
+                different sizes or of image files. They are resized to the model's input.
             batch_size: images per call, rounded up to a multiple of the local devices.
             flip_test: mean of the descriptors of image and mirror image.
             progress: show a progress bar.
@@ -72,9 +74,13 @@ class Embedder:
             float32 (N, D).
 
         Raises:
-            ValueError: images of another type or rank.
+            ValueError: images of another type or rank, or files that cannot be read.
         """
-        if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        if isinstance(images, str | os.PathLike):
+            raise ValueError(f"expected images or a list of files, got one path: {images}")
+        if isinstance(images, np.ndarray) and (
+            images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8
+        ):
             raise ValueError(
                 f"expected uint8 images (N, H, W, 3), got {images.dtype} {images.shape}"
             )
@@ -85,6 +91,8 @@ class Embedder:
         starts = range(0, len(images), batch_size)
         for start in tqdm(starts, desc="descriptors", leave=False, disable=not progress):
             batch = images[start : start + batch_size]
+            if not isinstance(batch, np.ndarray):
+                batch = decoding.load_images(batch, height=self._height, width=self._width)
             padding = batch_size - len(batch)
             padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
             out = self._embed(variables, parallel.split(padded), flip_test)

@@ -2,7 +2,7 @@
 (() => {
   const overlapping = {{ (run.setting != "I") | tojson }};
 
-  // A basic stripe is as red as the windows over it say, the reddest of the pair fully.
+  // A basic stripe is shaded by the windows over it, on a scale of this pair.
   function shade(face, stripes) {
     const levels = Object.values(stripes);
     const windows = levels[0].map((_, i) => levels.reduce((sum, parts) => sum + parts[i], 0));
@@ -12,13 +12,14 @@
       const there = over.filter((value) => value !== undefined);
       return there.reduce((a, b) => a + b, 0) / there.length;
     });
-    const most = Math.max(...heat) || 1;
+    const least = Math.min(...heat);
+    const range = Math.max(...heat) - least || 1;
     face.querySelectorAll("u").forEach((old) => old.remove());
     heat.forEach((value, i) => {
       const band = document.createElement("u");
       band.style.top = `${(100 * i) / count}%`;
       band.style.height = `${100 / count}%`;
-      band.style.opacity = (0.75 * value) / most;
+      band.style.opacity = (0.65 * (value - least)) / range;
       face.append(band);
     });
   }

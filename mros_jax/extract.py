@@ -1,0 +1,281 @@
+"""Descriptors of any images, and the images nearest to one of them.
+
+    python -m mros_jax.extract --checkpoint RUN --images DIR --out features.npz
+    python -m mros_jax.extract --checkpoint RUN --images DIR --search QUERY.jpg --top 10
+    python -m mros_jax.extract --checkpoint RUN --features features.npz --search QUERY.jpg
+
+`features.npz` holds `names` (N,), paths relative to `root`; `features` (N, D) float32, not
+normalised; `root`, the directory; and `checkpoint`, which names the weights.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Float32
+from tqdm import tqdm
+
+from mros_jax import console, parallel
+from mros_jax.data.decoding import decode_images
+from mros_jax.inference import Embedder, load_model
+from mros_jax.retrieval import compute_distances, files
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+_BATCH = 128
+
+
+def list_images(source: str | os.PathLike) -> tuple[pathlib.Path, list[str]]:
+    """Names of the images that a directory or a list holds.
+
+    Args:
+        source: a directory, searched with those below it; or a text file with one path a line,
+            relative to the file's own directory; empty lines and lines with # at the start are
+            left out.
+
+    Returns:
+        The root, and the names relative to it; sorted for a directory, in order for a list.
+
+    Raises:
+        FileNotFoundError: there is no such directory or list.
+        ValueError: it holds no images.
+    """
+    source = pathlib.Path(source)
+    if source.is_dir():
+        found = (p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        names = sorted(p.relative_to(source).as_posix() for p in found)
+        root = source
+        expected = f"files ending in {', '.join(SUFFIXES)}"
+    elif source.is_file():
+        if source.suffix.lower() in SUFFIXES:
+            raise ValueError(f"{source} is an image; expected a directory or a list of paths")
+        lines = source.read_text(encoding="utf-8").splitlines()
+        names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        root = source.parent
+        expected = "one path a line"
+    else:
+        raise FileNotFoundError(f"{source} is neither a directory of images nor a list of paths")
+    if not names:
+        raise ValueError(f"{source} holds no images; expected {expected}")
+    return root.resolve(), names
+
+
+def extract(
+    embed: Callable[[list[np.ndarray]], np.ndarray],
+    root: str | os.PathLike,
+    names: Sequence[str],
+    *,
+    on_bad_image: Literal["error", "skip"] = "error",
+    batch_size: int = _BATCH,
+    progress: bool = False,
+) -> tuple[Float32[np.ndarray, "N D"], list[str], dict[str, str]]:
+    """Descriptors of image files, a batch in memory at a time.
+
+    Args:
+        embed: images of any size to descriptors, such as `Embedder.embed`.
+        root: directory of the files.
+        names: files relative to it.
+        on_bad_image: "error", or "skip" to leave unreadable images out.
+        batch_size: images at a time.
+        progress: show a progress bar.
+
+    Returns:
+        Descriptors (N, D), the N names they belong to, and the reason for each image left out.
+
+    Raises:
+        ValueError: unreadable images (all are named), or none that can be read.
+    """
+    bad: dict[str, str] = {}
+    kept: list[str] = []
+    parts: list[np.ndarray] = []
+    with tqdm(total=len(names), desc="descriptors", unit=" images", disable=not progress) as bar:
+        for start in range(0, len(names), batch_size):
+            batch = names[start : start + batch_size]
+            decoded = decode_images([pathlib.Path(root) / name for name in batch])
+            images = []
+            for name, image in zip(batch, decoded, strict=True):
+                if isinstance(image, Exception):
+                    bad[name] = f"{type(image).__name__}: {image}"
+                else:
+                    images.append(image)
+                    kept.append(name)
+            # After a bad image only the other bad ones are of interest.
+            if images and not (bad and on_bad_image == "error"):
+                parts.append(embed(images))
+            bar.update(len(batch))
+    if bad and on_bad_image == "error":
+        listed = "\n".join(f"  {name} ({reason})" for name, reason in bad.items())
+        raise ValueError(
+            f"{len(bad)} of {len(names)} images cannot be read "
+            f"(--on_bad_image=skip leaves them out):\n{listed}"
+        )
+    if not parts:
+        raise ValueError(f"none of {len(names)} images below {root} can be read")
+    return np.concatenate(parts), kept, bad
+
+
+def search(
+    query: Float[np.ndarray, "D"], features: Float[np.ndarray, "N D"], top: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest rows by cosine distance.
+
+    Args:
+        query: one descriptor.
+        features: descriptors to search.
+        top: how many, at most all.
+
+    Returns:
+        Indices (top,) nearest first, equals by index, and their distances.
+
+    Raises:
+        ValueError: `top` below 1, other lengths of descriptor, zero or NaN descriptors.
+    """
+    if top < 1:
+        raise ValueError(f"top is {top}; expected at least 1")
+    row = compute_distances(query[None], features)[0]
+    order = np.argsort(row, kind="stable")[:top]
+    return order, row[order]
+
+
+def draw_search(
+    query: str | os.PathLike,
+    found: Sequence[tuple[str | os.PathLike, float]],
+    out: str | os.PathLike,
+) -> None:
+    """Draws a query and what was found as a PNG, nearest first.
+
+    Args:
+        query: the query's image file.
+        found: (image file, distance); a file that is gone leaves its place empty.
+        out: file to write.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    columns = min(len(found), 10) + 1
+    rows = -(-len(found) // (columns - 1))
+    figure = Figure(figsize=(1.15 * columns, 2.75 * rows), layout="constrained", dpi=110)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    images = decode_images([pathlib.Path(query), *(pathlib.Path(path) for path, _ in found)])
+    titles = ["query", *(f"{i}   {d:.3f}" for i, (_, d) in enumerate(found, 1))]
+    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
+        row, column = (0, 0) if i == 0 else divmod(i - 1, columns - 1)
+        axis = axes[row, column + (i > 0)]
+        axis.set_title(title, fontsize=8, fontweight="bold" if i == 0 else "normal")
+        if not isinstance(image, Exception):
+            axis.imshow(image)
+    temporary = pathlib.Path(out).with_name(f".{pathlib.Path(out).name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, out)
+
+
+def _load_features(
+    path: str | os.PathLike, checkpoint_id: str
+) -> tuple[np.ndarray, list[str], pathlib.Path]:
+    arrays = files.load_arrays(path, ("names", "features", "root", "checkpoint"))
+    if str(arrays["checkpoint"]) != checkpoint_id:
+        raise ValueError(
+            f"{path} holds descriptors of checkpoint {arrays['checkpoint']}, the model is "
+            f"{checkpoint_id}: they cannot be compared; extract them again with --images"
+        )
+    return arrays["features"], arrays["names"].tolist(), pathlib.Path(str(arrays["root"]))
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.search is None and args.out is None:
+        raise ValueError("nothing to do: give --out to keep the descriptors, --search, or both")
+    if args.top < 1:
+        raise ValueError(f"--top is {args.top}; expected at least 1")
+    if args.features is not None and args.out is not None:
+        raise ValueError("--out writes descriptors of --images; --features are on disk already")
+    listed = None if args.images is None else list_images(args.images)
+    query = None
+    if args.search is not None:
+        [query] = decode_images([args.search])
+        if isinstance(query, Exception):
+            raise ValueError(f"--search: {args.search} cannot be read ({query})")
+    model = load_model(args.checkpoint, args.which)
+
+    def embed(images: list[np.ndarray]) -> np.ndarray:
+        # A last, shorter batch is filled up: one shape, hence one compilation.
+        full = _BATCH if listed is not None and len(listed[1]) > _BATCH else len(images)
+        filled = images + images[:1] * (full - len(images))
+        return model.embed(filled, batch_size=full, flip_test=args.flip_test)[: len(images)]
+
+    if listed is not None:
+        root, names = listed
+        features, names, bad = extract(
+            embed, root, names, on_bad_image=args.on_bad_image, progress=True
+        )
+        for name, reason in bad.items():
+            print(f"left out: {name} ({reason})", file=sys.stderr)
+    else:
+        features, names, root = _load_features(args.features, model.checkpoint_id)
+    if args.out is not None:
+        arrays = {
+            "names": np.array(names, np.str_),
+            "features": features,
+            "root": np.array(str(root)),
+            "checkpoint": np.array(model.checkpoint_id),
+        }
+        files.save_features(args.out, arrays)
+        print(f"{args.out}: {len(names)} descriptors of {features.shape[1]} numbers")
+    if args.search is not None:
+        _search(args, model, query, features, names, root)
+
+
+def _search(
+    args: argparse.Namespace,
+    model: Embedder,
+    query: np.ndarray,
+    features: np.ndarray,
+    names: Sequence[str],
+    root: pathlib.Path,
+) -> None:
+    [descriptor] = model.embed([query], flip_test=args.flip_test)
+    order, distances = search(descriptor, features, args.top)
+    for place, (i, distance) in enumerate(zip(order, distances, strict=True), 1):
+        print(f"{place:4d}  {distance:.4f}  {names[i]}")
+    found = [(root / names[i], float(d)) for i, d in zip(order, distances, strict=True)]
+    draw_search(args.search, found, args.draw)
+    print(args.draw)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mros_jax.extract",
+        description="Compute descriptors of a folder of images, or find the nearest to an image.",
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="directory of a run")
+    parser.add_argument("--which", choices=("last", "best"), default="last", help="checkpoint")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", metavar="DIR|LIST", help="directory, or file of paths")
+    source.add_argument("--features", help="descriptors that --out has written")
+    parser.add_argument("--out", type=pathlib.Path, help=".npz file to write")
+    parser.add_argument("--search", type=pathlib.Path, metavar="IMAGE", help="find its nearest")
+    parser.add_argument("--top", type=int, default=10, help="how many of the nearest")
+    parser.add_argument(
+        "--draw", type=pathlib.Path, default="search.png", help="picture of the nearest to write"
+    )
+    parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error")
+    parser.add_argument(
+        "--flip_test", action="store_true", help="mean of the descriptors of image and mirror image"
+    )
+    args = parser.parse_args(argv)
+    console.show_messages()
+    parallel.use_compilation_cache()
+    try:
+        _run(args)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
