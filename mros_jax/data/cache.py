@@ -38,10 +38,10 @@ def load(path: pathlib.Path) -> tuple[pathlib.Path, Images, dict[str, Any]] | No
         images = np.load(path, mmap_mode="r")
         if images.dtype != np.uint8 or list(images.shape) != meta["shape"]:
             raise ValueError(f"holds {images.dtype} {images.shape}, expected uint8 {meta['shape']}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError) as error:
-        warnings.warn(f"image cache {path} is damaged ({error}); decoding again", stacklevel=3)
+        warnings.warn(f"image cache {path} cannot be used ({error}); decoding again", stacklevel=3)
         return None
     return path, images, meta
 

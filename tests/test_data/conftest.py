@@ -13,14 +13,26 @@ def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
 
 
-def encode(pixels: np.ndarray, format: str = "jpeg") -> bytes:
+def _encode(pixels: np.ndarray, format: str = "jpeg") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format)
     return buffer.getvalue()
 
 
-def random_pixels(seed: int, height: int = 16, width: int = 8) -> np.ndarray:
+def _random_pixels(seed: int, height: int = 16, width: int = 8) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def encode():
+    """`encode(pixels, format="jpeg")` returns an image file's bytes."""
+    return _encode
+
+
+@pytest.fixture
+def random_pixels():
+    """`random_pixels(seed, height, width)` returns uint8 RGB noise."""
+    return _random_pixels
 
 
 class Layout:
@@ -35,7 +47,7 @@ class Layout:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.count += 1
             format = "png" if path.suffix == ".png" else "jpeg"
-            path.write_bytes(encode(random_pixels(self.count, height, width), format))
+            path.write_bytes(_encode(_random_pixels(self.count, height, width), format))
 
 
 @pytest.fixture

@@ -1,0 +1,401 @@
+import errno
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mros_jax.data import cache
+from mros_jax.data.augment import augment_batch, example_keys
+from mros_jax.data.prefetch import prefetch
+from mros_jax.data.sources import load_dataset
+from mros_jax.data.splits import Split
+from mros_jax.data.store import decode_image, load_store, place
+
+
+def make_split(*images: bytes, name: str = "train", **changes) -> Split:
+    count = len(images)
+    numbers = np.arange(count, dtype=np.int32)
+    fields = {
+        "name": name,
+        "names": np.array([f"{i:04}.jpg" for i in range(count)]),
+        "pids": numbers + 1,
+        "camids": numbers,
+        "sequences": numbers,
+        "labels": numbers,
+        "reader": lambda i: images[i],
+    }
+    return Split(**{**fields, **changes})
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(split, **options):
+        defaults = {"height": 20, "width": 10, "cache_dir": tmp_path / "kept", "progress": False}
+        return load_store(split, **{**defaults, **options})
+
+    return load
+
+
+@pytest.fixture
+def jpegs(encode, random_pixels):
+    return [encode(random_pixels(i)) for i in range(5)]
+
+
+def test_common_size_stays_native(market, load):
+    split = load_dataset("market1501", market.root).train
+    store = load(split)
+    assert store.images.shape == (5, 16, 8, 3)
+    for i in range(5):
+        with Image.open(market.root / "bounding_box_train" / split.names[i]) as image:
+            np.testing.assert_array_equal(store.images[i], np.asarray(image))
+    np.testing.assert_array_equal(store.kept, np.arange(5))
+    np.testing.assert_array_equal(store.labels, split.labels)
+
+
+def test_different_sizes_are_resized_as_pil_does(load, encode, random_pixels):
+    pixels = [random_pixels(0, 16, 8), random_pixels(1, 40, 30), random_pixels(2, 16, 8)]
+    split = make_split(*[encode(image, "png") for image in pixels])
+    store = load(split)
+    assert store.images.shape == (3, 20, 10, 3)
+    for ours, image in zip(store.images, pixels, strict=True):
+        expected = Image.fromarray(image).resize((10, 20), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(ours, expected)
+    # Another common size is another file.
+    assert load(split, height=24).images.shape == (3, 24, 10, 3)
+    assert load(split).cached == store.cached
+
+
+def test_rendered_images(load):
+    images = np.random.default_rng(0).integers(0, 256, (4, 6, 4, 3), dtype=np.uint8)
+    calls = []
+
+    def pixels():
+        calls.append(1)
+        return images
+
+    blobs = [b""] * 4
+    split = make_split(*blobs, reader=None, pixels=pixels, pixels_key="scene 1")
+    for _ in range(2):
+        np.testing.assert_array_equal(load(split).images, images)
+    assert len(calls) == 1
+    assert load(make_split(*blobs, reader=None, pixels=pixels)).cached is None
+    load(make_split(*blobs, reader=None, pixels=pixels, pixels_key="scene 2"))
+    assert len(calls) == 3
+
+
+def test_second_time_comes_memory_mapped_from_the_cache(load, jpegs, monkeypatch):
+    split = make_split(*jpegs)
+    first = load(split)
+    monkeypatch.setattr("mros_jax.data.store.decode_image", lambda data: 1 / 0)
+    second = load(split)
+    assert isinstance(second.images, np.memmap)
+    assert not second.images.flags.writeable
+    np.testing.assert_array_equal(first.images, second.images)
+    assert second.cached == first.cached
+
+
+def test_cache_is_keyed_by_content(load, jpegs, encode, random_pixels):
+    key = lambda *images, **changes: load(make_split(*images, **changes)).cached  # noqa: E731
+    original = key(*jpegs)
+    renamed = np.array([f"other{i}.jpg" for i in range(5)])
+    assert key(*jpegs, names=renamed) == original
+    assert key(*jpegs[::-1]) != original
+    assert key(*jpegs[:4]) != original
+    assert key(*jpegs[:4], encode(random_pixels(99))) != original
+
+
+def test_default_cache_is_the_users(jpegs, tmp_path, monkeypatch):
+    store = load_store(make_split(*jpegs), height=4, width=4, progress=False)
+    assert store.cached.parent == tmp_path / "cache-home" / "mros_jax" / "images"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.directory() == tmp_path / ".cache" / "mros_jax" / "images"
+
+
+def test_without_cache(load, jpegs, tmp_path):
+    assert load(make_split(*jpegs), use_cache=False).cached is None
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "garbage", "no description"])
+def test_damaged_cache_is_noticed_and_made_again(load, jpegs, damage):
+    split = make_split(*jpegs)
+    first = load(split)
+    expected = np.array(first.images)
+    path = first.cached
+    if damage == "no description":
+        path.with_suffix(".json").unlink()
+        assert np.array_equal(load(split).images, expected)
+    else:
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data[:200] if damage == "truncate" else b"garbage" * 100)
+        with pytest.warns(UserWarning, match="cannot be used"):
+            assert np.array_equal(load(split).images, expected)
+    assert isinstance(load(split).images, np.memmap)
+
+
+def test_read_only_cache(load, jpegs, tmp_path, monkeypatch):
+    # Root may write anywhere, so the refusal is played; a real one is in the test below.
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "kept"))
+
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    with pytest.warns(UserWarning, match=r"cannot be kept in .*kept.*Going on .* in memory"):
+        store = load(make_split(*jpegs))
+    assert store.cached is None
+    assert store.images.shape == (5, 16, 8, 3)
+    with pytest.raises(OSError, match=r"Permission denied.*choose another place"):
+        load(make_split(*jpegs), on_cache_error="error")
+
+
+def test_cache_path_that_is_a_file(load, jpegs, tmp_path):
+    (tmp_path / "kept").write_text("in the way")
+    with pytest.warns(UserWarning, match="Going on with the images in memory"):
+        assert load(make_split(*jpegs)).cached is None
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_full_disk(load, jpegs, tmp_path, monkeypatch, when):
+    if when == "before":
+        full = os.statvfs_result((4096, 4096, 100, 0, 0, 0, 0, 0, 0, 255))
+        monkeypatch.setattr(os, "statvfs", lambda path: full)
+        pattern = "0 MB needed, 0 MB free"
+    else:
+
+        def fail(descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        pattern = "No space left on device"
+    with pytest.warns(UserWarning, match=pattern):
+        store = load(make_split(*jpegs))
+    assert store.cached is None
+    assert not [path for path in (tmp_path / "kept").iterdir() if path.suffix != ".json"]
+    monkeypatch.undo()
+    assert load(make_split(*jpegs), cache_dir=tmp_path / "kept").cached is not None
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="needs /dev/full")
+def test_really_full_device(jpegs, load, tmp_path, monkeypatch):
+    """The kernel's own ENOSPC, through /dev/full."""
+    real = open
+
+    def to_full(path, mode="r", *args, **kwargs):
+        return real("/dev/full" if mode == "wb" else path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(cache, "open", to_full, raising=False)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        assert load(make_split(*jpegs)).cached is None
+
+
+WRITER = """
+import os, signal, sys
+import numpy as np
+from mros_jax.data import cache
+real = os.replace
+def replace(source, target):
+    if str(target).endswith(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+os.replace = replace
+import pathlib
+images = np.arange(5 * 16 * 8 * 3, dtype=np.uint32).astype(np.uint8).reshape(5, 16, 8, 3)
+cache.save(pathlib.Path(sys.argv[1]) / "x.npy", images, {"native": True}, "error")
+"""
+
+
+@pytest.mark.parametrize("moment", [".json", ".npy"])
+def test_killed_writer_leaves_nothing_that_is_read(tmp_path, moment):
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(WRITER), str(tmp_path), moment],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+    assert result.returncode == -signal.SIGKILL
+    assert list(tmp_path.glob("*.tmp"))
+    assert cache.load(tmp_path / "x.npy") is None
+    images = np.zeros((2, 3, 4, 3), np.uint8)
+    cache.save(tmp_path / "x.npy", images, {"native": True}, "error")
+    np.testing.assert_array_equal(cache.load(tmp_path / "x.npy")[1], images)
+
+
+def test_what_killed_writers_leave_is_removed_a_day_later(tmp_path):
+    old, new = tmp_path / "a.npy.1.tmp", tmp_path / "b.npy.2.tmp"
+    for path in (old, new):
+        path.write_bytes(b"?")
+    os.utime(old, (0, 0))
+    cache.save(tmp_path / "x.npy", np.zeros((1, 1, 1, 3), np.uint8), {}, "error")
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_two_writers_at_once(load, jpegs):
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(load(make_split(*jpegs)))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({store.cached for store in results}) == 1
+    for store in results:
+        np.testing.assert_array_equal(store.images, results[0].images)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "empty", "missing"])
+def test_bad_image(load, jpegs, kind):
+    images: list = list(jpegs)
+    images[3] = {"truncated": jpegs[3][: len(jpegs[3]) // 2], "text": b"hello", "empty": b""}.get(
+        kind
+    )
+
+    def read(i):
+        if images[i] is None:
+            raise FileNotFoundError(f"no such file: {i}")
+        return images[i]
+
+    split = make_split(*jpegs, reader=read)
+    for _ in range(2):  # decoded, then from the cache
+        with pytest.raises(ValueError, match=r"1 file cannot be decoded: 0003\.jpg \(.*'skip'"):
+            load(split)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"1 file cannot be decoded: 0003\.jpg .*Skipped"):
+            store = load(split, on_bad_image="skip")
+        np.testing.assert_array_equal(store.kept, [0, 1, 2, 4])
+        np.testing.assert_array_equal(store.labels, [0, 1, 2, 4])
+        assert store.split.names.tolist() == ["0000.jpg", "0001.jpg", "0002.jpg", "0004.jpg"]
+        assert len(store) == 4
+        np.testing.assert_array_equal(store.images[3], decode_image(jpegs[4])[0])
+
+
+def test_bad_first_image_does_not_decide_the_size(load, jpegs, encode, random_pixels):
+    large = encode(random_pixels(9, 40, 30))
+    with pytest.warns(UserWarning, match="1 file cannot be decoded"):
+        store = load(make_split(large[: len(large) // 2], *jpegs), on_bad_image="skip")
+    assert store.images.shape == (5, 16, 8, 3)
+
+
+def test_no_image_left(load):
+    with (
+        pytest.warns(UserWarning, match="2 files cannot be decoded"),
+        pytest.raises(ValueError, match="none of 2 images can be decoded"),
+    ):
+        load(make_split(b"x", b"y"), on_bad_image="skip")
+
+
+def test_wrong_options(load, jpegs):
+    with pytest.raises(ValueError, match="on_bad_image must be 'error' or 'skip', got 'ignore'"):
+        load(make_split(*jpegs), on_bad_image="ignore")
+    with pytest.raises(ValueError, match="on_cache_error must be 'warn' or 'error', got 'x'"):
+        load(make_split(*jpegs), on_cache_error="x")
+
+
+def test_images_that_are_not_rgb_are_converted_and_counted(load, encode, random_pixels):
+    grey = random_pixels(0)[..., 0]
+    deep = grey.astype(np.uint16) * 257
+    cmyk = np.zeros((16, 8, 4), np.uint8)
+    cmyk[..., 0] = 255
+    clear = np.concatenate([random_pixels(1), np.full((16, 8, 1), 7, np.uint8)], -1)
+    files = [
+        encode(grey, "png"),
+        encode(deep, "png"),
+        encode_as(cmyk, "CMYK", "tiff"),
+        encode(clear, "png"),
+        encode(random_pixels(2), "png"),
+    ]
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"converted: 1 CMYK, 1 I;16, 1 L, 1 RGBA"):
+            images = load(make_split(*files)).images
+    for i in (0, 1):  # 16 bit is scaled, not clipped
+        np.testing.assert_array_equal(images[i], np.repeat(grey[..., None], 3, -1))
+    np.testing.assert_array_equal(images[2], np.broadcast_to([0, 255, 255], (16, 8, 3)))
+    np.testing.assert_array_equal(images[3], clear[..., :3])
+    np.testing.assert_array_equal(images[4], random_pixels(2))
+
+
+def encode_as(pixels, mode, format):
+    import io
+
+    buffer = io.BytesIO()
+    Image.frombytes(mode, pixels.shape[1::-1], pixels.tobytes()).save(buffer, format)
+    return buffer.getvalue()
+
+
+def test_device_and_host_give_the_same_batches(load, jpegs):
+    store = load(make_split(*jpegs))
+    plan = np.random.default_rng(0).integers(0, 5, (6, 4)).astype(np.int32)
+    device, host = place(store, fraction=1), place(store, fraction=0)
+    assert (device.kind, host.kind) == ("device", "host")
+    assert host.data is None
+    assert "in host memory" in host.reason
+    assert "on the devices" in device.reason
+    assert len(device.data["images"].sharding.device_set) == jax.local_device_count()
+
+    @jax.jit
+    def look_up(data, batch):
+        return data["images"][batch["indices"]], data["labels"][batch["indices"]]
+
+    augment = jax.jit(lambda x, k: augment_batch(x, k, height=32, width=16))
+    pairs = zip(
+        device.batches(plan, jax.device_put), host.batches(plan, jax.device_put), strict=True
+    )
+    for step, (one, other) in enumerate(pairs):
+        images, labels = look_up(device.data, one)
+        np.testing.assert_array_equal(images, other["images"])
+        np.testing.assert_array_equal(labels, other["labels"])
+        keys = example_keys(0, step, np.arange(4))
+        np.testing.assert_array_equal(augment(images, keys), augment(other["images"], keys))
+
+
+def test_place_errors(load, jpegs):
+    store = load(make_split(*jpegs))
+    with pytest.raises(ValueError, match=r"0..1, got 1.5"):
+        place(store, fraction=1.5)
+    with pytest.raises(ValueError, match="query split has no training labels"):
+        place(load(make_split(*jpegs, name="query", labels=None)))
+
+
+def test_prefetch_keeps_order_and_runs_ahead():
+    made = []
+
+    def make(i):
+        made.append(i)
+        return i * i
+
+    batches = prefetch(range(50), make, depth=3)
+    assert next(batches) == 0
+    assert list(batches) == [i * i for i in range(1, 50)]
+    assert made == list(range(50))
+
+
+def test_prefetch_passes_errors_on():
+    def make(i):
+        if i == 3:
+            raise RuntimeError("batch 3")
+        return i
+
+    batches = prefetch(range(9), make)
+    assert [next(batches) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="batch 3"):
+        next(batches)
+
+
+def test_prefetch_ends_its_thread_when_closed():
+    before = threading.active_count()
+    batches = prefetch(iter(int, 1), lambda i: i, depth=2)  # endless
+    next(batches)
+    assert threading.active_count() == before + 1
+    batches.close()
+    assert threading.active_count() == before
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        prefetch([], abs, depth=0)

@@ -1,0 +1,125 @@
+import concurrent.futures
+import importlib
+import sys
+
+import numpy as np
+import pytest
+
+from mros_jax.data import tfds_builders
+from mros_jax.data.sources import load_dataset
+from mros_jax.data.store import load_store
+
+
+@pytest.fixture(autouse=True)
+def _quiet(capsys):
+    """TFDS prints progress bars."""
+
+
+def assert_equal(one, other):
+    assert one.name == other.name
+    np.testing.assert_array_equal(one.pid_of_label, other.pid_of_label)
+    for a, b in zip(one.splits, other.splits, strict=True):
+        assert a.name == b.name
+        for field in ("names", "pids", "camids", "sequences"):
+            left, right = getattr(a, field), getattr(b, field)
+            np.testing.assert_array_equal(left, right)
+            assert left.dtype == right.dtype
+        if b.labels is None:
+            assert a.labels is None
+        else:
+            np.testing.assert_array_equal(a.labels, b.labels)
+        assert [a.read(i) for i in range(len(a))] == [b.read(i) for i in range(len(b))]
+
+
+def test_records_equal_the_directory(market, tmp_path):
+    # More images than one read takes, with names whose order is not that of their hashes.
+    names = [f"{pid:04d}_c{1 + pid % 6}s1_{i:06d}_00.jpg" for pid in (2, 7) for i in range(150)]
+    market.write("bounding_box_train", *names)
+    plain = load_dataset("market1501", market.root)
+    path = tfds_builders.prepare("market1501", market.root, tmp_path / "tfds")
+    assert path == tmp_path / "tfds" / "market1501" / "plain" / "1.0.0"
+    assert {p.suffix for p in path.iterdir() if p.suffix != ".json"} == {
+        ".array_record-00000-of-00001"
+    }
+    stored = load_dataset("market1501", tmp_path / "tfds")
+    assert_equal(stored, plain)
+    options = {"height": 16, "width": 8, "progress": False}
+    assert load_store(stored.train, **options).cached == load_store(plain.train, **options).cached
+    assert "tensorflow" not in sys.modules
+
+    # The reader is used from several threads.
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        again = list(pool.map(stored.train.read, range(len(stored.train))))
+    assert again == [plain.train.read(i) for i in range(len(plain.train))]
+
+
+def test_prepared_twice_is_read_once(market, tmp_path):
+    for _ in range(2):
+        tfds_builders.prepare("market1501", market.root, tmp_path / "tfds")
+    assert len(load_dataset("market1501", tmp_path / "tfds").train) == 5
+
+
+def test_options_choose_the_records(market, tmp_path):
+    market.write("distractors_500k", "0000_c1s1_000151_01.jpg")
+    out = tmp_path / "tfds"
+    tfds_builders.main(["--dataset", "market1501", "--root", str(market.root), "--out", str(out)])
+    with pytest.raises(FileNotFoundError, match=r"no prepared records .*distractors_500k"):
+        load_dataset("market1501", out, distractors_500k=True)
+    tfds_builders.prepare("market1501", market.root, out, distractors_500k=True)
+    stored = load_dataset("market1501", out, distractors_500k=True)
+    assert_equal(stored, load_dataset("market1501", market.root, distractors_500k=True))
+    assert len(load_dataset("market1501", out, distractors_500k=False).gallery) == 6
+    with pytest.raises(FileNotFoundError, match="no prepared records for data set 'dukemtmc'"):
+        load_dataset("dukemtmc", out)
+
+
+def test_msmt17_command_line(layout, tmp_path):
+    lines = "0000/0000_000_01_0303morning_0015_0.jpg 0"
+    for folder in ("train", "test"):
+        layout.write(folder, lines.split()[0])
+    for name in ("train", "val", "query", "gallery"):
+        text = lines if name != "val" else ""
+        (layout.root / f"list_{name}.txt").write_text(text)
+    arguments = ["--dataset", "msmt17", "--root", str(layout.root), "--out", str(tmp_path / "tfds")]
+    tfds_builders.main([*arguments, "--without_val"])
+    stored = load_dataset("msmt17", tmp_path / "tfds", include_val=False)
+    assert_equal(stored, load_dataset("msmt17", layout.root, include_val=False))
+
+
+def test_misnamed_files(market, tmp_path):
+    market.write("query", "person.jpg")
+    with pytest.raises(ValueError, match=r"person\.jpg"):
+        tfds_builders.prepare("market1501", market.root, tmp_path / "a")
+    with pytest.warns(UserWarning, match=r"person\.jpg. Skipped"):
+        tfds_builders.prepare("market1501", market.root, tmp_path / "b", on_bad_image="skip")
+    assert len(load_dataset("market1501", tmp_path / "b").query) == 3
+
+
+def test_missing_root_and_unknown_options(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"Market-1501-v15\.09\.15\.zip"):
+        tfds_builders.prepare("market1501", tmp_path / "nowhere", tmp_path / "tfds")
+    with pytest.raises(ValueError, match="no TFDS builder for data set 'folder'"):
+        tfds_builders.prepare("folder", tmp_path, tmp_path / "tfds")
+    with pytest.raises(ValueError, match=r"test_set.*21"):
+        tfds_builders.make_builder("cuhk03_labeled_classic", tmp_path, test_set=21)
+
+
+def test_every_file_data_set_has_a_builder(tmp_path):
+    from mros_jax.data.sources import DATASETS
+
+    for name in set(DATASETS) - {"folder", "synthetic"}:
+        builder = tfds_builders.make_builder(name, tmp_path)
+        assert builder.builder_config.dataset == name
+        assert "index" in builder.info.features
+
+
+def test_sources_do_not_import_tfds_before_it_is_needed(market):
+    code = (
+        "import sys; from mros_jax.data.sources import load_dataset; "
+        f"load_dataset('market1501', {str(market.root)!r}); "
+        "assert 'tensorflow_datasets' not in sys.modules"
+    )
+    import subprocess
+
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert importlib.util.find_spec("tensorflow_datasets")
