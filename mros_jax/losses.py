@@ -54,7 +54,7 @@ def batch_hard_triplet(
     _check_batch(features, labels, mask, "features", rank=2)
     _check_reduction(reduction)
     features, labels, mask = _gather((features, labels, mask), axis_name)
-    features = _keep(features.astype(jnp.float32), mask)
+    features = _keep(_wide(features), mask)
     positive, negative, valid = _mine(lax.stop_gradient(features), labels, mask)
     # Only mined pairs are measured, by their difference: no cancellation, no B x B gradient.
     hardest_positive = _distance(features, features[positive])
@@ -98,8 +98,8 @@ def center_loss(
             f"of shape {features.shape}"
         )
     features, labels, mask = _gather((features, labels, mask), axis_name)
-    own = _take_rows(centers.astype(jnp.float32), labels, mask)  # (B, D)
-    squared = jnp.sum(jnp.square(_keep(features.astype(jnp.float32), mask) - own), axis=1)
+    own = _take_rows(_wide(centers), labels, mask)  # (B, D)
+    squared = jnp.sum(jnp.square(_keep(_wide(features), mask) - own), axis=1)
     loss = _reduce(squared, mask, reduction)
     return loss if reduction == "mean" else loss / 2
 
@@ -130,7 +130,7 @@ def smoothed_cross_entropy(
     _check_batch(logits, labels, mask, "logits")
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing is {smoothing}; it must be from 0 to 1")
-    log_p = jax.nn.log_softmax(_keep(logits.astype(jnp.float32), mask), axis=-1)
+    log_p = jax.nn.log_softmax(_keep(_wide(logits), mask), axis=-1)
     log_p = log_p.reshape(log_p.shape[0], -1, log_p.shape[-1])  # (B, S, N)
     index = _index(labels, mask, log_p.shape[-1])[:, None, None]
     own = jnp.take_along_axis(log_p, index, axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
@@ -223,7 +223,7 @@ def center_gradient(
         )
         return jnp.mean(one(features, c))
 
-    return jax.grad(loss)(centers.astype(jnp.float32))
+    return jax.grad(loss)(_wide(centers))
 
 
 def init_centers(
@@ -299,6 +299,11 @@ def _mine(
     positive = jnp.argmax(jnp.where(positives, squared, -jnp.inf), axis=1)
     negative = jnp.argmin(jnp.where(negatives, squared, jnp.inf), axis=1)
     return positive, negative, positives.any(axis=1) & negatives.any(axis=1)
+
+
+def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """At least float32, whatever the compute dtype."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _distance(a: Float[Array, "B D"], b: Float[Array, "B D"]) -> Float[Array, "B"]:

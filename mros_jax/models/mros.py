@@ -122,6 +122,7 @@ class MROS(nn.Module):
                 feature_axes=2,
                 use_bias=self.neck_bias,
                 axis_name=self.bn_axis_name,
+                dtype=jnp.promote_types(self.dtype, jnp.float32),
                 name=f"neck_{level}",
             )
             for level in levels

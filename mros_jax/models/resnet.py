@@ -93,7 +93,7 @@ class BatchNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        x = x.astype(jnp.float32)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if train:
             mean, var, count = _batch_statistics(x, axes, self.axis_name)
             if count < 2 and not self.is_initializing():

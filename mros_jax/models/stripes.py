@@ -18,7 +18,7 @@ def pool_stripes(
         overlap: pairs of adjacent stripes (S = s - 1) or single stripes (S = s).
 
     Returns:
-        (..., S, C), float32, from the top of the image to the bottom.
+        (..., S, C), at least float32, from the top of the image to the bottom.
 
     Raises:
         ValueError: if H is not a multiple of s, or s is too small for a window.
@@ -39,7 +39,8 @@ def pool_stripes(
             f"heights that work are its multiples, here {' or '.join(map(str, nearest))}"
         )
     shape = (*features.shape[:-3], num_stripes, height // num_stripes * width, channels)
-    stripes = jnp.mean(features.reshape(shape), axis=-2, dtype=jnp.float32)  # (..., s, C)
+    wide = jnp.promote_types(features.dtype, jnp.float32)
+    stripes = jnp.mean(features.reshape(shape), axis=-2, dtype=wide)  # (..., s, C)
     if not overlap:
         return stripes
     return (stripes[..., :-1, :] + stripes[..., 1:, :]) / 2  # (..., s - 1, C)

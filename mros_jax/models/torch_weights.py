@@ -89,7 +89,7 @@ def to_torch_state_dict(variables: Mapping[str, Any]) -> StateDict:
     """
     state: StateDict = {}
     for path, value in sorted(_flatten(variables).items()):
-        for name, array in _to_torch(path, np.asarray(value, np.float32)):
+        for name, array in _to_torch(path, np.asarray(value)):
             state[name] = np.ascontiguousarray(array)
     for name in list(state):
         if name.endswith(".running_mean"):
