@@ -1,0 +1,166 @@
+"""Download pretrained weights named in third_party/assets.toml; resumes, verifies, all or nothing.
+
+    python scripts/fetch_weights.py --list
+    python scripts/fetch_weights.py resnet50_v1 --to weights
+
+A download that stops leaves `<name>.part`, which the next call continues. The final name appears
+only after the checksum has been verified.
+"""
+
+import argparse
+import hashlib
+import http.client
+import os
+import pathlib
+import sys
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from typing import Any
+
+from tqdm import tqdm
+
+ASSETS = pathlib.Path(__file__).parents[1] / "third_party" / "assets.toml"
+CHUNK = 1 << 18
+
+
+class FetchError(RuntimeError):
+    """The file could not be had, or is not what it should be."""
+
+
+def load_assets(path: pathlib.Path = ASSETS) -> dict[str, dict[str, Any]]:
+    return tomllib.loads(path.read_text())["weights"]
+
+
+def fetch(
+    url: str,
+    target: pathlib.Path,
+    sha256_prefix: str,
+    *,
+    attempts: int = 5,
+    wait: float = 2.0,
+    timeout: float = 30.0,
+    progress: bool = True,
+) -> None:
+    """Download `url` to `target`, continuing `<target>.part` if there is one.
+
+    Args:
+        url: http, https or file address.
+        target: final path; it appears by a rename, after verification.
+        sha256_prefix: first digits (or all) of the file's SHA-256.
+        attempts: connections tried before giving up.
+        wait: seconds before the second attempt; doubles with each.
+        timeout: seconds without data before a connection counts as dead.
+        progress: show a bar.
+
+    Raises:
+        FetchError: no connection in all attempts (what came so far is kept), the server refuses,
+            or the checksum is wrong (the bad file is deleted).
+    """
+    if target.exists():
+        if digest(target).startswith(sha256_prefix):
+            return
+        raise FetchError(
+            f"{target} exists and its SHA-256 does not start with {sha256_prefix}; move it away"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    error = "nothing was tried"
+    for attempt in range(attempts):
+        if attempt:
+            time.sleep(wait * 2 ** (attempt - 1))
+        resumed = part.exists() and part.stat().st_size > 0
+        try:
+            _receive(url, part, timeout, progress)
+        except urllib.error.HTTPError as refusal:
+            if refusal.code == 416 and resumed:  # nothing after our end: whole, or of another file
+                refusal.close()
+            elif refusal.code < 500 and refusal.code not in (408, 429):
+                refusal.close()
+                raise FetchError(
+                    f"{url}: the server answers {refusal.code} {refusal.reason}"
+                ) from (refusal)
+            else:
+                refusal.close()
+                error = f"{refusal.code} {refusal.reason}"
+                continue
+        except (OSError, http.client.HTTPException) as problem:
+            error = str(problem) or type(problem).__name__
+            continue
+        found = digest(part)
+        if found.startswith(sha256_prefix):
+            os.replace(part, target)
+            return
+        part.unlink()
+        error = f"SHA-256 is {found[:16]}..., expected {sha256_prefix}..."
+        if not resumed:  # a whole fresh file with another content will not get better
+            raise FetchError(f"{url}: {error}; the file was deleted")
+    kept = f"; {part} is kept, call again to continue" if part.exists() else ""
+    raise FetchError(f"{url}: gave up after {attempts} attempts, the last one: {error}{kept}")
+
+
+def digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _receive(url: str, part: pathlib.Path, timeout: float, progress: bool) -> None:
+    """Append what is missing to `part`; OSError if the connection ends early."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        if have and not _continues(response, have):
+            have = 0  # the server sent the whole file
+        length = response.headers.get("Content-Length")
+        total = None if length is None else have + int(length)
+        with (
+            part.open("ab" if have else "wb") as file,
+            tqdm(total=total, initial=have, unit="B", unit_scale=True, disable=not progress) as bar,
+        ):
+            while chunk := response.read(CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+    if total is not None and size != total:
+        raise OSError(f"the connection ended after {size} of {total} bytes")
+
+
+def _continues(response: Any, have: int) -> bool:
+    """Whether the answer is the rest of the file from byte `have` on."""
+    if response.status != http.client.PARTIAL_CONTENT:
+        return False
+    start = response.headers.get("Content-Range", "").removeprefix("bytes ").split("-")[0]
+    if start != str(have):
+        raise OSError(f"asked for bytes from {have}, the server sends from {start!r}")
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    assets = load_assets()
+    parser.add_argument("name", nargs="?", default="resnet50_v1", choices=sorted(assets))
+    parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("weights"), metavar="DIR")
+    parser.add_argument("--list", action="store_true", help="show what can be had, and stop")
+    arguments = parser.parse_args(argv)
+    if arguments.list:
+        for name, asset in assets.items():
+            print(f"{name}: {asset['description']}\n  {asset['url']}\n  {asset['license']}")
+        return 0
+    asset = assets[arguments.name]
+    target = arguments.to / asset["url"].rsplit("/", 1)[-1]
+    try:
+        fetch(asset["url"], target, asset["sha256_prefix"])
+    except FetchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
