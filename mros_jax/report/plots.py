@@ -77,7 +77,7 @@ def _make_axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _plain(value: float, _: Any = None) -> str:
+def _plain(value: float | int, _: Any = None) -> str:
     return f"{value:g}"
 
 
@@ -93,7 +93,7 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def plot_lines(
     name: str,
     description: str,
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, tuple[Sequence[float | int], Sequence[float | int]]],
     *,
     xlabel: str,
     ylabel: str,

@@ -19,7 +19,7 @@ class Run:
     Attributes:
         path: its directory.
         config: `config.json`.
-        provenance: `run.json`; empty where there is none.
+        provenance: `run.json`; its keys are None where there is none.
         results: `results.json`.
         train: records of the training steps.
         evals: records of the evaluations.
@@ -79,12 +79,14 @@ def load_run(path: str | os.PathLike) -> Run:
     def read(name: str) -> Any:
         return json.loads((path / name).read_text())
 
+    unknown = dict.fromkeys(("command", "commit", "started", "devices", "platform"))
+    unknown |= {"versions": None, "dataset": None}
     metrics = read_jsonl(path / "metrics.jsonl")
     has_features = (path / "features.npz").is_file()
     return Run(
         path=path,
         config=read("config.json"),
-        provenance=read("run.json") if (path / "run.json").is_file() else {},
+        provenance=unknown | (read("run.json") if (path / "run.json").is_file() else {}),
         results=read("results.json"),
         train=[record for record in metrics if record["kind"] == "train"],
         evals=[record for record in metrics if record["kind"] == "eval"],

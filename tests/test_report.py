@@ -1,0 +1,297 @@
+"""The report: what it says agrees with the results, and a browser shows it without complaint."""
+
+import json
+import pathlib
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mros_jax.report import __main__ as command
+from mros_jax.report import ranking, write_report
+from mros_jax.report.run import load_run
+from mros_jax.retrieval import compute_distances
+from tests import browser
+from tests.runs import make_run
+
+needs_chromium = pytest.mark.skipif(
+    browser.CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH"
+)
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache_dir):
+    return make_run(tmp_path_factory.mktemp("runs") / "small", cache_dir)
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    return write_report(run, queries=2)
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A copy of the run to damage."""
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def test_is_one_small_file_that_fetches_nothing(report):
+    text = report.read_text()
+    assert report.name == "report.html"
+    assert len(text.encode()) < 5_000_000
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+
+
+def test_states_scores_protocol_and_provenance(run, report):
+    text = report.read_text()
+    results = json.loads((run / "results.json").read_text())["results"]
+    for result in results:
+        assert f"{100 * result['mAP']:.1f}" in text
+        assert f"{100 * result['cmc'][0]:.1f}" in text
+    assert "84.2" in text  # the paper's
+    assert "93.5" in text
+    assert "cannot be compared" in text  # synthetic is not Market-1501
+    provenance = json.loads((run / "run.json").read_text())
+    assert provenance["versions"]["jax"] in text
+    assert "rerank_options.k" in text
+    assert "optimizer.weight_decay" in text
+
+
+def test_compares_only_market_with_the_paper(copy):
+    results = json.loads((copy / "results.json").read_text())
+    results["dataset"] |= {"name": "market1501", "num_query": 3368}
+    results["results"][0]["mAP"] = 0.852
+    (copy / "results.json").write_text(json.dumps(results))
+    text = write_report(copy).read_text()
+    assert "cannot be compared" not in text
+    assert ">+1.0<" in text
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False)])
+def test_browser_draws_every_picture(report, tmp_path, width, dark):
+    seen = browser.inspect(report, tmp_path, width=width, dark=dark)
+    assert seen["errors"] == []
+    assert seen["fetched"] == []
+    assert len(seen["images"]) > 50
+    assert min(seen["images"]) > 0
+    names = {"loss", "rate", "metrics", "speed", "cmc", "distances-plain", "distances-ecn"}
+    assert seen["charts"].keys() == names
+    for w, h, shapes in seen["charts"].values():
+        assert w > 250
+        assert h > 120
+        assert shapes > 5
+    assert seen["width"] == width
+    assert seen["scrollWidth"] <= width, "the page scrolls sideways"
+    assert "cosine distance" in seen["dialog"]
+    assert (sum(seen["background"]) < 200) == dark
+
+
+@needs_chromium
+def test_browser_sees_what_is_wrong(tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text(
+        "<!DOCTYPE html><html><head></head><body><img src='data:image/png;base64,AAAA'>"
+        "<script>console.error('loud'); undefined.x;</script></body></html>"
+    )
+    seen = browser.inspect(page, tmp_path, width=600)
+    assert seen["images"] == [0]
+    assert any("loud" in error for error in seen["errors"])
+    assert any("IMG failed" in error for error in seen["errors"])
+    assert any("undefined" in error for error in seen["errors"])
+
+
+@needs_chromium
+def test_screenshot_is_not_blank(report, tmp_path):
+    out = tmp_path / "top.png"
+    browser.screenshot(report, out, tmp_path, width=1000, height=700)
+    with Image.open(out) as image:
+        assert image.size == (1000, 700)
+        assert len(image.convert("RGB").getcolors(700_000)) > 200
+
+
+def test_ranked_lists_agree_with_the_evaluation(run):
+    loaded = load_run(run)
+    arrays = loaded.features
+    for result in loaded.rankings:
+        ranked = ranking.Ranking(arrays, result)
+        scan = ranked.scan()
+        valid = result["valid_queries"]
+        np.testing.assert_allclose(scan.ap[valid], result["ap"], atol=1e-9)
+        rows = ranked.rows(np.array(valid))
+        for query, row, first in zip(valid, rows, result["first_match_rank"], strict=True):
+            entries = ranked.list_top(query, row, 10_000, most_junk=10_000)
+            matches = [e.rank for e in entries if e.status == "match"]
+            assert matches[0] == first
+            counted = [e.rank for e in entries if e.rank]
+            assert counted == list(range(1, len(counted) + 1))
+            for e in entries:
+                pid, camid = arrays["gallery_pids"][e.index], arrays["gallery_camids"][e.index]
+                own = pid == arrays["query_pids"][query]
+                uncounted = pid == -1 or (own and camid == arrays["query_camids"][query])
+                assert (e.status == "junk") == uncounted
+                assert (e.status == "match") == (own and not uncounted)
+                assert (e.status == "distractor") == (pid == 0)
+
+
+def test_lists_stop_at_top_and_limit_junk(run):
+    loaded = load_run(run)
+    ranked = ranking.Ranking(loaded.features, loaded.rankings[0])
+    row = ranked.rows(np.array([0]))[0]
+    entries = ranked.list_top(0, row, 4, most_junk=1)
+    assert [e.rank for e in entries if e.rank] == [1, 2, 3, 4]
+    assert sum(e.status == "junk" for e in entries) <= 1
+
+
+def _features(gallery_pids, gallery_camids, distances):
+    """One query of pid 1 in camera 1; unit vectors at the given cosine distances."""
+    cosine = 1 - np.asarray(distances, np.float32)
+    gallery = np.stack([cosine, np.sqrt(1 - cosine**2)], axis=1)
+    return {
+        "query_features": np.array([[1, 0]], np.float32),
+        "query_pids": np.array([1]),
+        "query_camids": np.array([1]),
+        "gallery_features": gallery,
+        "gallery_pids": np.array(gallery_pids),
+        "gallery_camids": np.array(gallery_camids),
+    }
+
+
+_PROTOCOL = {
+    "metric": "cosine",
+    "normalize": True,
+    "ap": "standard",
+    "junk": "dropped",
+    "junk_pid": -1,
+    "distractor_pid": 0,
+}
+
+
+def test_camera_pairs_by_hand():
+    #                       own camera, other, match c2, wrong c2, match c3, junk, match c2
+    pids, cams = [1, 2, 1, 3, 1, -1, 1], [1, 2, 2, 2, 3, 2, 2]
+    arrays = _features(pids, cams, [0.01, 0.1, 0.2, 0.3, 0.4, 0.05, 0.5])
+    result = {"name": "plain", "rerank": None, "protocol": _PROTOCOL}
+    scan = ranking.Ranking(arrays, result).scan()
+    # In camera 2: wrong, match, wrong, match; in camera 3: match; in all: ranks 2, 4, 5.
+    np.testing.assert_array_equal(scan.cameras[1], [1, 2, 3])
+    np.testing.assert_array_equal(scan.pair_queries, [[0, 1, 1]])
+    np.testing.assert_allclose(scan.pair_ap, [[np.nan, (1 / 2 + 2 / 4) / 2, 1]])
+    np.testing.assert_allclose(scan.pair_rank1, [[np.nan, 0, 1]])
+    np.testing.assert_allclose(scan.ap, [(1 / 2 + 2 / 4 + 3 / 5) / 3])
+    np.testing.assert_allclose(np.sort(scan.same), [0.2, 0.4, 0.5], atol=1e-6)
+    np.testing.assert_allclose(np.sort(scan.different), [0.1, 0.3], atol=1e-6)
+
+
+def test_trapezoid_ap_by_hand():
+    hits = np.array([True, False, True])
+    assert ranking.average_precision(hits, "standard") == pytest.approx((1 + 2 / 3) / 2)
+    expected = (1 + (2 / 3 + 1 / 2) / 2) / 2
+    assert ranking.average_precision(hits, "trapezoid") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("metric", "normalize"), [("euclidean", True), ("euclidean", False)])
+def test_shows_the_distances_of_the_metric(run, metric, normalize):
+    loaded = load_run(run)
+    result = {**loaded.rankings[0]}
+    result["protocol"] = {**result["protocol"], "metric": metric, "normalize": normalize}
+    rows = ranking.Ranking(loaded.features, result).rows(np.arange(2))
+    expected = compute_distances(
+        loaded.features["query_features"][:2],
+        loaded.features["gallery_features"],
+        metric=metric,
+        normalize=normalize,
+    )
+    np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_stripes_add_up_to_the_distance():
+    rng = np.random.default_rng(0)
+    shapes = {"t3": (5, 4), "t4": (5, 8)}
+    a, b = rng.normal(size=(2, 60))
+    parts = ranking.stripe_distances(a, b, shapes)
+    assert {level: p.shape for level, p in parts.items()} == {"t3": (5,), "t4": (5,)}
+    cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    assert sum(p.sum() for p in parts.values()) == pytest.approx(1 - cosine, abs=1e-12)
+    unit = a / np.linalg.norm(a), b / np.linalg.norm(b)
+    second = slice(4, 8)
+    assert parts["t3"][1] == pytest.approx(((unit[0] - unit[1])[second] ** 2).sum() / 2)
+    with pytest.raises(ValueError, match="60 numbers"):
+        ranking.stripe_distances(a, b, {"t4": (5, 8)})
+
+
+def test_chooses_best_worst_and_random_queries():
+    result = {
+        "ap": [0.5, 0.9, 0.9, 0.1, 0.1, 0.3, 0.8, 0.2],
+        "first_match_rank": [1, 1, 2, 9, 4, 3, 1, 5],
+        "query_pids": [1, 2, 2, 3, 4, 5, 6, 7],
+        "valid_queries": [10, 11, 12, 13, 14, 15, 16, 17],
+    }
+    chosen = ranking.choose_queries(result, 2)
+    assert [query for query, _, _ in chosen["best"]] == [11, 16]  # 12 is of the same identity
+    assert [query for query, _, _ in chosen["worst"]] == [13, 14]
+    assert len({query for group in chosen.values() for query, _, _ in group}) == 6
+    assert ranking.choose_queries(result, 2) == chosen
+    others = [ranking.choose_queries(result, 2, seed)["random"] for seed in range(5)]
+    assert any(other != chosen["random"] for other in others)
+
+
+def test_comes_without_pictures_when_the_data_have_moved(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["dataset"] |= {"name": "market1501", "root": "/nowhere/Market"}
+    (copy / "config.json").write_text(json.dumps(config))
+    text = write_report(copy).read_text()
+    assert "there are no pictures" in text
+    assert "/nowhere/Market" in text
+    assert "<img" not in text
+    assert 'class="ranking"' in text
+
+
+def test_comes_without_features(copy):
+    (copy / "features.npz").unlink()
+    (copy / "run.json").unlink()
+    (copy / "timing.jsonl").unlink()
+    text = write_report(copy).read_text()
+    assert "no features.npz" in text
+    assert 'class="ranking"' not in text
+    assert 'data-chart="cmc"' in text
+
+
+def test_says_when_features_are_not_those_of_the_results(copy):
+    with np.load(copy / "features.npz") as file:
+        arrays = dict(file)
+    arrays["query_features"] = arrays["query_features"][::-1]
+    np.savez(copy / "features.npz", **arrays)
+    assert "from another" in write_report(copy).read_text()
+
+
+def test_report_is_the_same_each_time(run, report, tmp_path):
+    again = write_report(run, tmp_path / "again.html", queries=2)
+    assert again.read_text() == report.read_text()
+
+
+def test_command(run, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert command.main([str(run), "--out", str(out), "--queries", "1", "--top", "3"]) == 0
+    assert pathlib.Path(capsys.readouterr().out.strip()) == out
+    assert out.read_text().count('class="query card"') == 3
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_refuses_what_is_no_run(tmp_path, copy, capsys):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        write_report(tmp_path)
+    (copy / "results.json").unlink()
+    assert command.main([str(copy)]) == 1
+    assert "mros_jax.evaluate --checkpoint" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="top is 0"):
+        write_report(copy, top=0)
