@@ -195,7 +195,7 @@ class _Draws:
         return jnp.array(table, jnp.float32)[self.kind(*weights)]
 
 
-def _root(seed: Array, stream: int) -> Array:
+def _root(seed: Array | int, stream: int) -> Array:
     return jax.random.fold_in(jax.random.key(seed), stream)
 
 
@@ -224,7 +224,7 @@ def _levels(draws: _Draws, member: Array, steps: Array) -> Array:
     return jnp.where(changed & (member > 0), (base + steps) % NUM_LEVELS, base)
 
 
-def _person(seed: Array, number: Array, lookalikes: int) -> Person:
+def _person(seed: Array | int, number: Array, lookalikes: int) -> Person:
     group, member = (number - 1) // lookalikes, (number - 1) % lookalikes
     draws = _Draws(jax.random.fold_in(_root(seed, 0), group), 96)
     own = _Draws(jax.random.fold_in(_root(seed, 1), number), len(DETAILS))
@@ -284,7 +284,7 @@ _PLACES = (
 )  # fmt: skip
 
 
-def _camera(seed: Array, camid: Array) -> Camera:
+def _camera(seed: Array | int, camid: Array) -> Camera:
     draws = _Draws(jax.random.fold_in(_root(seed, 2), camid), 24)
     # The places are dealt out in a seeded order, so that six cameras show six places.
     deal = jax.random.permutation(_root(seed, 3), len(_PLACES))
@@ -303,9 +303,9 @@ def _camera(seed: Array, camid: Array) -> Camera:
         mottle=draws.between(0.02, 0.06),
         pitch=draws.between(0.05, 0.35),
         light=draws.between(-1.0, 1.0),
-        cast=draws.between(0.82, 1.08, 3),
-        gamma=draws.between(0.80, 1.30),
-        contrast=draws.between(0.75, 1.05),
+        cast=draws.between(0.88, 1.06, 3),
+        gamma=draws.between(0.85, 1.20),
+        contrast=draws.between(0.82, 1.05),
         blur=draws.between(0.3, 1.0),
         resolution=draws.between(0.45, 1.0),
         noise=draws.between(0.004, 0.028),
@@ -314,7 +314,7 @@ def _camera(seed: Array, camid: Array) -> Camera:
 
 
 def _picture(
-    seed: Array, stream: Array, index: Array, number: Array, camid: Array, flaw: Array
+    seed: Array | int, stream: Array | int, index: Array, number: Array, camid: Array, flaw: Array
 ) -> Picture:
     walk = _Draws(jax.random.fold_in(jax.random.fold_in(_root(seed, 4), number), camid), 3)
     key = jax.random.fold_in(jax.random.fold_in(_root(seed, 5), stream), index)
@@ -343,7 +343,7 @@ def _picture(
         occluder_kind=jnp.where(junk, heavy, occluder),
         occluder_at=draws.between(0.0, 1.0),
         occluder_colour=draws.row(_CLOTHES),
-        exposure=jnp.exp(0.10 * draws.normal()),
+        exposure=jnp.exp(0.08 * draws.normal()),
         present=1.0 - nobody.astype(jnp.float32),
         noise_key=jax.random.fold_in(key, 1),
     )

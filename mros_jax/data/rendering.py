@@ -146,7 +146,7 @@ def _arm(person: Person, picture: Picture, camera: Camera, side: float) -> _Limb
 
 def _lines(x: Array, y: Array, grid: Array, width: Array | float) -> Array:
     """Coverage of a grid of lines, `grid` lines per unit in x and y; 0 lines where it is 0."""
-    lines = 0.0
+    lines = jnp.zeros_like(x)
     for value, rate in ((x, grid[0]), (y, grid[1])):
         cell = value * rate
         off = jnp.abs(cell - jnp.round(cell)) / jnp.maximum(rate, 1e-3)

@@ -8,12 +8,11 @@ No files are needed to train on it; writing it as JPEG exercises the reader of r
 
 import argparse
 import dataclasses
-import functools
 import inspect
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,10 @@ from mros_jax.data import pedestrians, rendering
 from mros_jax.data.splits import DISTRACTOR_PID, JUNK_PID, Dataset, Split, relabel
 
 # Part of every cache key: a change of the pictures must change it.
-VERSION = 1
+VERSION = 2
 CHUNK = 32  # images per call of the renderer
 _GOOD, _JUNK, _NOBODY = 0, 1, 2
+_STREAMS = {"train": 0, "query": 1, "gallery": 2}
 
 PRESETS: dict[str, dict[str, int]] = {
     # Market-1501's numbers: 12,936 / 3,368 / 19,732 images (3,819 junk, 2,793 distractors).
@@ -46,6 +46,7 @@ PRESETS: dict[str, dict[str, int]] = {
         "images_per_pid_and_camera": 3,
         "num_distractors": 60,
         "num_junk": 40,
+        "lookalikes": 2,
     },
     # For tests.
     "small": {
@@ -162,7 +163,7 @@ def _fill_cells(
 
 
 def _make_split(
-    name: str, rows: _Rows, pids: np.ndarray, frames: np.ndarray, settings: str, **how: Any
+    name: str, rows: _Rows, pids: np.ndarray, frames: np.ndarray, settings: dict[str, Any]
 ) -> Split:
     """Names the rows as Market-1501 does and orders them by name, as its reader would."""
     sequences = 1 + (7 * rows.numbers + 3 * rows.camids) % 6
@@ -184,7 +185,11 @@ def _make_split(
         camids=rows.camids[order],
         sequences=sequences[order].astype(np.int32),
         labels=relabel(pids)[0] if name == "train" else None,
-        pixels=Renderer(rows.take(order), **how),
+        pixels=Renderer(
+            rows.take(order),
+            stream=_STREAMS[name],
+            **{key: settings[key] for key in ("seed", "lookalikes", "height", "width")},
+        ),
         pixels_key=f"synthetic-v{VERSION}-{name}-{settings}",
     )
 
@@ -262,16 +267,15 @@ def make_dataset(
     flaws[len(numbers) - num_junk :] = _JUNK
     gallery = _rows(numbers, np.concatenate([good[1], strays]), flaws)
 
-    key = ",".join(f"{name}={value}" for name, value in settings.items())
-    how = {"seed": seed, "lookalikes": lookalikes, "height": height, "width": width}
-    frames = 1 + 5 * rng.permutation(len(query) + len(gallery))
-    split = functools.partial(_make_split, settings=key, **how)
-    train_split = split("train", train, train.numbers, 1 + 5 * np.arange(len(train)), stream=0)
+    train_frames = 1 + 5 * np.arange(len(train))
+    test_frames = 1 + 5 * rng.permutation(len(query) + len(gallery))
+    query_frames, gallery_frames = np.split(test_frames, [len(query)])
+    train_split = _make_split("train", train, train.numbers, train_frames, settings)
     return Dataset(
         name="synthetic",
         train=train_split,
-        query=split("query", query, query.numbers, frames[: len(query)], stream=1),
-        gallery=split("gallery", gallery, pids, frames[len(query) :], stream=2),
+        query=_make_split("query", query, query.numbers, query_frames, settings),
+        gallery=_make_split("gallery", gallery, pids, gallery_frames, settings),
         pid_of_label=relabel(train_split.pids)[1],
     )
 
@@ -334,6 +338,13 @@ def _check(s: dict[str, Any]) -> None:
 FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 
 
+def _chunks(split: Split) -> Iterable[np.ndarray]:
+    if split.pixels is None:
+        raise ValueError(f"split {split.name!r} has files already; only rendered ones are written")
+    # A selection of a rendered split has no renderer of its own.
+    return split.pixels.chunks() if isinstance(split.pixels, Renderer) else [split.pixels()]
+
+
 def write_dataset(dataset: Dataset, out: str | os.PathLike, *, progress: bool = True) -> None:
     """Writes a rendered data set in Market-1501's layout as JPEG (quality 95).
 
@@ -346,6 +357,7 @@ def write_dataset(dataset: Dataset, out: str | os.PathLike, *, progress: bool = 
     Raises:
         FileExistsError: `out` holds something already.
         NotADirectoryError: `out` is a file.
+        ValueError: a split is not rendered but read from files.
     """
     out = pathlib.Path(out)
     if out.exists() and not out.is_dir():
@@ -362,7 +374,7 @@ def write_dataset(dataset: Dataset, out: str | os.PathLike, *, progress: bool = 
                 folder = pathlib.Path(scratch) / "images"
                 folder.mkdir()
                 i = 0
-                for chunk in split.pixels.chunks():
+                for chunk in _chunks(split):
                     for pixels in chunk:
                         Image.fromarray(pixels).save(folder / str(split.names[i]), quality=95)
                         i += 1
