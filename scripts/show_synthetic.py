@@ -8,7 +8,7 @@ from PIL import Image
 
 from mros_jax.data import synthetic
 
-_OUT = flags.DEFINE_string("out", "synthetic.png", "PNG to write.")
+_OUT = flags.DEFINE_string("out", "synthetic.png", "PNG or JPEG to write.")
 _GROUPS = flags.DEFINE_integer("groups", 4, "Groups of look-alikes to show.")
 _MEMBERS = flags.DEFINE_integer("members", 2, "Identities of each group to show, 1 to 8.")
 _COLUMNS = flags.DEFINE_integer("columns", 2, "Pictures of each identity in each camera.")
