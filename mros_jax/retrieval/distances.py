@@ -124,7 +124,13 @@ def compute_distances(
     check_choice(metric, "metric", METRICS)
     query, gallery = check_pair(query_features, gallery_features, normalize=normalize)
     kind = choose_kind(metric, normalize)
-    result = make_row_function(gallery, kind, block_size=block_size, devices=devices)(query)
+    shared = place_gallery(gallery, kind, devices)
+    mapped = blocks.BlockMap(KINDS[kind].measure, shared, devices=devices)
+    result = np.empty((len(query), len(gallery)), np.float32)
+    for rows, block in mapped.run(
+        len(query), len(gallery), lambda rows: (query[rows],), block_size=block_size
+    ):
+        result[rows] = block
     if metric == "euclidean":
         np.sqrt(np.maximum(result, 0, out=result), out=result)
     return result
@@ -139,6 +145,8 @@ def make_row_function(
 ) -> Callable[[Any], Float32[np.ndarray, "B G"]]:
     """Place a checked gallery on the devices; return a function from (B, D) queries to distances.
 
+    What it returns may be memory of a device: not to be written to.
+
     Args:
         gallery: (G, D).
         kind: a key of `KINDS`.
@@ -150,11 +158,12 @@ def make_row_function(
     mapped = blocks.BlockMap(KINDS[kind].measure, shared, devices=devices)
 
     def compute_rows(query: Any) -> np.ndarray:
-        result = np.empty((len(query), len(gallery)), np.float32)
-        for rows, block in mapped.run(
-            len(query), len(gallery), lambda rows: (query[rows],), block_size=block_size
-        ):
-            result[rows] = block
-        return result
+        parts = [
+            block
+            for _, block in mapped.run(
+                len(query), len(gallery), lambda rows: (query[rows],), block_size=block_size
+            )
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return compute_rows

@@ -383,11 +383,13 @@ def evaluate(
         )
     else:
         prepare = reranking.METHODS[rerank]
-        reranked = prepare(query, gallery, block_size=block_size, devices=devices, **options)
+        write = prepare(query, gallery, block_size=block_size, devices=devices, **options)
         columns = labels.kept if keep_junk else slice(None)
 
         def rows_of(rows: np.ndarray) -> np.ndarray:
-            return reranked(rows)[:, columns].astype(np.float32)
+            block = np.empty((len(rows), len(gallery)), np.float32)
+            write(rows, block)
+            return block[:, columns]
 
         ranks = _rank_matches(rows_of, _count_given, (), labels, block_size, devices)
     return _summarise(ranks, labels, ap, max_rank, described | dict(protocol or {}))

@@ -65,8 +65,8 @@ def _make_search(k: int) -> Callable:
     ) -> tuple[Array, Array, Array]:
         similarity = distances.compute_similarity(query, features, norms)
         smallest = similarity.min(1)
-        itself = jnp.arange(features.shape[0]) == index[:, None]
-        top, indices = select_top(jnp.where(itself, jnp.inf, similarity), k)
+        similarity = similarity.at[jnp.arange(len(index)), index].set(jnp.inf)
+        top, indices = select_top(similarity, k)
         return indices, jnp.minimum(top, 1.0), smallest
 
     return search

@@ -65,7 +65,8 @@ def _pair_cosines(
 ) -> Float64[np.ndarray, "P"]:
     """Cosine of each (row, column): from the lists where it is there, else computed."""
     num = len(neighbors.indices)
-    keys = np.arange(num, dtype=np.int64)[:, None] * num + neighbors.indices
+    listed = neighbors.indices[:, : neighbors.similarity.shape[1]]
+    keys = np.arange(num, dtype=np.int64)[:, None] * num + listed
     order = np.argsort(keys, axis=None)
     keys, known = keys.ravel()[order], neighbors.similarity.ravel()[order]
     wanted = row.astype(np.int64) * num + column
@@ -106,7 +107,9 @@ def encode(features: Any, neighbors: Neighbors, k1: int, k2: int) -> scipy.spars
 def scale_distances(cosine_distance: np.ndarray, smallest: np.ndarray) -> np.ndarray:
     """Divide by the distance of the farthest image. (All images alike: 0, not NaN.)"""
     farthest = np.maximum(1.0 - smallest, np.finfo(np.float32).tiny)
-    return np.maximum(cosine_distance, 0) / farthest
+    scaled = np.maximum(cosine_distance, 0)
+    scaled /= farthest
+    return scaled
 
 
 def compute_jaccard(
@@ -123,4 +126,6 @@ def compute_jaccard(
     cell = row[entry] * num_gallery + gallery.indices[place]
     shared = np.bincount(cell, minima, minlength=query.shape[0] * num_gallery)
     shared = shared.reshape(query.shape[0], num_gallery)
-    return 1.0 - shared / (2.0 - shared)
+    distance = np.subtract(2.0, shared)
+    np.divide(shared, distance, out=distance)
+    return np.subtract(1.0, distance, out=distance)

@@ -4,8 +4,8 @@ Each needs only the lists of nearest neighbours and sparse vectors over them; no
 (queries + gallery) squared is ever made. Descriptors are always normalised.
 
 Every method comes in two forms: a function that returns the (Q, G) distances, and a `prepare_*`
-function that returns a `Rows`, a function from query indices to their rows of distances, with which
-`evaluate` ranks block by block and never holds the whole matrix.
+function that returns a `Rows`: called with query indices and an array, it writes the distances of
+those queries into the array. With it `evaluate` ranks block by block and never holds all of them.
 """
 
 import inspect
@@ -29,7 +29,7 @@ from mros_jax.retrieval.neighbors import (
 )
 from mros_jax.retrieval.reciprocal import compute_jaccard, encode, make_rows, scale_distances
 
-Rows = Callable[[np.ndarray], np.ndarray]
+Rows = Callable[[np.ndarray, np.ndarray], None]
 
 
 def prepare_ecn(
@@ -44,7 +44,7 @@ def prepare_ecn(
     block_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Rows:
-    """As `ecn`, but returns a function from query indices to float64 rows of distances."""
+    """As `ecn`, but returns a `Rows`."""
     check_choice(method, "method", ("rankdist", "origdist"))
     query, gallery = check_pair(query_features, gallery_features, normalize=True)
     num_query, num = len(query), len(query) + len(gallery)
@@ -69,13 +69,13 @@ def prepare_ecn(
         host = np.asarray(features)
         scale = 1 / np.sqrt(np.einsum("nd,nd->n", host, host))
 
-        def mean_rows(rows: np.ndarray) -> np.ndarray:
+        def write_means(rows: np.ndarray, out: np.ndarray) -> None:
             own = chosen[rows].multiply(scale).tocsr() @ host  # (B, D)
             from_query = own @ host[num_query:].T * scale[num_query:]
             from_gallery = (chosen[num_query:] @ cosines(query[rows]).T).T
-            return 1.0 - (from_query + from_gallery).astype(np.float64) / (2 * count)
+            np.subtract(1.0, (from_query + from_gallery) / (2 * count), out=out)
 
-        return mean_rows
+        return write_means
 
     # Whole numbers, so float32 sums are exact below 2**24; the division comes last, in float64.
     weights = np.broadcast_to(np.arange(k, 0, -1, dtype=np.float32), (num, k))
@@ -84,14 +84,13 @@ def prepare_ecn(
     rank_t, mean_t = rank[num_query:].T.tocsr(), mean[num_query:].T.tocsr()
     cosine_distances = distances.make_row_function(gallery, "cosine", **spread)
 
-    def rank_rows(rows: np.ndarray) -> np.ndarray:
+    def write_ranks(rows: np.ndarray, out: np.ndarray) -> None:
         total = mean[rows] @ rank_t + rank[rows] @ mean_t
-        result = cosine_distances(query[rows]).astype(np.float64)
+        np.copyto(out, cosine_distances(query[rows]))
         row = np.repeat(np.arange(len(rows)), np.diff(total.indptr))
-        result[row, total.indices] = total.data.astype(np.float64) / (-2 * count)
-        return result
+        out[row, total.indices] = total.data.astype(np.float64) / (-2 * count)
 
-    return rank_rows
+    return write_ranks
 
 
 def ecn(
@@ -135,7 +134,7 @@ def ecn(
     Raises:
         ValueError: bad features (see `evaluate`), parameters below 1, lists longer than Q + G.
     """
-    rows = prepare_ecn(
+    write = prepare_ecn(
         query_features,
         gallery_features,
         k=k,
@@ -146,7 +145,7 @@ def ecn(
         block_size=block_size,
         devices=devices,
     )
-    return _fill(rows, len(query_features), len(gallery_features), dtype)
+    return _fill(write, len(query_features), len(gallery_features), dtype)
 
 
 def prepare_k_reciprocal(
@@ -160,7 +159,7 @@ def prepare_k_reciprocal(
     block_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Rows:
-    """As `k_reciprocal`, but returns a function from query indices to rows of distances."""
+    """As `k_reciprocal`, but returns a `Rows`."""
     query, gallery = check_pair(query_features, gallery_features, normalize=True)
     num_query, num = len(query), len(query) + len(gallery)
     check_count(k1, "k1", most=num - 1, of="other images in queries and gallery together")
@@ -185,12 +184,13 @@ def prepare_k_reciprocal(
     encoded_gallery = encoded[num_query:].tocsc()
     cosine_distances = distances.make_row_function(gallery, "cosine", **spread)
 
-    def rows_of(rows: np.ndarray) -> np.ndarray:
-        result = compute_jaccard(encoded[rows], encoded_gallery)
+    def write(rows: np.ndarray, out: np.ndarray) -> None:
+        np.multiply(compute_jaccard(encoded[rows], encoded_gallery), 1 - lambda_value, out=out)
         original = scale_distances(cosine_distances(query[rows]), found.smallest[rows, None])
-        return (1 - lambda_value) * result + lambda_value * original
+        original *= lambda_value
+        out += original
 
-    return rows_of
+    return write
 
 
 def k_reciprocal(
@@ -228,7 +228,7 @@ def k_reciprocal(
     Raises:
         ValueError: bad features (see `evaluate`), parameters out of range.
     """
-    rows = prepare_k_reciprocal(
+    write = prepare_k_reciprocal(
         query_features,
         gallery_features,
         k1=k1,
@@ -238,7 +238,7 @@ def k_reciprocal(
         block_size=block_size,
         devices=devices,
     )
-    return _fill(rows, len(query_features), len(gallery_features), dtype)
+    return _fill(write, len(query_features), len(gallery_features), dtype)
 
 
 def prepare_aqe(
@@ -251,7 +251,7 @@ def prepare_aqe(
     block_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Rows:
-    """As `aqe`, but returns a function from query indices to rows of distances."""
+    """As `aqe`, but returns a `Rows`."""
     query, gallery = check_pair(query_features, gallery_features, normalize=True)
     check_count(k, "k", most=len(gallery), of="gallery images")
     if alpha < 0:
@@ -269,11 +269,11 @@ def prepare_aqe(
         gallery, "cosine", block_size=block_size, devices=devices
     )
 
-    def rows_of(rows: np.ndarray) -> np.ndarray:
+    def write(rows: np.ndarray, out: np.ndarray) -> None:
         expanded = _expand_queries(query[rows], gallery[lists[rows]], float(alpha))
-        return cosine_distances(np.asarray(expanded))
+        np.copyto(out, cosine_distances(np.asarray(expanded)))
 
-    return rows_of
+    return write
 
 
 @jax.jit
@@ -319,7 +319,7 @@ def aqe(
     Raises:
         ValueError: bad features (see `evaluate`), k larger than the gallery.
     """
-    rows = prepare_aqe(
+    write = prepare_aqe(
         query_features,
         gallery_features,
         k=k,
@@ -328,16 +328,16 @@ def aqe(
         block_size=block_size,
         devices=devices,
     )
-    return _fill(rows, len(query_features), len(gallery_features), dtype)
+    return _fill(write, len(query_features), len(gallery_features), dtype)
 
 
-def _fill(rows_of: Rows, num_query: int, num_gallery: int, dtype: Any) -> np.ndarray:
+def _fill(write: Rows, num_query: int, num_gallery: int, dtype: Any) -> np.ndarray:
     """The whole matrix, a block of queries at a time."""
     result = np.empty((num_query, num_gallery), dtype)
-    step = blocks.choose_block(num_gallery, None)
+    step = blocks.choose_block(num_gallery)
     for start in range(0, num_query, step):
         rows = np.arange(start, min(start + step, num_query))
-        result[rows[0] : rows[-1] + 1] = rows_of(rows)
+        write(rows, result[start : start + step])
     return result
 
 
