@@ -193,7 +193,6 @@ def _run(args: argparse.Namespace) -> None:
     if args.features is not None and args.out is not None:
         raise ValueError("--out writes descriptors of --images; --features are on disk already")
     listed = None if args.images is None else list_images(args.images)
-    query = None
     if args.search is not None:
         [query] = decode_images([args.search])
         if isinstance(query, Exception):
@@ -225,18 +224,17 @@ def _run(args: argparse.Namespace) -> None:
         files.save_features(args.out, arrays)
         print(f"{args.out}: {len(names)} descriptors of {features.shape[1]} numbers")
     if args.search is not None:
-        _search(args, model, query, features, names, root)
+        _search(args, model, features, names, root)
 
 
 def _search(
     args: argparse.Namespace,
     model: Embedder,
-    query: np.ndarray,
     features: np.ndarray,
     names: Sequence[str],
     root: pathlib.Path,
 ) -> None:
-    [descriptor] = model.embed([query], flip_test=args.flip_test)
+    [descriptor] = model.embed([args.search], flip_test=args.flip_test)
     order, distances = search(descriptor, features, args.top)
     for place, (i, distance) in enumerate(zip(order, distances, strict=True), 1):
         print(f"{place:4d}  {distance:.4f}  {names[i]}")

@@ -30,7 +30,9 @@ _PROBE = """<script>
 const seen = {errors: []};
 addEventListener("error", (e) => seen.errors.push(e.message || `${e.target.tagName} failed`), true);
 addEventListener("unhandledrejection", (e) => seen.errors.push(String(e.reason)));
-for (const level of ["error", "warn"]) console[level] = (...args) => seen.errors.push(args.join(" "));
+for (const level of ["error", "warn"]) {
+  console[level] = (...args) => seen.errors.push(args.join(" "));
+}
 addEventListener("load", () => {
   const button = document.querySelector(".ranking button");
   if (button) button.click();
@@ -48,8 +50,9 @@ addEventListener("load", () => {
   parent.postMessage(seen, "*");
 });
 </script>"""
-_FRAME = """<body style="margin:0"><iframe src="page.html" style="width:{width}px;height:{height}px;border:0">
-</iframe><script>addEventListener("message", (e) => {{
+_FRAME = """<body style="margin:0">
+<iframe src="page.html" style="width:{width}px;height:{height}px;border:0"></iframe>
+<script>addEventListener("message", (e) => {{
   const pre = document.createElement("pre");
   pre.id = "seen";
   pre.textContent = JSON.stringify(e.data);

@@ -45,9 +45,9 @@ def load_images(
     Raises:
       ValueError: files that cannot be read, all of them named, or arrays of another type or rank.
     """
-    files = [i for i, image in enumerate(images) if not isinstance(image, np.ndarray)]
-    decoded = dict(zip(files, decode_images([images[i] for i in files]), strict=True))
-    bad = [f"{images[i]} ({error})" for i, error in decoded.items() if isinstance(error, Exception)]
+    files = {i: image for i, image in enumerate(images) if not isinstance(image, np.ndarray)}
+    decoded = dict(zip(files, decode_images(list(files.values())), strict=True))
+    bad = [f"{files[i]} ({error})" for i, error in decoded.items() if isinstance(error, Exception)]
     if bad:
         raise ValueError(f"{len(bad)} images cannot be read: {'; '.join(bad)}")
     result = np.empty((len(images), height, width, 3), np.uint8)

@@ -23,7 +23,7 @@ _VARIABLES = {
     "#080808": "var(--c5)",
 }
 _INK, _MUTED, _LINE, *SERIES = _VARIABLES
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": _INK,

@@ -1,16 +1,16 @@
 """Ranked lists, distances and camera pairs, computed again from a run's descriptors."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from mros_jax.retrieval import distances, rerank
+from mros_jax.retrieval import compute_distances, rerank
 
 Status = Literal["match", "wrong", "distractor", "junk"]
-_BLOCK = 256  # queries at a time: 40 MB of distances at Market-1501's size
+_BLOCK = 512  # queries at a time: 80 MB of distances at Market-1501's size
 _SAMPLES = 300_000  # distances of different identities that are kept for the histogram
 
 
@@ -69,33 +69,32 @@ class Ranking:
         self._arrays = features
         gallery, pids = features["gallery_features"], features["gallery_pids"]
         self.junk = pids == protocol["junk_pid"]
-        self._columns = np.arange(len(pids))
-        if result["rerank"] is None:
-            kind = distances.choose_kind(protocol["metric"], protocol["normalize"])
-            compute = distances.make_row_function(gallery, kind)
-            root = protocol["metric"] == "euclidean"
-            self._rows: Callable[[np.ndarray], np.ndarray] = lambda rows: (
-                np.sqrt(np.maximum(compute(features["query_features"][rows]), 0))
-                if root
-                else compute(features["query_features"][rows])
-            )
-        else:
-            if protocol["junk"] == "dropped" and self.junk.any():
-                self._columns = np.flatnonzero(~self.junk)
-                gallery = gallery[self._columns]
-            given = dict(protocol["rerank_options"] or {})
-            given.pop("neighbors", None)
+        # Junk may have been left out of the re-ranking: it changes the neighbourhoods.
+        dropped = result["rerank"] is not None and protocol["junk"] == "dropped"
+        self._columns = np.flatnonzero(~self.junk) if dropped else np.arange(len(pids))
+        self._gallery = gallery[self._columns] if dropped and self.junk.any() else gallery
+        self._write = None
+        if result["rerank"] is not None:
+            options = dict(protocol["rerank_options"] or {})
+            options.pop("neighbors", None)
             prepare = rerank.METHODS[result["rerank"]]
-            self._rows = prepare(features["query_features"], gallery, **given)
+            self._write = prepare(features["query_features"], self._gallery, **options)
 
     def rows(self, queries: np.ndarray) -> Float[np.ndarray, "B G"]:
         """Distances of some queries; NaN where junk took no part."""
-        block = self._rows(queries)
-        if block.shape[1] == len(self.junk):
-            return block
-        full = np.full((len(queries), len(self.junk)), np.nan)
-        full[:, self._columns] = block
-        return full
+        result = np.full((len(queries), len(self.junk)), np.nan)
+        if self._write is None:
+            result[:, self._columns] = compute_distances(
+                self._arrays["query_features"][queries],
+                self._gallery,
+                metric=self._protocol["metric"],
+                normalize=self._protocol["normalize"],
+            )
+        else:
+            block = np.empty((len(queries), len(self._columns)))
+            self._write(queries, block)
+            result[:, self._columns] = block
+        return result
 
     def masks(self, query: int) -> tuple[np.ndarray, np.ndarray]:
         """(G,) which images count in a query's ranking, and which of them match."""
