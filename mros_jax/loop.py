@@ -92,14 +92,16 @@ class Logger:
         self._pending = []
         seconds = time.perf_counter() - self._since
         speed = len(records) * self._sizes.batch / seconds
+        good = next((i for i, r in enumerate(records) if not np.isfinite(r["loss"])), len(records))
         if self._writer:
-            for record in records:
+            for record in records[:good]:
                 self._writer.metrics("train", record)
             self._writer.timing(
                 {"step": records[-1]["step"], "seconds": seconds, "images_per_second": speed}
             )
             self._writer.flush()
-        _check_finite(records, last_saved)
+        if good < len(records):
+            raise _diverged(records[good], last_saved)
         shown = ("loss", "triplet", "center", "cross_entropy", "lr")
         self._bar.set_postfix(
             {name: f"{records[-1][name]:.3g}" for name in shown} | {"img/s": f"{speed:.0f}"},
@@ -113,16 +115,14 @@ class Logger:
         self._since = time.perf_counter()
 
 
-def _check_finite(records: list[dict[str, Any]], last_saved: int | None) -> None:
-    for record in records:
-        if not np.isfinite(record["loss"]):
-            parts = ", ".join(f"{k} {v}" for k, v in record.items() if k not in ("step", "epoch"))
-            good = "none was saved yet" if last_saved is None else f"that of step {last_saved}"
-            raise FloatingPointError(
-                f"the loss is {record['loss']} at step {record['step']} (epoch {record['epoch']}): "
-                f"{parts}. Last good checkpoint: {good}. Try a lower optimizer.lr, "
-                "optimizer.clip_norm, or model.dtype=float32."
-            )
+def _diverged(record: dict[str, Any], last_saved: int | None) -> FloatingPointError:
+    parts = ", ".join(f"{k} {v}" for k, v in record.items() if k not in ("step", "epoch", "loss"))
+    good = "none was saved yet" if last_saved is None else f"that of step {last_saved}"
+    return FloatingPointError(
+        f"the loss is {record['loss']} at step {record['step']} (epoch {record['epoch']}): {parts}. "
+        f"Last good checkpoint: {good}. Try a lower optimizer.lr, optimizer.clip_norm, or "
+        "model.dtype=float32."
+    )
 
 
 def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:

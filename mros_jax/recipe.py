@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mros_jax import losses, parallel
-from mros_jax.data import sources, synthetic
+from mros_jax.data import doctor, sources, synthetic
 from mros_jax.models import torch_weights
 from mros_jax.models.mros import MROS
 from mros_jax.optimizers import make_optimizer, make_schedule
@@ -91,6 +91,11 @@ def load_dataset(config: ConfigDict) -> sources.Dataset:
     """
     options: dict[str, Any] = {}
     if config.dataset.name == "synthetic":
+        if config.dataset.preset not in synthetic.PRESETS:
+            raise ValueError(
+                f"config.dataset.preset is {config.dataset.preset!r}; expected one of "
+                f"{tuple(synthetic.PRESETS)}"
+            )
         options = {**synthetic.PRESETS[config.dataset.preset], "seed": config.dataset.seed}
     return sources.load_dataset(config.dataset.name, config.dataset.root, **options)
 
@@ -107,6 +112,29 @@ def make_model(model_config: ConfigDict, num_classes: int) -> MROS:
         dtype=DTYPES[model_config.dtype],
         bn_axis_name=BATCH_NORMS[model_config.batch_norm],
     )
+
+
+def check_fit(config: ConfigDict, dataset: sources.Dataset, model: MROS) -> None:
+    """Refuses a config that does not fit its data set, or an input size the model cannot take.
+
+    Raises:
+        ValueError: says which, and what would work.
+    """
+    doctor.check_cheap(dataset, identities=config.batch.identities, images=config.batch.images)
+    image = jax.ShapeDtypeStruct((1, config.input.height, config.input.width, 3), jnp.float32)
+    jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), image)
+    searched = len(dataset.query) + int((config.eval.keep_junk or ~dataset.gallery.junk).sum())
+    for name in config.eval.rerank:
+        longest = max(
+            (v for k, v in config.eval.rerank_options[name].items() if k.startswith(("k", "q"))),
+            default=0,
+        )
+        if longest >= searched:
+            raise ValueError(
+                f"config.eval.rerank_options.{name} looks for {longest} neighbours, but query and "
+                f"gallery of {dataset.name} have only {searched} images; lower it, or leave {name} "
+                "out of config.eval.rerank"
+            )
 
 
 def weights_dir() -> pathlib.Path:

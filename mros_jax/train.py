@@ -17,11 +17,11 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from mros_jax import checkpoints, console, feed, parallel, provenance, recipe, validation
-from mros_jax.data import doctor, sources
+from mros_jax.data import sources
 from mros_jax.loop import Logger, Stop, claim_workdir
 from mros_jax.writer import Writer, write_json
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("mros_jax.train")  # also where this file is __main__
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -54,14 +54,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
     is_main = parallel.is_main_process()
     recipe.check_config(config)
     dataset = recipe.load_dataset(config)
-    doctor.check_cheap(dataset, identities=config.batch.identities, images=config.batch.images)
+    model = recipe.make_model(config.model, dataset.num_classes)
+    recipe.check_fit(config, dataset, model)
     if is_main:
         claim_workdir(workdir, config)
         write_json(workdir / "run.json", describe_run(dataset))
     batches = feed.Feed(config, dataset)
     sizes = batches.sizes
-
-    model = recipe.make_model(config.model, dataset.num_classes)
     state, step_fn = recipe.build(config, model, sizes.steps_per_epoch)
     mapped_step = parallel.MappedStep(step_fn)
     saved = checkpoints.Checkpoints(workdir / "checkpoints")
@@ -73,11 +72,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
     step = int(state.step)
     state = parallel.replicate(state)
     evaluator = validation.Evaluator(config, dataset, model)
-    writer = Writer(workdir, start_step=step) if is_main else None
-    bar = tqdm(total=sizes.total_steps, initial=step, desc="training", disable=not is_main)
-    logger = Logger(writer, bar, sizes)
-
-    with Stop() as stop, bar, contextlib.closing(saved):
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(Stop())
+        stack.callback(saved.close)
+        writer = Writer(workdir, start_step=step) if is_main else None
+        if writer:
+            stack.callback(writer.close)
+        bar = tqdm(total=sizes.total_steps, initial=step, desc="training", disable=not is_main)
+        logger = Logger(writer, stack.enter_context(bar), sizes)
         while step < sizes.total_steps:
             epoch, first = divmod(step, sizes.steps_per_epoch)
             for batch in batches.epoch(epoch, first):
@@ -117,10 +119,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
                 log.info("Stopped after step %d; the same command goes on from there", step)
                 return None
             logger.restart_clock()
-    if not writer:
-        return None
-    writer.close()
-    return json.loads((workdir / "results.json").read_text())
+    return json.loads((workdir / "results.json").read_text()) if is_main else None
 
 
 def describe_run(dataset: sources.Dataset) -> dict[str, Any]:
