@@ -1,16 +1,14 @@
 """Draws synthetic pedestrians: (person, picture, camera) -> uint8 pixels, a pure function.
 
-A body is a posed skeleton projected into the picture; each part is a signed distance (see
-https://iquilezles.org/articles/distfunctions2d for the shapes) turned into anti-aliased coverage,
-and parts are painted from back to front. Inside this file an image is (3, H, W), so that every
-operation runs along whole rows.
+A body is a posed skeleton projected into the picture; each part is a signed distance turned
+into anti-aliased coverage, and parts are painted from back to front. Inside this file an image is
+(3, H, W) in 0..1.
 
 Body coordinates: y downwards from the crown (0) to the soles (1), x to the picture's right, both in
 body heights.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -19,6 +17,20 @@ from jaxtyping import Array, Int, UInt8
 
 from mros_jax.data import imaging
 from mros_jax.data.pedestrians import Camera, Person, Picture
+from mros_jax.data.shapes import (
+    Canvas,
+    box,
+    capsule,
+    cover,
+    ellipse,
+    fraction,
+    mix,
+    paint,
+    roundness,
+    step,
+    wave,
+    within,
+)
 
 _GROUP = 4  # pictures that are vectorised together
 _BODY = 0.91  # body height of a 1.0 person, as a share of the box
@@ -32,78 +44,6 @@ class _Limb(NamedTuple):
     end: Array
     tip: Array
     depth: Array
-
-
-class _Canvas(NamedTuple):
-    """Where each pixel lies on the body, and how many body heights one pixel is."""
-
-    x: Array
-    y: Array
-    pixel: Array
-
-
-def _capsule(at: _Canvas, a: Array, b: Array, ra: Array | float, rb: Array | float) -> tuple:
-    """Signed distance to a capsule from a to b with radius ra to rb, and the place along it."""
-    dx, dy = b[0] - a[0], b[1] - a[1]
-    px, py = at.x - a[0], at.y - a[1]
-    along = jnp.clip((px * dx + py * dy) / (dx * dx + dy * dy + 1e-6), 0.0, 1.0)
-    gap = jnp.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2 + 1e-9)
-    return gap - (ra + (rb - ra) * along), along
-
-
-def _ellipse(at: _Canvas, centre: tuple, rx: Array | float, ry: Array | float) -> Array:
-    """Signed distance to an ellipse, to first order: exact enough within a pixel of the edge."""
-    x, y = (at.x - centre[0]) / rx, (at.y - centre[1]) / ry
-    norm = jnp.sqrt(x * x + y * y + 1e-9)
-    slope = jnp.sqrt((x / rx) ** 2 + (y / ry) ** 2 + 1e-9)
-    return norm * (norm - 1.0) / slope
-
-
-def _box(at: _Canvas, centre: tuple, rx: Array | float, ry: Array | float, r: float) -> Array:
-    """Signed distance to a box with corners rounded by r."""
-    x = jnp.abs(at.x - centre[0]) - (rx - r)
-    y = jnp.abs(at.y - centre[1]) - (ry - r)
-    outside = jnp.sqrt(jnp.maximum(x, 0.0) ** 2 + jnp.maximum(y, 0.0) ** 2 + 1e-9)
-    return outside + jnp.minimum(jnp.maximum(x, y), 0.0) - r
-
-
-def _fraction(value: Array) -> Array:
-    return value - jnp.floor(value)
-
-
-def _wave(angle: Array) -> Array:
-    """A sine to within 6 %, from parabolas: XLA's own is 20 times as slow on a CPU."""
-    turn = _fraction(angle / (2 * math.pi)) - 0.5
-    return turn * (16.0 * jnp.abs(turn) - 8.0)
-
-
-def _cover(at: _Canvas, distance: Array) -> Array:
-    return jnp.clip(0.5 - distance / at.pixel, 0.0, 1.0)
-
-
-def _step(at: _Canvas, distance: Array) -> Array:
-    """1 where distance > 0, with a ramp one pixel wide."""
-    return jnp.clip(0.5 + distance / at.pixel, 0.0, 1.0)
-
-
-def _within(at: _Canvas, value: Array, low: Array | float, high: Array | float) -> Array:
-    return _step(at, value - low) * _step(at, high - value)
-
-
-def _paint(image: Array, cover: Array, colour: Array, shade: Array | float = 1.0) -> Array:
-    """Lays `colour`, (3,) or (3, H, W), over the image where `cover` is 1."""
-    colour = colour.reshape(3, 1, 1) if colour.ndim == 1 else colour
-    return image + cover * (colour * shade - image)
-
-
-def _mix(cover: Array, below: Array, above: Array) -> Array:
-    below = below.reshape(3, 1, 1) if below.ndim == 1 else below
-    return _paint(below, cover, above)
-
-
-def _round(distance: Array, radius: Array | float) -> Array:
-    """Shade of a round part: darker towards its edge."""
-    return 0.76 + 0.27 * jnp.clip(-distance / radius, 0.0, 1.0)
 
 
 def _project(picture: Picture, pitch: Array, x: Array, y: Array, z: Array) -> tuple:
@@ -154,7 +94,7 @@ def _lines(x: Array, y: Array, grid: Array, width: Array | float) -> Array:
     return lines
 
 
-def _backdrop(frame: _Canvas, picture: Picture, camera: Camera) -> Array:
+def _backdrop(frame: Canvas, picture: Picture, camera: Camera) -> Array:
     """The scene without people."""
     x, y = frame.x, frame.y
     zoom = 1.0 + 0.1 * jnp.tanh(picture.scene[1])
@@ -163,66 +103,62 @@ def _backdrop(frame: _Canvas, picture: Picture, camera: Camera) -> Array:
     below = jnp.maximum(y - horizon, 0.0)
     depth = 1.0 / (0.35 + below)
     gx, gy = x * depth * 0.8 + picture.scene[0], depth * 1.2 + picture.scene[1]
-    wall = _mix(_lines(wx, wy, camera.wall_grid, 0.006) * 0.8, camera.wall, camera.wall_line)
-    ground = _mix(
-        _lines(gx, gy, camera.ground_grid, 0.010) * 0.7, camera.ground, camera.ground_line
-    )
+    wall = mix(_lines(wx, wy, camera.wall_grid, 0.006) * 0.8, camera.wall, camera.wall_line)
+    ground = mix(_lines(gx, gy, camera.ground_grid, 0.010) * 0.7, camera.ground, camera.ground_line)
     ground = ground * (0.88 + 0.16 * jnp.clip(below, 0.0, 1.0))
-    image = _mix(jnp.clip(0.5 + (y - horizon) * 90.0, 0.0, 1.0), wall, ground)
+    image = mix(jnp.clip(0.5 + (y - horizon) * 90.0, 0.0, 1.0), wall, ground)
     mottle = (
-        _wave(17.0 * wx + 9.0 * y + 3.0 * _wave(11.0 * y + picture.scene[0]))
-        + _wave(41.0 * y - 23.0 * wx + 2.0 * _wave(29.0 * wx))
-        + _wave(7.0 * wx - 5.0 * y + picture.scene[1])
+        wave(17.0 * wx + 9.0 * y + 3.0 * wave(11.0 * y + picture.scene[0]))
+        + wave(41.0 * y - 23.0 * wx + 2.0 * wave(29.0 * wx))
+        + wave(7.0 * wx - 5.0 * y + picture.scene[1])
     )
     image = image * (1.0 + camera.mottle * mottle)
     # Something else in the scene: a door, a sign, a bin.
     c = picture.clutter
     bottom = horizon + 0.05 + 0.2 * c[1]
     centre = (0.6 * (c[0] - 0.5), bottom - 0.15 - 0.2 * c[2])
-    cover = _cover(frame, _box(frame, centre, 0.03 + 0.1 * c[3], 0.15 + 0.2 * c[2], 0.01))
+    seen = cover(frame, box(frame, centre, 0.03 + 0.1 * c[3], 0.15 + 0.2 * c[2], 0.01))
     muted = 0.5 * picture.clutter_colour + 0.5 * camera.wall
-    return _paint(image, cover * (c[1] > 0.45), muted)
+    return paint(image, seen * (c[1] > 0.45), muted)
 
 
-def _legs(image: Array, at: _Canvas, person: Person, limb: _Limb, near: Array) -> Array:
+def _legs(image: Array, at: Canvas, person: Person, limb: _Limb, near: Array) -> Array:
     g = person.girth
     dim = 0.72 + 0.28 * near
-    thigh, t = _capsule(at, limb.start, limb.middle, 0.052 * g, 0.038 * g)
+    thigh, t = capsule(at, limb.start, limb.middle, 0.052 * g, 0.038 * g)
     trousers, shorts = person.bottom_kind == 0, person.bottom_kind == 1
     calf = jnp.where(trousers, 0.036, 0.031) * g
-    shin, s = _capsule(at, limb.middle, limb.end, calf, jnp.where(trousers, 0.027, 0.018))
-    foot, _ = _capsule(at, limb.end + jnp.array([0.0, 0.018]), limb.tip, 0.021, 0.018)
+    shin, s = capsule(at, limb.middle, limb.end, calf, jnp.where(trousers, 0.027, 0.018))
+    foot, _ = capsule(at, limb.end + jnp.array([0.0, 0.018]), limb.tip, 0.021, 0.018)
     shoe_on, shoe = person.detail_on[7], person.detail_colour[7]
-    image = _paint(image, _cover(at, foot) * shoe_on, shoe, dim * _round(foot, 0.02))
-    socks = _within(at, s, 0.66, 1.1) * person.detail_on[6]
-    colour = _mix(jnp.float32(trousers), person.skin, person.bottom)
-    colour = _mix(socks, colour, person.detail_colour[6])
-    image = _paint(image, _cover(at, shin), colour, dim * _round(shin, calf))
+    image = paint(image, cover(at, foot) * shoe_on, shoe, dim * roundness(foot, 0.02))
+    socks = within(at, s, 0.66, 1.1) * person.detail_on[6]
+    colour = mix(jnp.float32(trousers), person.skin, person.bottom)
+    colour = mix(socks, colour, person.detail_colour[6])
+    image = paint(image, cover(at, shin), colour, dim * roundness(shin, calf))
     cloth = jnp.where(trousers | shorts, 1.0, 0.0)
-    colour = _mix(cloth * jnp.ones_like(t), person.skin, person.bottom)
+    colour = mix(cloth * jnp.ones_like(t), person.skin, person.bottom)
     # Above the knee on trousers, at the seam of shorts and skirts: one height for everybody.
-    band = _within(at, t, 0.62, 0.86) * person.detail_on[5]
-    colour = _mix(band, colour, person.detail_colour[5])
-    return _paint(image, _cover(at, thigh), colour, dim * _round(thigh, 0.045 * g))
+    band = within(at, t, 0.62, 0.86) * person.detail_on[5]
+    colour = mix(band, colour, person.detail_colour[5])
+    return paint(image, cover(at, thigh), colour, dim * roundness(thigh, 0.045 * g))
 
 
-def _arms(
-    image: Array, at: _Canvas, person: Person, limb: _Limb, near: Array, cover: Array
-) -> Array:
+def _arms(image: Array, at: Canvas, person: Person, limb: _Limb, near: Array) -> Array:
     g = jnp.sqrt(person.girth)
     dim = 0.74 + 0.26 * near
-    hand, _ = _capsule(at, limb.end, limb.tip, 0.016, 0.017)
-    image = _paint(image, _cover(at, hand) * cover, person.skin, dim)
-    fore, _ = _capsule(at, limb.middle, limb.end, 0.028 * g, 0.020 * g)
-    sleeve = _mix(person.long_sleeves, person.skin, person.top)
-    image = _paint(image, _cover(at, fore) * cover, sleeve, dim * _round(fore, 0.024))
-    upper, t = _capsule(at, limb.start, limb.middle, 0.036 * g, 0.030 * g)
-    band = _within(at, t, 0.42, 0.78) * person.detail_on[3]
-    colour = _mix(band, person.top, person.detail_colour[3])
-    return _paint(image, _cover(at, upper) * cover, colour, dim * _round(upper, 0.033))
+    hand, _ = capsule(at, limb.end, limb.tip, 0.016, 0.017)
+    image = paint(image, cover(at, hand), person.skin, dim)
+    fore, _ = capsule(at, limb.middle, limb.end, 0.028 * g, 0.020 * g)
+    sleeve = mix(person.long_sleeves, person.skin, person.top)
+    image = paint(image, cover(at, fore), sleeve, dim * roundness(fore, 0.024))
+    upper, t = capsule(at, limb.start, limb.middle, 0.036 * g, 0.030 * g)
+    band = within(at, t, 0.42, 0.78) * person.detail_on[3]
+    colour = mix(band, person.top, person.detail_colour[3])
+    return paint(image, cover(at, upper), colour, dim * roundness(upper, 0.033))
 
 
-def _torso(image: Array, at: _Canvas, person: Person, picture: Picture, neck: Array) -> Array:
+def _torso(image: Array, at: Canvas, person: Person, picture: Picture, neck: Array) -> Array:
     cos, sin = jnp.cos(picture.yaw), jnp.sin(picture.yaw)
     g = person.girth
 
@@ -233,18 +169,18 @@ def _torso(image: Array, at: _Canvas, person: Person, picture: Picture, neck: Ar
     shoulder = width(0.108, 0.064) * person.shoulders
     waist, hip = width(0.083, 0.066), width(0.095, 0.072)
     x = at.x - picture.lean * (0.5 - at.y)
-    place = _Canvas(x, at.y, at.pixel)
+    place = Canvas(x, at.y, at.pixel)
 
     # Hips, in the colour of the trousers, then a skirt over the thighs.
-    hips = _box(place, (0.0, 0.50), hip * 0.97, 0.055, 0.035)
-    image = _paint(image, _cover(at, hips), person.bottom, _round(hips, hip))
+    hips = box(place, (0.0, 0.50), hip * 0.97, 0.055, 0.035)
+    image = paint(image, cover(at, hips), person.bottom, roundness(hips, hip))
     flare = hip * (0.95 + 0.55 * jnp.clip((at.y - 0.45) / 0.27, 0.0, 1.0))
     skirt = jnp.maximum(jnp.abs(x) - flare, jnp.abs(at.y - 0.585) - 0.135)
-    band = _within(at, at.y, 0.655, 0.70) * person.detail_on[5]
-    colour = _mix(band, person.bottom, person.detail_colour[5])
+    band = within(at, at.y, 0.655, 0.70) * person.detail_on[5]
+    colour = mix(band, person.bottom, person.detail_colour[5])
     worn = jnp.float32(person.bottom_kind == 2)
-    pleats = 0.95 + 0.06 * _wave(x * 150.0)
-    image = _paint(image, _cover(at, skirt) * worn, colour, _round(skirt, hip) * pleats)
+    pleats = 0.95 + 0.06 * wave(x * 150.0)
+    image = paint(image, cover(at, skirt) * worn, colour, roundness(skirt, hip) * pleats)
 
     # The top: straight lines from shoulder to waist to hem, with sloping shoulders.
     v = at.y
@@ -258,18 +194,18 @@ def _torso(image: Array, at: _Canvas, person: Person, picture: Picture, neck: Ar
     u = x / jnp.maximum(half, 0.03)
     period = person.top_period
     # Distances to the nearest edge of a stripe, so that patterns are anti-aliased as shapes are.
-    wave_v = (jnp.abs(_fraction(v / period) - 0.5) - 0.25) * period
+    wave_v = (jnp.abs(fraction(v / period) - 0.5) - 0.25) * period
     turn = (x - 0.06 * sin) / period
-    wave_u = (jnp.abs(_fraction(turn) - 0.5) - 0.25) * period
-    striped = _step(at, wave_v)
-    checked = 0.5 * striped + 0.5 * _step(at, wave_u)
+    wave_u = (jnp.abs(fraction(turn) - 0.5) - 0.25) * period
+    striped = step(at, wave_v)
+    checked = 0.5 * striped + 0.5 * step(at, wave_u)
     pattern = jnp.where(person.top_kind == 1, striped, checked) * (person.top_kind > 0)
-    colour = _mix(pattern, person.top, person.top_second)
-    hem = _within(at, v, person.top_length - 0.045, 1.0) * person.detail_on[4]
-    colour = _mix(hem, colour, person.detail_colour[4])
+    colour = mix(pattern, person.top, person.top_second)
+    hem = within(at, v, person.top_length - 0.045, 1.0) * person.detail_on[4]
+    colour = mix(hem, colour, person.detail_colour[4])
     # A scarf or collar shows from every side.
-    collar = _within(at, v, 0.0, 0.205) * person.detail_on[1]
-    colour = _mix(collar, colour, person.detail_colour[1])
+    collar = within(at, v, 0.0, 0.205) * person.detail_on[1]
+    colour = mix(collar, colour, person.detail_colour[1])
     # The logo sits on the chest: it moves and narrows as the person turns, and is gone behind.
     facing = jnp.maximum(cos, 0.0)
     lx, ly = (x - 0.068 * sin * g) / (0.15 + facing), v - 0.285
@@ -283,81 +219,81 @@ def _torso(image: Array, at: _Canvas, person: Person, picture: Picture, neck: Ar
         [disc, square, bar],
         lozenge,
     )
-    shown = _cover(at, logo) * person.detail_on[2] * jnp.clip(facing * 4.0 - 0.4, 0.0, 1.0)
-    colour = _mix(shown, colour, person.detail_colour[2])
-    folds = 1.0 + 0.035 * _wave(x * 60.0 + v * 45.0) * _wave(v * 70.0 - x * 25.0)
+    shown = cover(at, logo) * person.detail_on[2] * jnp.clip(facing * 4.0 - 0.4, 0.0, 1.0)
+    colour = mix(shown, colour, person.detail_colour[2])
+    folds = 1.0 + 0.035 * wave(x * 60.0 + v * 45.0) * wave(v * 70.0 - x * 25.0)
     shade = (1.0 - 0.22 * u * u) * folds
-    image = _paint(image, _cover(at, top), colour, shade)
-    throat = _box(place, (neck[0], 0.155), 0.030, 0.034, 0.015)
-    neck_colour = _mix(
-        person.detail_on[1] * _step(at, v - 0.150), person.skin * 0.88, person.detail_colour[1]
+    image = paint(image, cover(at, top), colour, shade)
+    throat = box(place, (neck[0], 0.155), 0.030, 0.034, 0.015)
+    neck_colour = mix(
+        person.detail_on[1] * step(at, v - 0.150), person.skin * 0.88, person.detail_colour[1]
     )
-    return _paint(image, _cover(at, throat), neck_colour)
+    return paint(image, cover(at, throat), neck_colour)
 
 
-def _head(image: Array, at: _Canvas, person: Person, picture: Picture, head: Array) -> Array:
+def _head(image: Array, at: Canvas, person: Person, picture: Picture, head: Array) -> Array:
     cos, sin = jnp.cos(picture.yaw), jnp.sin(picture.yaw)
     cx, cy = head[0], 0.078
     rx = 0.050 + 0.008 * jnp.abs(sin)
     x, y = at.x - cx, at.y - cy
-    face = _ellipse(at, (cx, cy), rx, 0.070)
-    image = _paint(image, _cover(at, face), person.skin, _round(face, 0.09))
+    face = ellipse(at, (cx, cy), rx, 0.070)
+    image = paint(image, cover(at, face), person.skin, roundness(face, 0.09))
     # Eyes and nose as one dark line and one light dot are all that 128 rows leave of them.
     front = jnp.maximum(cos, 0.0)
     eyes = jnp.maximum(
         jnp.abs(jnp.abs(x - 0.030 * sin) - 0.019 * front) - 0.007, jnp.abs(y) - 0.005
     )
-    image = _paint(
-        image, _cover(at, eyes) * 0.55 * jnp.clip(cos * 3.0 + 0.8, 0.0, 1.0), person.skin * 0.35
+    image = paint(
+        image, cover(at, eyes) * 0.55 * jnp.clip(cos * 3.0 + 0.8, 0.0, 1.0), person.skin * 0.35
     )
     # Hair: what lies behind a plane that turns with the head; seen from behind that is all of it.
-    scalp = _ellipse(at, (cx, cy - 0.004), rx + 0.006, 0.073)
+    scalp = ellipse(at, (cx, cy - 0.004), rx + 0.006, 0.073)
     line = -0.030 - 0.105 * jnp.clip(cos, -1.0, 0.0) * 1.2
     side = sin * x * 1.1
     hairline = (y - line) + jnp.maximum(side + 0.012 * jnp.abs(sin), -0.2) * jnp.abs(sin) * 1.8
     low = jnp.where(person.hair_kind >= 2, 0.02, 0.0) * (1 - front)
     cap = jnp.maximum(scalp, hairline - low)
     haired = jnp.float32(person.hair_kind > 0)
-    return _paint(image, _cover(at, cap) * haired, person.hair, _round(cap, 0.05))
+    return paint(image, cover(at, cap) * haired, person.hair, roundness(cap, 0.05))
 
 
 def _long_hair(
-    image: Array, at: _Canvas, person: Person, picture: Picture, head: Array, show: Array
+    image: Array, at: Canvas, person: Person, picture: Picture, head: Array, show: Array
 ):
     sin = jnp.sin(picture.yaw)
     end = jnp.where(person.hair_kind == 3, 0.27, 0.165)
     centre = (head[0] - 0.028 * sin, (0.06 + end) / 2)
-    fall = _box(at, centre, 0.060 - 0.018 * jnp.abs(sin), (end - 0.06) / 2, 0.03)
-    cover = _cover(at, fall) * show * (person.hair_kind >= 2)
-    return _paint(image, cover, person.hair, _round(fall, 0.05))
+    fall = box(at, centre, 0.060 - 0.018 * jnp.abs(sin), (end - 0.06) / 2, 0.03)
+    worn = cover(at, fall) * show * (person.hair_kind >= 2)
+    return paint(image, worn, person.hair, roundness(fall, 0.05))
 
 
-def _hat(image: Array, at: _Canvas, person: Person, picture: Picture, head: Array) -> Array:
+def _hat(image: Array, at: Canvas, person: Person, picture: Picture, head: Array) -> Array:
     sin, cos = jnp.sin(picture.yaw), jnp.cos(picture.yaw)
     cx = head[0]
-    dome = jnp.maximum(_ellipse(at, (cx, 0.062), 0.060, 0.068), at.y - 0.050)
+    dome = jnp.maximum(ellipse(at, (cx, 0.062), 0.060, 0.068), at.y - 0.050)
     reach = jnp.where(person.hat_kind == 1, 0.05, 0.0)
     brim_x = cx + 1.1 * reach * sin
     wide = jnp.where(person.hat_kind == 2, 0.085, jnp.where(person.hat_kind == 1, 0.045, 0.061))
     shown = jnp.where((person.hat_kind == 1) & (cos < -0.3), 0.0, 1.0)
-    brim = _ellipse(at, (brim_x, 0.052 + 0.006 * (person.hat_kind > 0)), wide, 0.014)
+    brim = ellipse(at, (brim_x, 0.052 + 0.006 * (person.hat_kind > 0)), wide, 0.014)
     colour = person.detail_colour[0]
     on = person.detail_on[0]
-    image = _paint(image, _cover(at, dome) * on, colour, _round(dome, 0.06))
-    return _paint(image, _cover(at, brim) * on * shown, colour, 0.82)
+    image = paint(image, cover(at, dome) * on, colour, roundness(dome, 0.06))
+    return paint(image, cover(at, brim) * on * shown, colour, 0.82)
 
 
-def _backpack(image: Array, at: _Canvas, person: Person, picture: Picture, show: Array) -> Array:
+def _backpack(image: Array, at: Canvas, person: Person, picture: Picture, show: Array) -> Array:
     cos, sin = jnp.cos(picture.yaw), jnp.sin(picture.yaw)
     half = jnp.sqrt((0.085 * cos) ** 2 + (0.045 * sin) ** 2)
-    pack = _box(at, (-0.105 * sin * person.girth, 0.305), half, 0.105, 0.03)
+    pack = box(at, (-0.105 * sin * person.girth, 0.305), half, 0.105, 0.03)
     on = jnp.float32(person.bag_kind == 1) * show
-    pocket = _box(at, (-0.115 * sin * person.girth, 0.355), half * 0.7, 0.035, 0.015)
-    colour = _mix(_cover(at, pocket) * jnp.clip(-cos * 3, 0.0, 1.0), person.bag, person.bag * 0.65)
-    return _paint(image, _cover(at, pack) * on, colour, _round(pack, 0.05))
+    pocket = box(at, (-0.115 * sin * person.girth, 0.355), half * 0.7, 0.035, 0.015)
+    colour = mix(cover(at, pocket) * jnp.clip(-cos * 3, 0.0, 1.0), person.bag, person.bag * 0.65)
+    return paint(image, cover(at, pack) * on, colour, roundness(pack, 0.05))
 
 
-def _straps(image: Array, at: _Canvas, person: Person, picture: Picture) -> Array:
+def _straps(image: Array, at: Canvas, person: Person, picture: Picture) -> Array:
     """Backpack straps in front; the strap of a shoulder bag across the body, front and back."""
     cos, sin = jnp.cos(picture.yaw), jnp.sin(picture.yaw)
     x = at.x - 0.02 * sin
@@ -365,25 +301,23 @@ def _straps(image: Array, at: _Canvas, person: Person, picture: Picture) -> Arra
         jnp.abs(jnp.abs(x) - 0.062 * jnp.abs(cos)) - 0.011, jnp.abs(at.y - 0.26) - 0.085
     )
     front = jnp.float32(person.bag_kind == 1) * jnp.clip(cos * 4.0, 0.0, 1.0)
-    image = _paint(image, _cover(at, pair) * front, person.bag, 0.85)
+    image = paint(image, cover(at, pair) * front, person.bag, 0.85)
     s = person.bag_side * cos
     a, b = jnp.stack([-0.075 * s, jnp.float32(0.18)]), jnp.stack([0.10 * s, jnp.float32(0.46)])
-    belt, _ = _capsule(at, a, b, 0.010, 0.010)
-    return _paint(image, _cover(at, belt) * (person.bag_kind == 2), person.bag, 0.85)
+    belt, _ = capsule(at, a, b, 0.010, 0.010)
+    return paint(image, cover(at, belt) * (person.bag_kind == 2), person.bag, 0.85)
 
 
-def _shoulder_bag(
-    image: Array, at: _Canvas, person: Person, picture: Picture, show: Array
-) -> Array:
+def _shoulder_bag(image: Array, at: Canvas, person: Person, picture: Picture, show: Array) -> Array:
     cos, sin = jnp.cos(picture.yaw), jnp.sin(picture.yaw)
     half = 0.042 + 0.030 * jnp.abs(sin)
-    bag = _box(at, (0.135 * person.bag_side * cos * person.girth, 0.50), half, 0.055, 0.012)
+    bag = box(at, (0.135 * person.bag_side * cos * person.girth, 0.50), half, 0.055, 0.012)
     on = jnp.float32(person.bag_kind == 2) * show
-    flap = _mix(_step(at, 0.485 - at.y), person.bag, person.bag * 0.75)
-    return _paint(image, _cover(at, bag) * on, flap, _round(bag, 0.05))
+    flap = mix(step(at, 0.485 - at.y), person.bag, person.bag * 0.75)
+    return paint(image, cover(at, bag) * on, flap, roundness(bag, 0.05))
 
 
-def _figure(image: Array, at: _Canvas, person: Person, picture: Picture, camera: Camera) -> Array:
+def _figure(image: Array, at: Canvas, person: Person, picture: Picture, camera: Camera) -> Array:
     left_leg, right_leg = (_leg(person, picture, camera, side) for side in (1.0, -1.0))
     left_arm, right_arm = (_arm(person, picture, camera, side) for side in (1.0, -1.0))
 
@@ -405,7 +339,7 @@ def _figure(image: Array, at: _Canvas, person: Person, picture: Picture, camera:
     image = _backpack(image, at, person, picture, 1.0 - from_behind)
     image = _shoulder_bag(image, at, person, picture, 1.0 - bag_near)
     image = _long_hair(image, at, person, picture, head, 1.0 - from_behind)
-    image = _arms(image, at, person, far_arm, dim, jnp.float32(1.0))
+    image = _arms(image, at, person, far_arm, dim)
     image = _legs(image, at, person, far_leg, dim)
     image = _legs(image, at, person, near_leg, jnp.float32(1.0))
     image = _torso(image, at, person, picture, head)
@@ -415,22 +349,22 @@ def _figure(image: Array, at: _Canvas, person: Person, picture: Picture, camera:
     image = _hat(image, at, person, picture, head)
     image = _backpack(image, at, person, picture, from_behind)
     image = _shoulder_bag(image, at, person, picture, bag_near)
-    return _arms(image, at, person, near_arm, jnp.float32(1.0), jnp.float32(1.0))
+    return _arms(image, at, person, near_arm, jnp.float32(1.0))
 
 
-def _occlude(image: Array, frame: _Canvas, picture: Picture, half_width: float) -> Array:
+def _occlude(image: Array, frame: Canvas, picture: Picture, half_width: float) -> Array:
     """Something between the camera and the person: a pole, a low thing, or somebody at the edge."""
     kind, where = picture.occluder_kind, picture.occluder_at
     pole = jnp.abs(frame.x - (2 * where - 1) * half_width) - 0.035
     low = jnp.maximum(0.72 + 0.16 * where - frame.y, jnp.abs(frame.x - 0.1 * (where - 0.5)) - 0.2)
     edge = jnp.where(where < 0.5, -1.0, 1.0) * (0.8 + 0.2 * where) * half_width
-    body = _box(frame, (edge, 0.62), 0.10, 0.42, 0.07)
-    head = _ellipse(frame, (edge, 0.13), 0.050, 0.068)
+    body = box(frame, (edge, 0.62), 0.10, 0.42, 0.07)
+    head = ellipse(frame, (edge, 0.13), 0.050, 0.068)
     distance = jnp.select([kind == 1, kind == 2], [pole, low], jnp.minimum(body, head))
-    legs = _step(frame, frame.y - 0.56) * (kind == 3)
-    colour = _mix(legs, picture.occluder_colour, picture.occluder_colour * 0.35)
-    colour = _mix(_cover(frame, head) * (kind == 3), colour, jnp.array([0.7, 0.5, 0.4]))
-    return _paint(image, _cover(frame, distance) * (kind > 0), colour, _round(distance, 0.05))
+    legs = step(frame, frame.y - 0.56) * (kind == 3)
+    colour = mix(legs, picture.occluder_colour, picture.occluder_colour * 0.35)
+    colour = mix(cover(frame, head) * (kind == 3), colour, jnp.array([0.7, 0.5, 0.4]))
+    return paint(image, cover(frame, distance) * (kind > 0), colour, roundness(distance, 0.05))
 
 
 def _scene(person: Person, picture: Picture, camera: Camera, height: int, width: int) -> Array:
@@ -438,13 +372,13 @@ def _scene(person: Person, picture: Picture, camera: Camera, height: int, width:
     y = (jnp.arange(height, dtype=jnp.float32)[:, None] + 0.5) / height
     x = (jnp.arange(width, dtype=jnp.float32)[None, :] + 0.5 - width / 2) / height
     x, y = jnp.broadcast_arrays(x, y)  # each (H, W), in box heights
-    frame = _Canvas(x, y, jnp.float32(1 / height))
+    frame = Canvas(x, y, jnp.float32(1 / height))
     image = _backdrop(frame, picture, camera)
 
     size = _BODY * person.height * picture.scale
     feet = 0.965 + picture.shift[1] - 0.5 * (picture.scale - 1.0)
-    at = _Canvas((x - picture.shift[0]) / size, 1.0 + (y - feet) / size, 1.0 / (height * size))
-    shadow = _ellipse(at, (0.06 * camera.light, 0.985), 0.19, 0.022 + 0.05 * camera.pitch)
+    at = Canvas((x - picture.shift[0]) / size, 1.0 + (y - feet) / size, 1.0 / (height * size))
+    shadow = ellipse(at, (0.06 * camera.light, 0.985), 0.19, 0.022 + 0.05 * camera.pitch)
     soft = jnp.clip(0.5 - shadow / 0.03, 0.0, 1.0) * 0.38 * picture.present
     image = image * (1.0 - soft)
     body = _figure(image, at, person, picture, camera)
