@@ -2,28 +2,10 @@
 
 import html
 import json
-import os
 import pathlib
 import re
-import shutil
-import subprocess
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-_FLAGS = (
-    "--headless",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--enable-logging=stderr",
-    "--virtual-time-budget=4000",
-)
+from scripts.shoot_report import FRAME, run_chromium
 
 # Runs before anything else on the page, and tells the frame's parent what it saw.
 _PROBE = """<script>
@@ -50,30 +32,12 @@ addEventListener("load", () => {
   parent.postMessage(seen, "*");
 });
 </script>"""
-_FRAME = """<body style="margin:0">
-<iframe src="page.html" style="width:{width}px;height:{height}px;border:0"></iframe>
-<script>addEventListener("message", (e) => {{
+_LISTENER = """<script>addEventListener("message", (e) => {
   const pre = document.createElement("pre");
   pre.id = "seen";
   pre.textContent = JSON.stringify(e.data);
   document.body.append(pre);
-}});</script></body>"""
-
-
-def _run(page: pathlib.Path, directory: pathlib.Path, dark: bool, *flags: str):
-    assert CHROMIUM is not None
-    command = [
-        CHROMIUM,
-        *_FLAGS,
-        *(["--no-sandbox"] if os.geteuid() == 0 else []),
-        f"--user-data-dir={directory / 'profile'}",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        *flags,
-        page.absolute().as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done
+});</script>"""
 
 
 def inspect(page: pathlib.Path, directory: pathlib.Path, *, width: int, dark: bool = False) -> dict:
@@ -88,28 +52,10 @@ def inspect(page: pathlib.Path, directory: pathlib.Path, *, width: int, dark: bo
     text = page.read_text(encoding="utf-8")
     (directory / "page.html").write_text(text.replace("<head>", "<head>" + _PROBE, 1))
     frame = directory / "frame.html"
-    frame.write_text(_FRAME.format(width=width, height=900))
-    done = _run(frame, directory, dark, "--dump-dom", f"--window-size={width + 50},1000")
+    frame.write_text(_LISTENER + FRAME.format(source="page.html", width=width, height=900))
+    done = run_chromium(frame, "--dump-dom", f"--window-size={width + 50},1000", dark=dark)
     found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, f"the page did not finish loading:\n{done.stdout[:2000]}\n{done.stderr}"
     seen = json.loads(html.unescape(found.group(1)))
     seen["errors"] += [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return seen
-
-
-def screenshot(
-    page: pathlib.Path,
-    out: pathlib.Path,
-    directory: pathlib.Path,
-    *,
-    width: int,
-    height: int,
-    dark: bool = False,
-) -> None:
-    """Writes a PNG of the top `height` pixels of a page in a window of some width."""
-    directory.mkdir(parents=True, exist_ok=True)
-    frame = directory / "frame.html"
-    source = page.absolute().as_uri()
-    frame.write_text(_FRAME.format(width=width, height=height).replace("page.html", source))
-    size = f"--window-size={width},{height}"
-    _run(frame, directory, dark, f"--screenshot={out.absolute()}", size)

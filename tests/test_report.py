@@ -13,11 +13,13 @@ from mros_jax.report import __main__ as command
 from mros_jax.report import ranking, write_report
 from mros_jax.report.run import load_run
 from mros_jax.retrieval import compute_distances
+from scripts import shoot_report
 from tests import browser
 from tests.runs import make_run
 
 needs_chromium = pytest.mark.skipif(
-    browser.CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH"
+    shoot_report.find_chromium() is None,
+    reason="no chromium, chromium-browser or google-chrome on the PATH",
 )
 
 
@@ -111,12 +113,18 @@ def test_browser_sees_what_is_wrong(tmp_path):
 
 
 @needs_chromium
-def test_screenshot_is_not_blank(report, tmp_path):
+def test_pictures_of_the_report(report, tmp_path):
     out = tmp_path / "top.png"
-    browser.screenshot(report, out, tmp_path, width=1000, height=700)
+    shoot_report.shoot(report, out, width=1000, height=700)
     with Image.open(out) as image:
         assert image.size == (1000, 700)
         assert len(image.convert("RGB").getcolors(700_000)) > 200
+    one, two = tmp_path / "one.png", tmp_path / "two.png"
+    shoot_report.shoot(report, one, lists=[0])
+    shoot_report.shoot(report, two, lists=[0, 3])
+    with Image.open(one) as first, Image.open(two) as second:
+        assert 100 < first.height < second.height < 1000
+        assert first.width == second.width == 1280
 
 
 def test_ranked_lists_agree_with_the_evaluation(run):
