@@ -42,15 +42,15 @@ def make_images(batch, height, width, seed=0):
     return (x + stripes).astype(np.float32)
 
 
-def randomise(model, calm=False, seed=0):
+def randomise(model, calm=0, seed=0):
     """Random weights, and running statistics that are neither 0 nor 1.
 
     The last normalisation of each residual branch is scaled down, as it is in a trained network:
     with random weights at full scale, 16 blocks amplify rounding until PyTorch itself is 5e-5 away
     from its own float64 result.
 
-    `calm` keeps the inputs of most ReLUs away from 0 (most channels are nearly always on or
-    off). Else, among millions of them, some lie within rounding of 0 and have gradient 0 in one
+    `calm` keeps the inputs of most ReLUs away from 0 (but for one in `calm` channels, one in 16
+    where they are many, they are nearly always on or off). Else, among millions of them, some lie within rounding of 0 and have gradient 0 in one
     framework and 1 in the other; each moves a channel's gradient by up to 1e-2, and PyTorch in
     float32 disagrees with PyTorch in float64 as much.
     """
@@ -72,7 +72,7 @@ def randomise(model, calm=False, seed=0):
                     if calm:
                         on = torch.rand(module.bias.shape, generator=rng) < 0.7
                         sign = torch.where(on | (module in joined), 1.0, -1.0)
-                        sign[:: 4 if len(sign) <= 128 else 16] = 0
+                        sign[:: calm if len(sign) <= 128 else 16] = 0
                         module.bias.add_(sign * module.weight * 4.5)
                 uniform(module.running_mean, -0.3, 0.3)
                 uniform(module.running_var, 0.5, 2)
@@ -100,7 +100,7 @@ class Pair(NamedTuple):
         return torch.from_numpy(self.images).permute(0, 3, 1, 2)
 
 
-def make_pair(layout, setting="IV", height=96, width=32, last_stride=1, calm=False):
+def make_pair(layout, setting="IV", height=96, width=32, last_stride=1, calm=0):
     theirs = randomise(TorchMROS(NUM_CLASSES, setting, layout, last_stride=last_stride), calm)
     ours = MROS(NUM_CLASSES, setting, layout, last_stride=last_stride)
     images = make_images(len(LABELS), height, width)
@@ -193,14 +193,14 @@ def test_resnet50_evaluation_and_round_trip(tmp_path):
 
 def test_resnet50_training_step():
     check_training(make_pair("resnet50"), gradient_tolerance=None)
-    check_training(make_pair("resnet50", calm=True), tolerance=5e-5)
+    check_training(make_pair("resnet50", calm=4), tolerance=5e-5)
 
 
 @pytest.mark.parametrize(
     ("setting", "last_stride"), [("I", 1), ("II", 1), ("III", 1), ("IV", 1), ("IV", 2)]
 )
 def test_training_step_of_every_setting(setting, last_stride):
-    check_training(make_pair("tiny", setting, 96 * last_stride, 32, last_stride, calm=True))
+    check_training(make_pair("tiny", setting, 96 * last_stride, 32, last_stride, calm=4))
 
 
 @pytest.mark.parametrize("setting", ["I", "IV"])
@@ -342,7 +342,7 @@ def train_ours(pair, batches, name):
 
 @pytest.mark.parametrize(("setting", "name"), [("IV", "adam"), ("II", "adam"), ("IV", "adamw")])
 def test_twenty_steps_of_the_full_recipe(setting, name):
-    pair = make_pair("tiny", setting, calm=True)
+    pair = make_pair("tiny", setting, calm=16)
     batches = [make_images(16, 96, 32, seed=step % 4) for step in range(20)]
     expected, expected_centers = train_torch(pair, batches, name)
     curve, variables, centers = train_ours(pair, batches, name)
