@@ -119,8 +119,8 @@ def _diverged(record: dict[str, Any], last_saved: int | None) -> FloatingPointEr
     parts = ", ".join(f"{k} {v}" for k, v in record.items() if k not in ("step", "epoch", "loss"))
     good = "none was saved yet" if last_saved is None else f"that of step {last_saved}"
     return FloatingPointError(
-        f"the loss is {record['loss']} at step {record['step']} (epoch {record['epoch']}): {parts}. "
-        f"Last good checkpoint: {good}. Try a lower optimizer.lr, optimizer.clip_norm, or "
+        f"the loss is {record['loss']} at step {record['step']} (epoch {record['epoch']}): "
+        f"{parts}. Last good checkpoint: {good}. Try a lower optimizer.lr, optimizer.clip_norm, or "
         "model.dtype=float32."
     )
 

@@ -16,7 +16,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from mros_jax import checkpoints, console, feed, parallel, provenance, recipe, validation
+from mros_jax import checkpoints, console, feed, parallel, provenance, recipe, report, validation
 from mros_jax.data import sources
 from mros_jax.loop import Logger, Stop, claim_workdir
 from mros_jax.writer import Writer, write_json
@@ -119,7 +119,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
                 log.info("Stopped after step %d; the same command goes on from there", step)
                 return None
             logger.restart_clock()
-    return json.loads((workdir / "results.json").read_text()) if is_main else None
+    if not is_main:
+        return None
+    if config.report:
+        log.info("Report: %s", report.write_report(workdir))
+    return json.loads((workdir / "results.json").read_text())
 
 
 def describe_run(dataset: sources.Dataset) -> dict[str, Any]:
