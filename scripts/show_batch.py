@@ -6,6 +6,7 @@ python scripts/show_batch.py --dataset synthetic --preset demo --out batch.png
 A row is an identity. The same seed and step show the pictures that training sees.
 """
 
+import functools
 import os
 import pathlib
 
@@ -49,8 +50,8 @@ def main(_: list[str]) -> None:
     is_synthetic = _DATASET.value == "synthetic"
     options = {"preset": _PRESET.value} if is_synthetic else {}
     dataset = sources.load_dataset(_DATASET.value, _ROOT.value, **options)
-    size = {"height": _HEIGHT.value, "width": _WIDTH.value}
-    images = store.load_store(dataset.train, **size)
+    height, width = _HEIGHT.value, _WIDTH.value
+    images = store.load_store(dataset.train, height=height, width=width)
     batch = _IDENTITIES.value * _IMAGES.value
     epoch, step = divmod(_STEP.value, batches.steps_per_epoch(len(images), batch))
     assert images.labels is not None
@@ -63,10 +64,11 @@ def main(_: list[str]) -> None:
     )
     stored = images.images[plan[step]]
     keys = augment.example_keys(_SEED.value, _STEP.value, np.arange(batch))
-    augmented = jax.jit(lambda x, k: augment.augment_batch(x, k, erase_fill=_FILL.value, **size))(
-        stored, keys
+    run = functools.partial(
+        augment.augment_batch, height=height, width=width, erase_fill=_FILL.value
     )
-    plain = np.asarray(augment.resize(stored, **size)).astype(np.uint8)
+    augmented = jax.jit(run)(stored, keys)
+    plain = np.asarray(augment.resize(stored, height=height, width=width)).astype(np.uint8)
     pairs = np.stack([plain, to_levels(np.asarray(augmented))], 1)  # (P K, 2, H, W, 3)
     pairs = pairs.reshape(_IDENTITIES.value, 2 * _IMAGES.value, *pairs.shape[2:])
     out = pathlib.Path(_OUT.value)

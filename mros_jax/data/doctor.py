@@ -191,6 +191,7 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_string("dataset", None, "Name of the data set.", flag_values=values)
     flags.DEFINE_string("root", None, "Directory with the data.", flag_values=values)
     flags.DEFINE_string("preset", None, "Size of the synthetic data set.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Seed of the synthetic data set.", flag_values=values)
     flags.DEFINE_bool("distractors_500k", False, "With Market's distractors.", flag_values=values)
     flags.DEFINE_integer("identities", 32, "P: identities in a batch.", flag_values=values)
     flags.DEFINE_integer("images", 4, "K: images of each.", flag_values=values)
@@ -200,15 +201,17 @@ def main(argv: list[str]) -> int:
         rest = values(argv)
         if len(rest) > 1 or (values.config is None) == (values.dataset is None):
             raise flags.Error(f"give either --dataset or --config\n{__doc__}")
-        name, root, preset = values.dataset, values.root, values.preset
+        name, root = values.dataset, values.root
+        rendering = {"preset": values.preset, "seed": values.seed}
         identities, images = values.identities, values.images
         if values.config is not None:
             section = values.config.dataset
-            name, root, preset = section.name, section.root, section.preset
+            name, root = section.name, section.root
+            rendering = {"preset": section.preset, "seed": section.seed}
             identities, images = values.config.batch.identities, values.config.batch.images
         options: dict[str, Any] = {}
         if name == "synthetic":
-            options["preset"] = preset
+            options = rendering
         elif not name.endswith("_classic"):
             options["on_bad_image"] = "skip"
         if values.distractors_500k:

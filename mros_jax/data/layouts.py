@@ -247,8 +247,8 @@ def read_market1501(
     Args:
       root: `Market-1501-v15.09.15`, or the directory that holds it.
       distractors_500k: add the 500,000 further distractors to the gallery, from `distractors_500k/`
-        or `images/` in the root. All of them get pid 0; the camera is that of the name, or 0 where
-        it tells none.
+        or `images/` (as the archive unpacks) in either. All of them get pid 0; the camera is that of
+        the name, or 0 where it tells none.
       on_bad_image: what to do about files whose names cannot be read: "error" or "skip".
 
     Raises:
@@ -259,16 +259,21 @@ def read_market1501(
         "market1501", root, ("Market-1501-v15.09.15", "market1501"), on_bad_image
     )
     if distractors_500k:
-        parts[2] = parts[2] + _read_distractors(base, on_bad_image)
+        parts[2] = parts[2] + _read_distractors((base, root), on_bad_image)
     return make_dataset("market1501", str(base), *parts)
 
 
-def _read_distractors(base: pathlib.Path, on_bad_image: OnBadImage) -> list[Record]:
-    found = [base / entry for entry in ("distractors_500k", "images") if (base / entry).is_dir()]
+def _read_distractors(bases: Sequence[pathlib.Path], on_bad_image: OnBadImage) -> list[Record]:
+    found = [
+        base / entry
+        for base in bases
+        for entry in ("distractors_500k", "images")
+        if (base / entry).is_dir()
+    ]
     if not found:
         raise FileNotFoundError(
-            f"distractors_500k is asked for, but {base} has neither distractors_500k/ nor images/; "
-            f"available from: {ORIGINS['market1501'].source} (distractors_500k.zip)"
+            f"distractors_500k is asked for, but {bases[0]} has neither distractors_500k/ nor "
+            f"images/; available from: {ORIGINS['market1501'].source} (distractors_500k.zip)"
         )
     images, others = list_images(found[0])
     report_bad(str(found[0]), [path.name for path in others], "not images", on_bad_image)

@@ -201,7 +201,7 @@ from ml_collections import ConfigDict, config_dict
 def get_config():
     config = ConfigDict()
     config.dataset = ConfigDict(
-        {"name": "market1501", "root": config_dict.placeholder(str), "preset": "small"}
+        {"name": "market1501", "root": config_dict.placeholder(str), "preset": "small", "seed": 3}
     )
     config.batch = ConfigDict({"identities": 2, "images": 2})
     return config

@@ -242,3 +242,13 @@ def test_dataset_lists_its_splits():
     data = Dataset("x", train, query, gallery, pid_of_label=np.arange(3, dtype=np.int32))
     assert [split.name for split in data.splits] == ["train", "query", "gallery"]
     assert data.num_classes == 3
+
+
+def test_distractors_beside_the_archive_directory(market):
+    market.write("images", "0000_c1s1_000151_01.jpg")
+    inner = market.root / "Market-1501-v15.09.15"
+    inner.mkdir()
+    for part in ("bounding_box_train", "query", "bounding_box_test"):
+        (market.root / part).rename(inner / part)
+    gallery = load_dataset("market1501", market.root, distractors_500k=True).gallery
+    assert gallery.names[-1] == "500k/0000_c1s1_000151_01.jpg"
