@@ -37,6 +37,19 @@ _FLAGS = (
 FRAME = """<body style="margin:0">
 <iframe src="{source}" style="width:{width}px;height:{height}px;border:0"></iframe></body>"""
 
+_ONLY_LISTS = """<style>
+body > *, main > *, #lists > * { display: none; }
+main, #lists { display: block !important; }
+main { padding: 6px; }
+section, .query { margin: 6px 0 !important; }
+.query.shown { display: grid !important; }
+</style><script>
+addEventListener("load", () => {
+  const all = document.querySelectorAll(".query");
+  for (const i of [NUMBERS]) all[i]?.classList.add("shown");
+});
+</script>"""
+
 
 def find_chromium() -> str | None:
     """The browser's executable, or None where there is none."""
@@ -91,20 +104,9 @@ def shoot(
         source = report.absolute()
         if lists:
             text = report.read_text(encoding="utf-8")
-            style = (
-                "<style>body > *, main > *, #lists > * { display: none; } main { padding: 6px; }"
-            )
-            style += (
-                " section { margin: 0 !important; } main, #lists { display: block !important; }"
-            )
-            style += (
-                " .query.shown { display: grid !important; } .query { margin: 6px 0 !important; }"
-            )
-            style += "</style><script>addEventListener('load', () => { const all ="
-            style += f" document.querySelectorAll('.query'); for (const i of {list(lists)})"
-            style += " all[i]?.classList.add('shown'); });</script></body>"
+            added = _ONLY_LISTS.replace("NUMBERS", ", ".join(map(str, lists))) + "</body>"
             source = pathlib.Path(directory, "lists.html")
-            source.write_text(text.replace("</body>", style), encoding="utf-8")
+            source.write_text(text.replace("</body>", added), encoding="utf-8")
         frame = pathlib.Path(directory, "frame.html")
         frame.write_text(FRAME.format(source=source.as_uri(), width=width, height=height))
         picture = pathlib.Path(directory, "picture.png")
