@@ -209,16 +209,12 @@ def main(argv: list[str]) -> int:
             name, root = section.name, section.root
             rendering = {"preset": section.preset, "seed": section.seed}
             identities, images = values.config.batch.identities, values.config.batch.images
-        options: dict[str, Any] = {}
-        if name == "synthetic":
-            options = rendering
-        elif not name.endswith("_classic"):
-            options["on_bad_image"] = "skip"
+        options: dict[str, Any] = rendering if name == "synthetic" else {}
         if values.distractors_500k:
             options["distractors_500k"] = True
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            dataset = sources.load_dataset(name, root, **options)
+            dataset = sources.load_dataset(name, root, on_bad_image="skip", **options)
     except (flags.Error, OSError, ValueError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2

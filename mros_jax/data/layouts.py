@@ -13,7 +13,7 @@ import numpy as np
 
 from mros_jax.data.splits import DISTRACTOR_PID, Dataset, Split, relabel
 
-OnBadImage = str  # "error" or "skip"; report_bad refuses anything else
+OnBadImage = str  # "error" or "skip"; check_choice refuses anything else
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # What operating systems leave behind, and what the archives themselves contain beside images.
@@ -117,6 +117,12 @@ def list_images(directory: pathlib.Path) -> tuple[list[pathlib.Path], list[pathl
     return images, others
 
 
+def check_choice(on_bad_image: OnBadImage) -> None:
+    """Raises ValueError unless it is "error" or "skip"."""
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image!r}")
+
+
 def report_bad(
     where: str, bad: list[str], reason: str, on_bad_image: OnBadImage, thing: str = "file"
 ) -> None:
@@ -125,8 +131,7 @@ def report_bad(
     Raises:
       ValueError: there are some and `on_bad_image` is "error"; or it is neither "error" nor "skip".
     """
-    if on_bad_image not in ("error", "skip"):
-        raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image!r}")
+    check_choice(on_bad_image)
     if not bad:
         return
     shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
@@ -247,8 +252,8 @@ def read_market1501(
     Args:
       root: `Market-1501-v15.09.15`, or the directory that holds it.
       distractors_500k: add the 500,000 further distractors to the gallery, from `distractors_500k/`
-        or `images/` (as the archive unpacks) in either. All of them get pid 0; the camera is that of
-        the name, or 0 where it tells none.
+        or `images/` (as the archive unpacks) in either. All of them get pid 0; the camera is that
+        of the name, or 0 where it tells none.
       on_bad_image: what to do about files whose names cannot be read: "error" or "skip".
 
     Raises:

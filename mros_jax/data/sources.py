@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import pathlib
 from collections.abc import Callable
@@ -42,33 +43,49 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
 }
 
 
-def load_dataset(name: str, root: str | os.PathLike[str] | None = None, **options: Any) -> Dataset:
+def load_dataset(
+    name: str,
+    root: str | os.PathLike[str] | None = None,
+    *,
+    on_bad_image: str = "error",
+    **options: Any,
+) -> Dataset:
     """Reads a data set: names and identities now, images when they are asked for.
 
     Args:
       name: one of `DATASETS`.
       root: the directory with the data as distributed, or a TFDS data directory in which
         `mros_jax.data.tfds_builders` has prepared them; for `synthetic` there is none.
-      **options: the reader's own: `on_bad_image` ("error" or "skip") for all that read files,
-        `distractors_500k` for Market-1501, `include_val` for MSMT17, `test_set` for the classic
-        CUHK03; `preset` and everything that `synthetic.make_dataset` takes for `synthetic`.
+      on_bad_image: what to do about files that are not named as the layout asks: "error", or "skip"
+        with a warning that counts them.
+      **options: the reader's own: `distractors_500k` for Market-1501, `include_val` for MSMT17,
+        `test_set` for the classic CUHK03; `preset` and everything that `synthetic.make_dataset`
+        takes for `synthetic`.
 
     Returns:
       The data set; training pids are numbered 0..C-1, `pid_of_label` has the originals.
 
     Raises:
-      ValueError: an unknown name, a misnamed file, an empty split.
+      ValueError: an unknown name or option, a misnamed file, an empty split.
       FileNotFoundError: no data at `root`; the message says where to ask for it.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; there are {', '.join(sorted(DATASETS))}")
+    layouts.check_choice(on_bad_image)
     if name == "synthetic":
         if root is not None:
             raise ValueError(
                 f"the synthetic data set is rendered and takes no root, got {root!s}; to read "
                 "images that were written to a directory use market1501"
             )
-        return DATASETS[name](**options)
+        return _load_synthetic(**options)
+    accepted = set(_list_options(name))
+    unknown = sorted(set(options) - accepted)
+    if unknown:
+        raise ValueError(
+            f"data set {name!r} has no option {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(accepted)) or 'none'}"
+        )
     if root is None:
         raise FileNotFoundError(layouts.missing(name, None))
     path = pathlib.Path(root).expanduser()
@@ -76,7 +93,17 @@ def load_dataset(name: str, root: str | os.PathLike[str] | None = None, **option
         from mros_jax.data import tfds_builders  # slow to import, and few need it
 
         return tfds_builders.load_prepared(name, path, **options)
-    return DATASETS[name](path, **options)
+    if name.endswith("_classic"):  # there are no file names in it
+        return DATASETS[name](path, **options)
+    return DATASETS[name](path, on_bad_image=on_bad_image, **options)
+
+
+def _list_options(name: str) -> list[str]:
+    """Returns the names of a reader's own options."""
+    reader = DATASETS[name]
+    bound = reader.keywords if isinstance(reader, functools.partial) else {}
+    parameters = list(inspect.signature(reader).parameters)[1:]
+    return [entry for entry in parameters if entry not in {*bound, "on_bad_image"}]
 
 
 def _is_tfds_directory(path: pathlib.Path) -> bool:

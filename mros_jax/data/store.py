@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from mros_jax.data import cache
-from mros_jax.data.layouts import OnBadImage, report_bad
+from mros_jax.data.layouts import OnBadImage, check_choice, report_bad
 from mros_jax.data.prefetch import prefetch
 from mros_jax.data.splits import Split
 
@@ -138,7 +138,7 @@ def load_store(
     """
     if on_cache_error not in ("warn", "error"):
         raise ValueError(f"on_cache_error must be 'warn' or 'error', got {on_cache_error!r}")
-    report_bad(split.name, [], "", on_bad_image)
+    check_choice(on_bad_image)
     loader = _Loader(split, num_threads or os.cpu_count() or 1, progress)
     digest = loader.digest() if use_cache else None
     directory = cache.directory(cache_dir)

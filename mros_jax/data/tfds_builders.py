@@ -66,10 +66,12 @@ class _ReidBuilder(  # type: ignore[call-arg]
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
         config = self.builder_config
-        options = dict(config.options)
-        if not config.dataset.endswith("_classic"):
-            options["on_bad_image"] = self.on_bad_image
-        dataset = sources.load_dataset(config.dataset, dl_manager.manual_dir, **options)
+        dataset = sources.load_dataset(
+            config.dataset,
+            dl_manager.manual_dir,
+            on_bad_image=self.on_bad_image,
+            **config.options,
+        )
         return {split.name: self._generate_examples(split) for split in dataset.splits}
 
     def _generate_examples(self, split: Split) -> Iterator[tuple[int, Any]]:
@@ -213,7 +215,6 @@ def load_prepared(name: str, data_dir: str | os.PathLike[str], **options: Any) -
     Raises:
       FileNotFoundError: it was not prepared with these options.
     """
-    options.pop("on_bad_image", None)  # names were checked when the records were made
     builder = make_builder(name, data_dir, **options)
     if not (pathlib.Path(builder.data_path) / "features.json").is_file():
         raise FileNotFoundError(

@@ -158,6 +158,15 @@ def test_missing_root_says_what_to_do(name, root, tmp_path):
         assert str(where) in message
 
 
+def test_unknown_option(market):
+    with pytest.raises(ValueError, match=r"no option include_val; it has distractors_500k"):
+        load_dataset("market1501", market.root, include_val=True)
+    with pytest.raises(ValueError, match="'dukemtmc' has no option test_set; it has none"):
+        load_dataset("dukemtmc", market.root, test_set=1)
+    with pytest.raises(ValueError, match="'msmt17' has no option version; it has include_val"):
+        load_dataset("msmt17", market.root, version=1)
+
+
 def test_unknown_name():
     with pytest.raises(ValueError, match=r"unknown data set 'market'; there are .*market1501"):
         load_dataset("market")
