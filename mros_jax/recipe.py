@@ -19,7 +19,7 @@ from mros_jax import losses, parallel
 from mros_jax.data import doctor, sources, synthetic
 from mros_jax.models import torch_weights
 from mros_jax.models.mros import MROS
-from mros_jax.optimizers import make_optimizer, make_schedule
+from mros_jax.optimizers import Schedule, make_optimizer, make_schedule
 from mros_jax.state import TrainState, make_state
 from mros_jax.steps import make_train_step
 
@@ -170,12 +170,9 @@ def init_variables(model: MROS, config: ConfigDict) -> dict[str, Any]:
     return torch_weights.load_imagenet(weights, variables)
 
 
-def build(
-    config: ConfigDict, model: MROS, steps_per_epoch: int
-) -> tuple[TrainState, Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]]:
-    """The state before the first step, and the step (for one device, see `steps`)."""
-    variables = init_variables(model, config)
-    schedule = make_schedule(
+def make_config_schedule(config: ConfigDict, steps_per_epoch: int) -> Schedule:
+    """The learning rate by training step that a config's `optimizer` section describes."""
+    return make_schedule(
         lr=config.optimizer.lr,
         steps_per_epoch=steps_per_epoch,
         warmup_epochs=config.optimizer.warmup_epochs,
@@ -184,6 +181,14 @@ def build(
         milestones=config.optimizer.decay_epochs,
         decay=config.optimizer.decay_factor,
     )
+
+
+def build(
+    config: ConfigDict, model: MROS, steps_per_epoch: int
+) -> tuple[TrainState, Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]]:
+    """The state before the first step, and the step (for one device, see `steps`)."""
+    variables = init_variables(model, config)
+    schedule = make_config_schedule(config, steps_per_epoch)
     optimizer = make_optimizer(
         schedule,
         name=config.optimizer.name,
