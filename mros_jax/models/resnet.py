@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from mros_jax.models.layers import count_values, max_pool, multiply, normalize, widen
+
 Block = Literal["basic", "bottleneck"]
 
 
@@ -53,9 +55,10 @@ class Conv(nn.Module):
         kernel = self.param("kernel", _conv_init, shape, jnp.float32).astype(self.dtype)
         x = x.astype(self.dtype)
         if self.size == 1:
-            # A matrix product: XLA's CPU convolution is far slower at 1x1.
+            # A matrix product: XLA's CPU convolution and its gradients are far slower at 1x1.
             x = x[:, :: self.stride, :: self.stride]
-            return jnp.einsum("bhwc,cf->bhwf", x, kernel[0, 0])
+            y = multiply(x.reshape(-1, x.shape[-1]), kernel[0, 0])  # (B * H2 * W2, F)
+            return y.reshape(*x.shape[:-1], self.features)
         pad = self.size // 2
         return lax.conv_general_dilated(
             x,
@@ -71,7 +74,8 @@ class BatchNorm(nn.Module):
 
     Normalises with the biased variance and keeps the *unbiased* one as running statistic, with
     momentum 0.1 for the new value (Flax's own keeps the biased one). Statistics are float32.
-    With `axis_name` they are those of the global batch of all devices on that axis.
+    With `axis_name` they are those of the global batch of all devices on that axis. No gradient
+    flows through running statistics.
     """
 
     feature_axes: int = 1
@@ -89,45 +93,29 @@ class BatchNorm(nn.Module):
             ValueError: in training, if there is only one value per channel: no variance.
         """
         shape = x.shape[-self.feature_axes :]
-        axes = tuple(range(x.ndim - self.feature_axes))
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        else:
+            bias = jnp.zeros(shape, scale.dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if train:
-            mean, var, count = _batch_statistics(x, axes, self.axis_name)
-            if count < 2 and not self.is_initializing():
-                raise ValueError(
-                    f"batch normalisation in training got one value per channel (input {x.shape}); "
-                    "use a batch of two or more images, or train=False"
-                )
-            if not self.is_initializing():
-                unbiased = var * (count / (count - 1))
-                running_mean.value += self.momentum * (mean - running_mean.value)
-                running_var.value += self.momentum * (unbiased - running_var.value)
-        else:
+        if not train:
             mean, var = running_mean.value, running_var.value
-        y = (x - mean) * (lax.rsqrt(var + self.epsilon) * scale)
-        if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+            y = (widen(x) - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
+            return y.astype(self.dtype)
+        count = count_values(x, self.feature_axes, self.axis_name)
+        if count < 2:
+            raise ValueError(
+                f"batch normalisation in training got one value per channel (input {x.shape}); "
+                "use a batch of two or more images, or train=False"
+            )
+        y, mean, var = normalize(x, scale, bias, self.epsilon, self.axis_name)
+        if not self.is_initializing():
+            unbiased = var * (count / (count - 1))
+            running_mean.value += self.momentum * (mean - running_mean.value)
+            running_var.value += self.momentum * (unbiased - running_var.value)
         return y.astype(self.dtype)
-
-
-def _batch_statistics(
-    x: Float[Array, "..."], axes: tuple[int, ...], axis_name: str | None
-) -> tuple[Float[Array, "..."], Float[Array, "..."], int]:
-    """Mean, biased variance (two passes: no cancellation) and the number of values per channel."""
-    count = 1
-    for axis in axes:
-        count *= x.shape[axis]
-    mean = jnp.mean(x, axes)
-    if axis_name is not None:
-        mean = lax.pmean(mean, axis_name)
-        count *= int(lax.psum(1, axis_name))  # of a constant: the static number of devices
-    var = jnp.mean(jnp.square(x - mean), axes)
-    if axis_name is not None:
-        var = lax.pmean(var, axis_name)
-    return mean, var, count
 
 
 class ResidualBlock(nn.Module):
@@ -207,8 +195,7 @@ class ResNet(nn.Module):
         x = Conv(self.width, 7, 2, self.dtype, name="conv1")(images)
         bn = BatchNorm(axis_name=self.bn_axis_name, dtype=self.dtype, name="bn1")
         x = nn.relu(bn(x, train=train))
-        # PyTorch pads the maximum with -inf on both sides; "SAME" would pad on one.
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = max_pool(x)
         stages: dict[str, jax.Array] = {}
         for i, size in enumerate(self.stage_sizes):
             for j in range(size):
