@@ -212,7 +212,7 @@ def bench_step(files: list[bytes]) -> Rows:
     variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), ready, train=False)
     labels = jnp.arange(count) // 2
     outputs: Any = jax.eval_shape(lambda x: model.apply(variables, x, train=False), ready)
-    centers = jnp.zeros((classes, outputs.descriptor.shape[-1]))
+    centers = jnp.zeros((1, classes, outputs.descriptor.shape[-1]))
 
     def gradients(params, images):
         def loss(params):

@@ -243,6 +243,8 @@ def decode_image(data: bytes) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
     """
     with PIL.Image.open(io.BytesIO(data)) as file:
         mode = file.mode
+        if file.format == "PNG" and data[24] == 16 and mode == "RGB":
+            mode = "RGB;16"  # PIL keeps the upper 8 bits without saying so
         file.load()
         image: PIL.Image.Image = file
         if mode.startswith("I"):

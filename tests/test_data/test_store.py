@@ -1,11 +1,14 @@
 import errno
+import io
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
 import threading
+import zlib
 
 import jax
 import numpy as np
@@ -312,20 +315,35 @@ def test_images_that_are_not_rgb_are_converted_and_counted(load, encode, random_
         encode_as(cmyk, "CMYK", "tiff"),
         encode(clear, "png"),
         encode(random_pixels(2), "png"),
+        encode_deep_png(random_pixels(3)),
     ]
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"converted: 1 CMYK, 1 I;16, 1 L, 1 RGBA"):
+        with pytest.warns(UserWarning, match=r"converted: 1 CMYK, 1 I;16, 1 L, 1 RGB;16, 1 RGBA"):
             images = load(make_split(*files)).images
     for i in (0, 1):  # 16 bit is scaled, not clipped
         np.testing.assert_array_equal(images[i], np.repeat(grey[..., None], 3, -1))
     np.testing.assert_array_equal(images[2], np.broadcast_to([0, 255, 255], (16, 8, 3)))
     np.testing.assert_array_equal(images[3], clear[..., :3])
     np.testing.assert_array_equal(images[4], random_pixels(2))
+    np.testing.assert_array_equal(images[5], random_pixels(3))
+
+
+def encode_deep_png(pixels):
+    """A PNG of 16 bits per channel, which PIL reads but does not write."""
+
+    def chunk(kind, data):
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    height, width = pixels.shape[:2]
+    lines = (pixels.astype(">u2") * 257).reshape(height, -1)
+    raw = b"".join(b"\0" + line.tobytes() for line in lines)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def encode_as(pixels, mode, format):
-    import io
-
     buffer = io.BytesIO()
     Image.frombytes(mode, pixels.shape[1::-1], pixels.tobytes()).save(buffer, format)
     return buffer.getvalue()

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from mros_jax.data import tfds_builders
 from mros_jax.data.sources import load_dataset
@@ -84,6 +85,23 @@ def test_msmt17_command_line(layout, tmp_path):
     tfds_builders.main([*arguments, "--without_val"])
     stored = load_dataset("msmt17", tmp_path / "tfds", include_val=False)
     assert_equal(stored, load_dataset("msmt17", layout.root, include_val=False))
+
+
+def test_plain_tfds_reads_and_prepares(market, tmp_path):
+    builder = tfds.builder("market1501", data_dir=str(tmp_path))
+    assert builder.builder_config.name == "plain"
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(manual_dir=str(market.root)),
+        file_format="array_record",
+    )
+    source = tfds.data_source("market1501/plain", split="gallery", data_dir=str(tmp_path))
+    examples = sorted(source, key=lambda example: example["index"])
+    assert [example["name"] for example in examples] == [
+        name.encode() for name in load_dataset("market1501", market.root).gallery.names
+    ]
+    assert [int(example["pid"]) for example in examples] == [-1, 0, 1, 1, 3, 3]
+    assert examples[0]["image"].shape == (16, 8, 3)
+    assert "ICCV 2015" in builder.info.citation
 
 
 def test_misnamed_files(market, tmp_path):
