@@ -8,17 +8,26 @@ Descriptors of a checkpoint are kept in its run and computed again only if the c
 set or the flip test is another. docs/evaluation.md says what the files hold.
 """
 
+import argparse
+import functools
+import json
 import logging
 import os
+import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mros_jax import provenance
+from mros_jax import console, parallel, provenance
+from mros_jax.data.layouts import OnBadImage
 from mros_jax.data.splits import Dataset
 from mros_jax.data.store import ImageStore, load_store
-from mros_jax.retrieval import evaluate, files
+from mros_jax.retrieval import Result, bootstrap, evaluate, files, rerank, verify
+from mros_jax.retrieval.distances import METRICS
+from mros_jax.retrieval.metrics import AP_VARIANTS
+from mros_jax.writer import write_json
 
 FORMAT = 1
 log = logging.getLogger(__name__)
@@ -31,7 +40,7 @@ def extract_features(
     height: int,
     width: int,
     cache_dir: str | os.PathLike | None = None,
-    on_bad_image: str = "error",
+    on_bad_image: OnBadImage = "error",
     stores: Sequence[ImageStore] | None = None,
     progress: bool = True,
 ) -> dict[str, np.ndarray]:
@@ -57,7 +66,7 @@ def extract_features(
                 height=height,
                 width=width,
                 cache_dir=cache_dir,
-                on_bad_image=on_bad_image,  # type: ignore[arg-type]
+                on_bad_image=on_bad_image,
                 progress=progress,
             )
             for split in (dataset.query, dataset.gallery)
@@ -151,7 +160,7 @@ def evaluate_dataset(
     height: int,
     width: int,
     cache_dir: str | os.PathLike | None = None,
-    on_bad_image: str = "error",
+    on_bad_image: OnBadImage = "error",
     stores: Sequence[ImageStore] | None = None,
     progress: bool = True,
     **options: Any,
@@ -168,3 +177,275 @@ def evaluate_dataset(
         progress=progress,
     )
     return evaluate_features(features, dataset=dataset.name, **options)
+
+
+def load_run_features(
+    run: str | os.PathLike,
+    *,
+    checkpoint: str = "last",
+    dataset: str | None = None,
+    root: str | None = None,
+    flip_test: bool = False,
+    batch_size: int = 128,
+    progress: bool = True,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Descriptors of a run's checkpoint: those saved in the run if they still fit, else new ones.
+
+    They are kept as `features.npz` in the run (`features-DATASET.npz`, `features-flip.npz` for
+    another data set or the flip test), with the checkpoint's id and the image names.
+
+    Args:
+        run: directory of the run.
+        checkpoint: "last" or "best".
+        dataset: another data set than the run's.
+        root: its directory; with the run's own data set, where that is now.
+        flip_test: mean of the descriptors of image and mirror image.
+        batch_size: images in a batch.
+        progress: show progress bars.
+
+    Returns:
+        The arrays, and the keyword arguments of `evaluate_features` that describe them.
+
+    Raises:
+        FileNotFoundError: no run, no checkpoint, no data set.
+    """
+    from mros_jax import recipe
+    from mros_jax.data.sources import load_dataset
+    from mros_jax.inference import load_model
+
+    model = load_model(run, checkpoint)
+    config = model.config
+    assert config is not None  # a model that was loaded from a run has one
+    with config.unlocked():
+        if root is not None:
+            config.dataset.root = root
+    own = dataset in (None, config.dataset.name)
+    data = recipe.load_dataset(config) if own else load_dataset(dataset, root)  # type: ignore[arg-type]
+    words = ["features", *([] if own else [data.name]), *(["flip"] if flip_test else [])]
+    path = pathlib.Path(run) / f"{'-'.join(words)}.npz"
+    described = {
+        "dataset": data.name,
+        "flip_test": flip_test,
+        "setting": config.model.setting,
+        "seed": config.seed,
+    }
+    if path.exists():
+        saved = files.load_features(path)
+        skipping = config.dataset.on_bad_image == "skip"
+        why = _find_change(saved, data, model.checkpoint_id, skipping)
+        if why is None:
+            log.info("Descriptors of %s are those saved in %s", model.checkpoint_id, path)
+            return saved, described
+        log.info("Computing descriptors again, since %s (%s)", why, path)
+    features = extract_features(
+        functools.partial(
+            model.embed, batch_size=batch_size, flip_test=flip_test, progress=progress
+        ),
+        data,
+        height=config.input.height,
+        width=config.input.width,
+        cache_dir=config.dataset.cache_dir,
+        on_bad_image=config.dataset.on_bad_image,
+        progress=progress,
+    )
+    features["checkpoint_id"] = np.asarray(model.checkpoint_id)
+    files.save_features(path, features)
+    return features, described
+
+
+def _find_change(
+    saved: Mapping[str, np.ndarray], data: Dataset, checkpoint_id: str, skipping: bool
+) -> str | None:
+    """Why saved descriptors are not those asked for, or None."""
+    if str(saved.get("checkpoint_id", "")) != checkpoint_id:
+        return f"the checkpoint is another: {checkpoint_id}"
+    for name, split in (("query", data.query), ("gallery", data.gallery)):
+        if skipping:  # bad images have no descriptors
+            split = split.select(np.flatnonzero(np.isin(split.names, saved[f"{name}_names"])))
+        wanted = {"names": split.names, "pids": split.pids, "camids": split.camids}
+        for field, array in wanted.items():
+            if not np.array_equal(saved.get(f"{name}_{field}", ()), array):
+                return f"the {name} images are others"
+    return None
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mros_jax.evaluate",
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    source = parser.add_argument_group("what is evaluated")
+    source.add_argument("--checkpoint", metavar="RUN", help="directory of a training run")
+    source.add_argument("--which", choices=("last", "best"), default="last", help="its checkpoint")
+    source.add_argument("--dataset", help="data set (default: the run's)")
+    source.add_argument("--root", help="directory of the data set (default: the run's)")
+    source.add_argument("--flip_test", action="store_true", help="mean of image and mirror image")
+    source.add_argument("--batch_size", type=int, default=128, help="images in a batch")
+    source.add_argument("--features", metavar="NPZ", help=f"file with {', '.join(files.ARRAYS)}")
+    source.add_argument("--query_features", metavar="NPZ", help="file: features, pids, camids")
+    source.add_argument("--gallery_features", metavar="NPZ", help="file: features, pids, camids")
+    how = parser.add_argument_group("protocol")
+    how.add_argument("--metric", choices=METRICS, default="cosine")
+    how.add_argument("--unnormalized", action="store_true", help="use descriptors as they are")
+    how.add_argument("--ap", choices=AP_VARIANTS, default="standard")
+    how.add_argument("--max_rank", type=int, default=50, help="length of the CMC curve")
+    how.add_argument("--keep_junk", action="store_true", help="junk takes part in re-ranking")
+    how.add_argument(
+        "--no_distractors", action="store_true", help="pid 0 is a person, not a distractor"
+    )
+    how.add_argument(
+        "--rerank", default="", metavar="A,B", help=f"any of {', '.join(rerank.METHODS)}"
+    )
+    how.add_argument(
+        "--rerank_options", default="{}", metavar="JSON", help='e.g. {"ecn": {"k": 20, "t": 3}}'
+    )
+    how.add_argument(
+        "--neighbors",
+        default="exact",
+        help="search for ecn and k_reciprocal: exact, faiss, or e.g. faiss:IVF1024,Flat",
+    )
+    more = parser.add_argument_group("further scores")
+    more.add_argument("--verification", action="store_true", help="ROC, EER, TPR@FPR, DIR@FAR")
+    more.add_argument(
+        "--bootstrap", type=int, default=0, metavar="N", help="95 %% intervals from N resamples"
+    )
+    more.add_argument("--bootstrap_by", choices=bootstrap.UNITS, default="identity")
+    more.add_argument("--bootstrap_seed", type=int, default=0)
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", action="store_true", help="print JSON, as in results.json")
+    out.add_argument("--out", metavar="FILE", help="also write the JSON to a file")
+    out.add_argument("--no_progress", action="store_true", help="no progress bars")
+    args = parser.parse_args(argv)
+    pair = (args.query_features is not None, args.gallery_features is not None)
+    if pair[0] != pair[1]:
+        parser.error("--query_features and --gallery_features go together")
+    if [args.checkpoint is not None, args.features is not None, all(pair)].count(True) != 1:
+        parser.error(
+            "give one of --checkpoint RUN, --features FILE, or --query_features with "
+            "--gallery_features"
+        )
+    if args.checkpoint is None and args.flip_test:
+        parser.error("--flip_test needs --checkpoint: features are taken as they are")
+    args.rerank = [name for name in args.rerank.split(",") if name]
+    for name in args.rerank:
+        if name not in rerank.METHODS:
+            parser.error(f"--rerank {name}: expected some of {', '.join(rerank.METHODS)}")
+    try:
+        args.rerank_options = json.loads(args.rerank_options)
+    except json.JSONDecodeError as error:
+        parser.error(f"--rerank_options is not JSON: {error}")
+    return args
+
+
+def _load(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    if args.checkpoint is not None:
+        return load_run_features(
+            args.checkpoint,
+            checkpoint=args.which,
+            dataset=args.dataset,
+            root=args.root,
+            flip_test=args.flip_test,
+            batch_size=args.batch_size,
+            progress=not args.no_progress,
+        )
+    if args.features is not None:
+        return files.load_features(args.features), {"dataset": args.dataset}
+    return (
+        files.load_feature_pair(args.query_features, args.gallery_features),
+        {"dataset": args.dataset},
+    )
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    features, described = _load(args)
+    distractor_pid = None if args.no_distractors else 0
+    results = evaluate_features(
+        features,
+        reranks=args.rerank,
+        rerank_options={
+            name: ({} if name == "aqe" else {"neighbors": args.neighbors})
+            | args.rerank_options.get(name, {})
+            for name in args.rerank
+        },
+        metric=args.metric,
+        normalize=not args.unnormalized,
+        ap=args.ap,
+        max_rank=args.max_rank,
+        keep_junk=args.keep_junk,
+        distractor_pid=distractor_pid,
+        **described,
+    )
+    if args.bootstrap:
+        for entry in results["results"]:
+            intervals = bootstrap.estimate_intervals(
+                Result.from_dict(entry),
+                rng=np.random.default_rng(args.bootstrap_seed),
+                samples=args.bootstrap,
+                by=args.bootstrap_by,
+            )
+            entry["intervals"] = {"by": args.bootstrap_by, "confidence": 0.95, **intervals}
+    if args.verification:
+        verified = verify(
+            *(features[name] for name in files.ARRAYS),
+            metric=args.metric,
+            normalize=not args.unnormalized,
+            distractor_pid=distractor_pid,
+        )
+        results["verification"] = verified.to_dict()
+    return results
+
+
+def _format(results: Mapping[str, Any]) -> str:
+    """Results as a table for people."""
+    protocol = results["results"][0]["protocol"]
+    lines = [
+        f"{protocol['dataset'] or 'descriptors'}: {protocol['num_query']} queries "
+        f"({protocol['num_valid_queries']} with a match), gallery {protocol['num_gallery']} "
+        f"({protocol['num_distractors']} distractors), {protocol['num_junk']} junk left out",
+        f"{protocol['metric']} distance, "
+        f"{'normalised' if protocol['normalize'] else 'unnormalised'}, AP {protocol['ap']}, "
+        f"flip test {protocol['flip_test']}, commit {protocol['commit']}",
+        "",
+        f"{'':14}{'mAP':>7}{'mINP':>8}{'Rank-1':>8}{'Rank-5':>8}{'Rank-10':>9}",
+    ]
+    for entry in results["results"]:
+        cmc = entry["cmc"] + [entry["cmc"][-1]] * 10  # a short curve is flat beyond its end
+        values = (entry["mAP"], entry["mINP"], cmc[0], cmc[4], cmc[9])
+        widths = (7, 8, 8, 8, 9)
+        numbers = "".join(f"{100 * v:{w}.2f}" for v, w in zip(values, widths, strict=True))
+        lines.append(f"{entry['name']:14}{numbers}")
+        if "intervals" in entry:
+            ranges = {k: v for k, v in entry["intervals"].items() if isinstance(v, tuple)}
+            text = "  ".join(f"{k} {100 * a:.2f}-{100 * b:.2f}" for k, (a, b) in ranges.items())
+            lines.append(f"  95 % by {entry['intervals']['by']}: {text}")
+    if verified := results.get("verification"):
+        lines += ["", f"EER {100 * verified['eer']:.2f} at {verified['eer_threshold']:.4f}"]
+        for field, true, false in (("tpr_at_fpr", "TPR", "FPR"), ("dir_at_far", "DIR", "FAR")):
+            for point in verified[field]:
+                at = "none" if point["threshold"] is None else f"{point['threshold']:.4f}"
+                lines.append(
+                    f"{true} at {false} {point['target']:<6g} {100 * point['true_rate']:6.2f}  "
+                    f"threshold {at}"
+                )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    args = _parse(argv)
+    console.show_messages()
+    parallel.use_compilation_cache()
+    try:
+        results = _run(args)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.out:
+        write_json(args.out, results)
+    print(json.dumps(results) if args.json else _format(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,7 +5,6 @@ Queries of one identity are alike, so resampling them one by one makes intervals
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int
@@ -167,8 +166,3 @@ def compare_paired(
         Difference(name, float(mean[i]), float(low[i]), float(high[i]), float(p_values[i]))
         for i, name in enumerate(names)
     ]
-
-
-def describe(differences: list[Difference]) -> list[dict[str, Any]]:
-    """As plain values."""
-    return [dataclasses.asdict(difference) for difference in differences]

@@ -25,7 +25,7 @@ def save_features(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, **{name: np.asarray(array) for name, array in arrays.items()})
+            np.savez(file, allow_pickle=False, **dict(arrays))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

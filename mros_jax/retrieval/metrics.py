@@ -69,14 +69,11 @@ class Result:
         if missing:
             raise ValueError(f"this result lacks {', '.join(missing)}")
         whole = ("first_match_rank", "valid_queries", "invalid_queries", "query_pids")
-        return cls(
-            **{
-                name: np.asarray(values[name], np.int64 if name in whole else np.float64)
-                if isinstance(values[name], list)
-                else values[name]
-                for name in names
-            }
-        )
+        fields: dict[str, Any] = {name: values[name] for name in names}
+        for name, value in fields.items():
+            if isinstance(value, list):
+                fields[name] = np.asarray(value, np.int64 if name in whole else np.float64)
+        return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values, as results.json holds it."""

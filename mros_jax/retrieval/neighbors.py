@@ -19,13 +19,13 @@ class Neighbors(NamedTuple):
 
     Attributes:
         indices: (N, k) by falling similarity; equal ones by index.
-        similarity: (N, k) cosines (of the image with itself: 1).
-        smallest: (N,) cosine with the farthest image.
+        similarity: (N, k) cosines (of the image with itself: 1); None where lists were given.
+        smallest: (N,) cosine with the farthest image; None where lists were given.
     """
 
     indices: Int32[np.ndarray, "N k"]
-    similarity: Float32[np.ndarray, "N k"]
-    smallest: Float32[np.ndarray, "N"]
+    similarity: Float32[np.ndarray, "N k"] | None
+    smallest: Float32[np.ndarray, "N"] | None
 
 
 def select_top(
@@ -40,7 +40,8 @@ def select_top(
     size = max(1, math.isqrt(num // k))
     groups = -(-num // size)
     if size == 1 or groups <= k:
-        return jax.lax.top_k(values, k)
+        top, indices = jax.lax.top_k(values, k)
+        return top, indices
     padded = jnp.pad(values, ((0, 0), (0, groups * size - num)), constant_values=-jnp.inf)
     padded = padded.reshape(-1, groups, size)  # (B, groups, size)
     _, best = jax.lax.top_k(padded.max(2), k)
@@ -89,17 +90,15 @@ def search_neighbors(
     """
     num = len(features)
     mapped = blocks.BlockMap(_make_search(k), _place(features, devices), devices=devices)
-    result = Neighbors(
-        np.empty((num, k), np.int32), np.empty((num, k), np.float32), np.empty(num, np.float32)
-    )
+    indices, similarity = np.empty((num, k), np.int32), np.empty((num, k), np.float32)
+    smallest = np.empty(num, np.float32)
 
     def get(rows: slice) -> tuple[Any, Any]:
         return np.arange(rows.start, rows.stop, dtype=np.int32), features[rows]
 
     for rows, block in mapped.run(num, num, get, block_size=block_size):
-        for whole, part in zip(result, block, strict=True):
-            whole[rows] = part
-    return result
+        indices[rows], similarity[rows], smallest[rows] = block
+    return Neighbors(indices, similarity, smallest)
 
 
 @functools.cache
@@ -159,6 +158,40 @@ def stack(
         return jnp.concatenate([query, gallery])
     out = blocks.empty_aligned((len(query) + len(gallery), query.shape[1]))
     return np.concatenate([query, gallery], out=out)
+
+
+def search_faiss(
+    features: Float32[np.ndarray | Array, "N D"], k: int, *, factory: str = "Flat", nprobe: int = 16
+) -> Int32[np.ndarray, "N k"]:
+    """The k nearest images of every image by cosine, found by faiss.
+
+    For galleries where the exact search takes too long: `factory="IVF4096,Flat"` looks at `nprobe`
+    of 4,096 clusters only. faiss searches a normalised copy of the features, on the CPU.
+
+    Args:
+        features: (N, D), checked.
+        k: length of the lists.
+        factory: faiss's description of an index; "Flat" is exact.
+        nprobe: clusters that are searched, for indexes that have them.
+
+    Raises:
+        ImportError: faiss is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "neighbors='faiss' needs faiss, which is not installed: pip install 'mros_jax[faiss]'"
+        ) from error
+    unit = np.array(features, np.float32, order="C")
+    faiss.normalize_L2(unit)
+    index = faiss.index_factory(unit.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    if not index.is_trained:
+        index.train(unit)
+    index.add(unit)
+    if hasattr(index, "nprobe"):
+        index.nprobe = nprobe
+    return index.search(unit, k)[1].astype(np.int32)
 
 
 def check_neighbors(neighbors: Numbers, num: int, least: int) -> Int32[np.ndarray, "N k"]:

@@ -23,6 +23,7 @@ from mros_jax.retrieval.neighbors import (
     Neighbors,
     check_neighbors,
     find_farthest,
+    search_faiss,
     search_gallery,
     search_neighbors,
     stack,
@@ -40,7 +41,7 @@ def prepare_ecn(
     t: int = 3,
     q: int = 8,
     method: str = "rankdist",
-    neighbors: Numbers | None = None,
+    neighbors: Numbers | str = "exact",
     block_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Rows:
@@ -54,10 +55,7 @@ def prepare_ecn(
     spread: dict[str, Any] = {"block_size": block_size, "devices": devices}
     features = stack(query, gallery)
     query, gallery = features[:num_query], features[num_query:]
-    if neighbors is None:
-        lists = search_neighbors(features, length, **spread).indices
-    else:
-        lists = check_neighbors(neighbors, num, length)
+    lists = _find_neighbors(features, length, neighbors, **spread).indices
     first = lists[:, 1 : t + 1]
     expanded = np.concatenate([first, lists[first, 1 : q + 1].reshape(num, t * q)], axis=1)
     chosen = make_rows(expanded, np.ones(expanded.shape, np.float32), num)
@@ -101,7 +99,7 @@ def ecn(
     t: int = 3,
     q: int = 8,
     method: str = "rankdist",
-    neighbors: Numbers | None = None,
+    neighbors: Numbers | str = "exact",
     dtype: Any = np.float64,
     block_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -122,8 +120,9 @@ def ecn(
         t: nearest neighbours taken first.
         q: neighbours taken of each of those.
         method: "rankdist", or "origdist": the same mean of cosine distances.
-        neighbors: (Q + G, at least max(k, q + 1, t + 1)) lists from another search, indices into
-            queries and gallery stacked, nearest first; default an exact search.
+        neighbors: "exact"; "faiss", or "faiss:" and its description of an index, as in
+            "faiss:IVF1024,Flat" (the extra `faiss`); or lists from any other search: (Q + G, at
+            least max(k, q + 1, t + 1)) indices into queries and gallery stacked, nearest first.
         dtype: of the result. float64 is exact; float32 needs half the memory and keeps the order.
         block_size: rows in a block on one device.
         devices: default all local devices.
@@ -155,7 +154,7 @@ def prepare_k_reciprocal(
     k1: int = 20,
     k2: int = 6,
     lambda_value: float | int = 0.3,
-    neighbors: Numbers | None = None,
+    neighbors: Numbers | str = "exact",
     block_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Rows:
@@ -170,23 +169,17 @@ def prepare_k_reciprocal(
     query, gallery = features[:num_query], features[num_query:]
     length = max(k1 + 1, k2)
     spread: dict[str, Any] = {"block_size": block_size, "devices": devices}
-    if neighbors is None:
-        found = search_neighbors(features, length, **spread)
-    else:
-        lists = check_neighbors(neighbors, num, length)
-        # No cosines come with the lists: those that are needed are computed.
-        found = Neighbors(
-            lists[:, :length],
-            np.ones((num, 1), np.float32),
-            find_farthest(features, **spread),
-        )
-    encoded = encode(features, found, k1, k2)
+    found = _find_neighbors(features, length, neighbors, **spread)
+    smallest = found.smallest
+    if smallest is None:
+        smallest = find_farthest(features, **spread)
+    encoded = encode(features, found._replace(smallest=smallest), k1, k2)
     encoded_gallery = encoded[num_query:].tocsc()
     cosine_distances = distances.make_row_function(gallery, "cosine", **spread)
 
     def write(rows: np.ndarray, out: np.ndarray) -> None:
         np.multiply(compute_jaccard(encoded[rows], encoded_gallery), 1 - lambda_value, out=out)
-        original = scale_distances(cosine_distances(query[rows]), found.smallest[rows, None])
+        original = scale_distances(cosine_distances(query[rows]), smallest[rows, None])
         original *= lambda_value
         out += original
 
@@ -200,7 +193,7 @@ def k_reciprocal(
     k1: int = 20,
     k2: int = 6,
     lambda_value: float | int = 0.3,
-    neighbors: Numbers | None = None,
+    neighbors: Numbers | str = "exact",
     dtype: Any = np.float32,
     block_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -217,7 +210,7 @@ def k_reciprocal(
         k1: neighbours for the reciprocal sets.
         k2: neighbours, itself counted, for the local query expansion; 1 leaves it out.
         lambda_value: weight of the original distance.
-        neighbors: (Q + G, at least max(k1 + 1, k2)) lists from another search, as for `ecn`.
+        neighbors: as for `ecn`; lists of at least max(k1 + 1, k2).
         dtype: of the result.
         block_size: rows in a block on one device.
         devices: default all local devices.
@@ -247,7 +240,7 @@ def prepare_aqe(
     *,
     k: int = 5,
     alpha: float | int = 0.0,
-    neighbors: Numbers | None = None,
+    neighbors: Numbers | str = "exact",
     block_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Rows:
@@ -256,7 +249,8 @@ def prepare_aqe(
     check_count(k, "k", most=len(gallery), of="gallery images")
     if alpha < 0:
         raise ValueError(f"alpha is {alpha}; expected 0 (plain mean) or more")
-    if neighbors is None:
+    if isinstance(neighbors, str):
+        check_choice(neighbors, "neighbors", ("exact",))
         lists = search_gallery(query, gallery, k, block_size=block_size, devices=devices)
     else:
         lists = np.asarray(neighbors)
@@ -293,7 +287,7 @@ def aqe(
     *,
     k: int = 5,
     alpha: float | int = 0.0,
-    neighbors: Numbers | None = None,
+    neighbors: Numbers | str = "exact",
     dtype: Any = np.float32,
     block_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -308,7 +302,7 @@ def aqe(
         gallery_features: (G, D).
         k: gallery images to add.
         alpha: 0 weights them all the same.
-        neighbors: (Q, at least k) gallery indices from another search.
+        neighbors: "exact", or (Q, at least k) gallery indices from another search.
         dtype: of the result.
         block_size: rows in a block on one device.
         devices: default all local devices.
@@ -329,6 +323,20 @@ def aqe(
         devices=devices,
     )
     return _fill(write, len(query_features), len(gallery_features), dtype)
+
+
+def _find_neighbors(
+    features: Any, length: int, neighbors: Numbers | str, **spread: Any
+) -> Neighbors:
+    """Lists from the search that was asked for, or those given."""
+    if isinstance(neighbors, str):
+        if neighbors == "exact":
+            return search_neighbors(features, length, **spread)
+        name, _, factory = neighbors.partition(":")
+        check_choice(name, "neighbors", ("exact", "faiss", "faiss:FACTORY"))
+        neighbors = search_faiss(features, length, factory=factory or "Flat")
+    lists = check_neighbors(neighbors, len(features), length)[:, :length]
+    return Neighbors(lists, None, None)
 
 
 def _fill(write: Rows, num_query: int, num_gallery: int, dtype: Any) -> np.ndarray:
@@ -354,5 +362,6 @@ def describe(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     values = defaults | dict(options)
     del values["block_size"], values["devices"]
-    values["neighbors"] = "exact" if values["neighbors"] is None else "given"
+    if not isinstance(values["neighbors"], str):
+        values["neighbors"] = "given"
     return values

@@ -5,7 +5,7 @@ pairs. A pair is accepted where its distance is at most the threshold.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -191,7 +191,7 @@ def _verify(
             raise ValueError(f"rates holds {rate}; expected shares between 0 and 1")
     num_query, num_gallery = len(labels.query_pids), len(labels.gallery_pids)
     genuine, known = _collect_genuine(rows_of, labels)
-    thresholds, first, ties = np.unique(genuine, return_index=True, return_counts=True)
+    thresholds, ties = np.unique(genuine, return_counts=True)
     accepted = np.zeros(len(thresholds), np.int64)  # impostors at most the threshold
     below = np.zeros(len(thresholds), np.int64)  # impostors under it
     nearest_impostor = np.empty(num_query)
@@ -208,7 +208,7 @@ def _verify(
         below += np.searchsorted(impostors, thresholds, "left")
     if num_impostor == 0:
         raise ValueError("there are no impostor pairs: query and gallery show one person only")
-    tpr = (first + ties) / len(genuine)
+    tpr = np.cumsum(ties) / len(genuine)
     fpr, fpr_below = accepted / num_impostor, below / num_impostor
     eer, eer_threshold = _equal_error_rate(thresholds, fpr, fpr_below, tpr)
 
@@ -282,8 +282,3 @@ def _equal_error_rate(
     share = -gap[after - 1] / (gap[after] - gap[after - 1])
     eer = x[after - 1] + share * (x[after] - x[after - 1])
     return float(eer), float(at[after - 1] + share * (at[after] - at[after - 1]))
-
-
-def describe(points: Sequence[OperatingPoint]) -> list[Mapping[str, Any]]:
-    """Operating points as plain values."""
-    return [dataclasses.asdict(point) for point in points]
