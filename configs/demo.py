@@ -13,7 +13,7 @@ from configs import mros
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The recipe at laptop size; `arg` is a setting of the paper's Table 1."""
-    config = mros.get_config(f"{arg or 'IV'},synthetic")
+    config = _MROS["get_config"](f"{arg or 'IV'},synthetic")
     config.num_epochs = 24
     config.dataset.preset = "demo"
     config.batch.identities = 16
