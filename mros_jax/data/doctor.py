@@ -193,7 +193,8 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_string("preset", None, "Size of the synthetic data set.", flag_values=values)
     flags.DEFINE_integer("seed", 0, "Seed of the synthetic data set.", flag_values=values)
     flags.DEFINE_bool("distractors_500k", False, "With Market's distractors.", flag_values=values)
-    flags.DEFINE_integer("identities", 32, "P: identities in a batch.", flag_values=values)
+    # Two: what a triplet needs. A config says how many a batch really has.
+    flags.DEFINE_integer("identities", 2, "P: identities in a batch.", flag_values=values)
     flags.DEFINE_integer("images", 4, "K: images of each.", flag_values=values)
     flags.DEFINE_bool("json", False, "Print JSON instead of a table.", flag_values=values)
     config_flags.DEFINE_config_file("config", None, "Training config.", flag_values=values)

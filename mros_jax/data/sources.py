@@ -79,12 +79,13 @@ def load_dataset(
                 "images that were written to a directory use market1501"
             )
         return _load_synthetic(**options)
-    accepted = set(_list_options(name))
+    accepted = _list_options(name)
     unknown = sorted(set(options) - accepted)
     if unknown:
+        others = sorted(accepted - {"on_bad_image"})
         raise ValueError(
             f"data set {name!r} has no option {', '.join(unknown)}; "
-            f"it has {', '.join(sorted(accepted)) or 'none'}"
+            f"it has {', '.join(others) or 'none'}"
         )
     if root is None:
         raise FileNotFoundError(layouts.missing(name, None))
@@ -93,17 +94,16 @@ def load_dataset(
         from mros_jax.data import tfds_builders  # slow to import, and few need it
 
         return tfds_builders.load_prepared(name, path, **options)
-    if name.endswith("_classic"):  # there are no file names in it
-        return DATASETS[name](path, **options)
-    return DATASETS[name](path, on_bad_image=on_bad_image, **options)
+    if "on_bad_image" in accepted:  # the classic CUHK03 has no file names
+        options["on_bad_image"] = on_bad_image
+    return DATASETS[name](path, **options)
 
 
-def _list_options(name: str) -> list[str]:
-    """Returns the names of a reader's own options."""
+def _list_options(name: str) -> set[str]:
+    """Returns the names of a reader's keyword arguments that are still free."""
     reader = DATASETS[name]
     bound = reader.keywords if isinstance(reader, functools.partial) else {}
-    parameters = list(inspect.signature(reader).parameters)[1:]
-    return [entry for entry in parameters if entry not in {*bound, "on_bad_image"}]
+    return set(list(inspect.signature(reader).parameters)[1:]) - set(bound)
 
 
 def _is_tfds_directory(path: pathlib.Path) -> bool:

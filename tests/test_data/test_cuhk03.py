@@ -1,6 +1,8 @@
 """Replicas of CUHK03's three distributed forms, made of one set of pictures."""
 
 import io
+import pathlib
+import re
 
 import h5py
 import numpy as np
@@ -181,6 +183,20 @@ def test_single_shot_trials(root):
     assert abs(first[0] - 200) < 5 * 10
     again = draw_trials(gallery, trials=400, rng=np.random.default_rng(0))
     np.testing.assert_array_equal(trials, again)
+
+
+def test_documented_example(root):
+    page = pathlib.Path(__file__).parents[2] / "docs" / "data.md"
+    (block,) = re.findall(r"```python\n([^`]*draw_trials[^`]*)```", page.read_text())
+    rng = np.random.default_rng(0)
+    features = {
+        "query_features": rng.normal(size=(3, 4)).astype(np.float32),
+        "gallery_features": rng.normal(size=(3, 4)).astype(np.float32),
+    }
+    namespace = {"PATH": root, **features}
+    exec(block, namespace)
+    assert 0 < namespace["rank1"] <= 1
+    assert namespace["trials"].shape == (100, 2)
 
 
 def test_without_h5py(root, monkeypatch):

@@ -1,5 +1,7 @@
 import concurrent.futures
 import importlib
+import pathlib
+import re
 import sys
 
 import numpy as np
@@ -102,6 +104,12 @@ def test_plain_tfds_reads_and_prepares(market, tmp_path):
     assert [int(example["pid"]) for example in examples] == [-1, 0, 1, 1, 3, 3]
     assert examples[0]["image"].shape == (16, 8, 3)
     assert "ICCV 2015" in builder.info.citation
+
+    page = pathlib.Path(__file__).parents[2] / "docs" / "data.md"
+    (block,) = re.findall(
+        r"```python\n(import mros_jax.data.tfds_builders[^`]*)```", page.read_text()
+    )
+    exec(block.replace("/data/tfds", str(tmp_path)), {})
 
 
 def test_misnamed_files(market, tmp_path):
