@@ -6,9 +6,13 @@ The arithmetic and the code path are those of `configs/mros.py`; only sizes diff
 96x48 pixels, 64 identities. An argument picks the setting: `--config configs/demo.py:III`.
 """
 
+import pathlib
+import runpy
+
 from ml_collections import ConfigDict
 
-from configs import mros
+# The neighbouring file, wherever the command is run from.
+_MROS = runpy.run_path(str(pathlib.Path(__file__).with_name("mros.py")))
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
