@@ -7,8 +7,11 @@ No files are needed to train on it; writing it as JPEG exercises the reader of r
 """
 
 import argparse
+import collections
+import concurrent.futures
 import dataclasses
 import inspect
+import itertools
 import os
 import pathlib
 import tempfile
@@ -96,24 +99,33 @@ class Renderer:
         """Yields the images in order, uint8 (n, height, width, 3) with n <= `chunk`."""
         camids = np.arange(1, self.rows.camids.max() + 1, dtype=np.int32)
         cameras = pedestrians.draw_cameras(self.seed, camids)
-        for start in range(0, len(self.rows), self.chunk):
-            index = np.arange(start, start + self.chunk, dtype=np.int32)
-            # The last chunk is filled up with one image: one shape, hence one compilation.
-            index = np.minimum(index, len(self.rows) - 1)
-            rows = self.rows.take(index)
-            people = pedestrians.draw_people(self.seed, rows.numbers, lookalikes=self.lookalikes)
-            pictures = pedestrians.draw_pictures(
-                self.seed, self.stream, index, rows.numbers, rows.camids, rows.flaws
-            )
-            images = rendering.render(
-                people,
-                pictures,
-                cameras,
-                rows.camids - 1,
-                height=self.height,
-                width=self.width,
-            )
-            yield np.asarray(images)[: len(self.rows) - start]
+        starts = iter(range(0, len(self.rows), self.chunk))
+        # The first alone, so that the threads find everything compiled.
+        yield self._render(next(starts), cameras)
+        workers = os.cpu_count() or 1
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+
+            def submit(start: int) -> concurrent.futures.Future[np.ndarray]:
+                return pool.submit(self._render, start, cameras)
+
+            # A bounded number ahead: whoever writes the images to disk may be slower.
+            ahead = collections.deque(map(submit, itertools.islice(starts, 2 * workers)))
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.extend(map(submit, itertools.islice(starts, 1)))
+
+    def _render(self, start: int, cameras: pedestrians.Camera) -> np.ndarray:
+        index = np.arange(start, start + self.chunk, dtype=np.int32)
+        # The last chunk is filled up with one image: one shape, hence one compilation.
+        index = np.minimum(index, len(self.rows) - 1)
+        rows = self.rows.take(index)
+        people = pedestrians.draw_people(self.seed, rows.numbers, lookalikes=self.lookalikes)
+        pictures = pedestrians.draw_pictures(
+            self.seed, self.stream, index, rows.numbers, rows.camids, rows.flaws
+        )
+        size = {"height": self.height, "width": self.width}
+        images = rendering.render(people, pictures, cameras, rows.camids - 1, **size)
+        return np.asarray(images)[: len(self.rows) - start]
 
     def __call__(self) -> np.ndarray:
         """Returns all images, uint8 (N, height, width, 3)."""
