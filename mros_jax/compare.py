@@ -203,7 +203,7 @@ def _make_row(
         if len(group) > 1
         else {}
     )
-    label = f"ours, setting {first.setting}" if first.setting else first.source
+    label = f"ours, setting {first.setting}" if first.setting else "ours"
     return Row(
         table=table["number"],
         name=label + (f" + {first.rerank}" if first.rerank else ""),
@@ -229,9 +229,11 @@ def _cell(row: Row, name: str) -> str:
 
 
 def _note(row: Row) -> str:
-    runs = [f"mean of {row.runs} seeds"] if row.runs > 1 else []
-    mismatch = [f"NOT COMPARABLE: {'; '.join(row.mismatches)}"] if row.mismatches else []
-    return ". ".join(runs + mismatch)
+    if row.source == "paper":
+        return ""
+    mean = f"mean of {row.runs} seeds: " if row.runs > 1 else ""
+    mismatch = f". NOT COMPARABLE: {'; '.join(row.mismatches)}" if row.mismatches else ""
+    return mean + row.source + mismatch
 
 
 def format_rows(rows: Sequence[Row], paper: Mapping[str, Any], style: str) -> str:
