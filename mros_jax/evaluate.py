@@ -230,9 +230,12 @@ def load_run_features(
         "seed": config.seed,
     }
     if path.exists():
-        saved = files.load_features(path)
         skipping = config.dataset.on_bad_image == "skip"
-        why = _find_change(saved, data, model.checkpoint_id, skipping)
+        try:
+            saved = files.load_features(path)
+            why = _find_change(saved, data, model.checkpoint_id, skipping)
+        except ValueError as error:
+            why = str(error)
         if why is None:
             log.info("Descriptors of %s are those saved in %s", model.checkpoint_id, path)
             return saved, described

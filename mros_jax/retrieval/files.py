@@ -46,7 +46,9 @@ def load_arrays(path: str | os.PathLike, required: tuple[str, ...]) -> dict[str,
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # numpy.load leaves a broken file open if it opened it itself.
+        with open(path, "rb") as stream:
+            file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError(f"{path} is one array; expected an .npz file of named arrays")
             missing = [name for name in required if name not in file]

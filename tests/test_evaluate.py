@@ -1,0 +1,301 @@
+"""The evaluation command: files in, numbers out; descriptors of a run kept and reused."""
+
+import json
+import pathlib
+import re
+import types
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from mros_jax import evaluate, inference, recipe
+from mros_jax.data.splits import Dataset, Split
+from mros_jax.retrieval import files
+
+GOLDEN = pathlib.Path(__file__).parent / "data" / "retrieval_a.npz"
+
+
+def make_split(name, num, rng, people=4):
+    return Split(
+        name=name,
+        names=np.array([f"{name}_{i:03}.jpg" for i in range(num)]),
+        pids=(np.arange(num) % people + 1).astype(np.int32),
+        camids=rng.integers(1, 4, num).astype(np.int32),
+        sequences=np.zeros(num, np.int32),
+        pixels=lambda: make_pixels(np.arange(num) % people),
+    )
+
+
+def make_pixels(people):
+    """Noise, with a bright row for each person."""
+    images = np.random.default_rng(0).integers(0, 30, (len(people), 8, 4, 3))
+    images[np.arange(len(people)), people] = 200
+    return images.astype(np.uint8)
+
+
+@pytest.fixture
+def dataset():
+    rng = np.random.default_rng(1)
+    return Dataset(
+        name="tiny",
+        train=make_split("train", 4, rng),
+        query=make_split("query", 12, rng),
+        gallery=make_split("gallery", 40, rng),
+        pid_of_label=np.arange(1, 5, dtype=np.int32),
+    )
+
+
+class FakeModel:
+    """Stands for a trained network; counts what it is asked."""
+
+    def __init__(self, checkpoint_id="step-1"):
+        self.checkpoint_id = checkpoint_id
+        self.calls = []
+        self.config = ConfigDict(
+            {
+                "seed": 3,
+                "dataset": {
+                    "name": "tiny",
+                    "root": None,
+                    "cache_dir": None,
+                    "on_bad_image": "error",
+                },
+                "input": {"height": 8, "width": 4},
+                "model": {"setting": "IV"},
+            }
+        )
+
+    def embed(self, images, *, batch_size, flip_test, progress):
+        self.calls.append((len(images), batch_size, flip_test))
+        return images.reshape(len(images), -1).astype(np.float32) + 10 * flip_test + 1
+
+
+@pytest.fixture
+def run(tmp_path, dataset, monkeypatch):
+    """A run directory, with the model that it holds."""
+    state = types.SimpleNamespace(model=FakeModel(), path=tmp_path)
+    monkeypatch.setattr(inference, "load_model", lambda run, checkpoint: state.model)
+    monkeypatch.setattr(recipe, "load_dataset", lambda config: dataset)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return state
+
+
+def call(*argv, capsys):
+    status = evaluate.main([*argv, "--no_progress"])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_checkpoint_is_evaluated_and_its_descriptors_kept(run, capsys):
+    argv = ("--checkpoint", str(run.path), "--rerank=ecn", "--json", "--batch_size=16")
+    options = '--rerank_options={"ecn": {"k": 10, "t": 2, "q": 4}}'
+    status, out, _ = call(*argv, options, capsys=capsys)
+    assert status == 0
+    results = json.loads(out)
+    assert run.model.calls == [(12, 16, False), (40, 16, False)]
+    assert results["format"] == 1
+    assert results["run"]["setting"] == "IV"
+    assert results["run"]["seed"] == 3
+    assert results["dataset"]["name"] == "tiny"
+    assert results["dataset"]["num_gallery"] == 40
+    plain, ecn = results["results"]
+    assert (plain["name"], plain["rerank"]) == ("plain", None)
+    assert ecn["protocol"]["rerank_options"]["k"] == 10
+    for entry in (plain, ecn):
+        assert entry["mAP"] > 0.9
+        assert len(entry["cmc"]) == 50
+        assert entry["protocol"]["flip_test"] is False
+        assert entry["protocol"]["dataset"] == "tiny"
+        assert entry["protocol"]["seed"] == 3
+        assert len(entry["ap"]) == len(entry["first_match_rank"]) == len(entry["valid_queries"])
+
+    saved = files.load_features(run.path / "features.npz")
+    assert str(saved["checkpoint_id"]) == "step-1"
+    assert saved["query_names"][0] == "query_000.jpg"
+    again = call(*argv, options, capsys=capsys)[1]
+    assert run.model.calls == [(12, 16, False), (40, 16, False)]
+    assert json.loads(again)["results"] == results["results"]
+
+
+def test_descriptors_are_computed_again_when_something_changed(run, capsys, dataset):
+    argv = ("--checkpoint", str(run.path))
+    call(*argv, capsys=capsys)
+    run.model.calls.clear()
+    run.model.checkpoint_id = "step-2"
+    call(*argv, capsys=capsys)
+    assert len(run.model.calls) == 2
+    dataset.gallery.camids[0] += 1
+    call(*argv, capsys=capsys)
+    assert len(run.model.calls) == 4
+    call(*argv, capsys=capsys)
+    assert len(run.model.calls) == 4
+
+
+def test_flip_test_keeps_its_own_descriptors(run, capsys):
+    argv = ("--checkpoint", str(run.path))
+    call(*argv, capsys=capsys)
+    status, out, _ = call(*argv, "--flip_test", capsys=capsys)
+    assert status == 0
+    assert "flip test True" in out
+    assert run.model.calls[-1] == (40, 128, True)
+    names = {path.name for path in run.path.glob("*.npz")}
+    assert names == {"features.npz", "features-flip.npz"}
+
+
+def test_torn_descriptors_of_a_run_are_computed_again(run, capsys):
+    (run.path / "features.npz").write_bytes(b"PK\x03\x04torn")
+    status, out, _ = call("--checkpoint", str(run.path), capsys=capsys)
+    assert status == 0
+    assert "mAP" in out
+    assert len(run.model.calls) == 2
+    files.load_features(run.path / "features.npz")
+
+
+def test_a_torn_features_file_is_refused_by_name(tmp_path, capsys):
+    (tmp_path / "features.npz").write_bytes(b"PK\x03\x04torn")
+    status, _, err = call("--features", str(tmp_path / "features.npz"), capsys=capsys)
+    assert status == 2
+    assert "features.npz is not a complete .npz file" in err
+
+
+def test_no_run_is_a_clear_error(tmp_path, capsys):
+    status, _, err = call("--checkpoint", str(tmp_path), capsys=capsys)
+    assert status == 2
+    assert "is not a run" in err
+
+
+def test_features_file_gives_the_golden_numbers(capsys, tmp_path):
+    out_file = tmp_path / "results.json"
+    status, out, _ = call(
+        "--features", str(GOLDEN), "--rerank=ecn,k_reciprocal,aqe", "--out", str(out_file),
+        capsys=capsys,
+    )  # fmt: skip
+    assert status == 0
+    with np.load(GOLDEN) as golden:
+        expected = {
+            "plain": golden["ap_standard"].mean(),
+            "ecn": golden["mAP_after_ecn_rankdist_k25_t3_q8"],
+            "k_reciprocal": golden["mAP_after_kreciprocal_k20_6_l0.3"],
+        }
+    results = {e["name"]: e for e in json.loads(out_file.read_text())["results"]}
+    assert list(results) == ["plain", "ecn", "k_reciprocal", "aqe"]
+    for name, mAP in expected.items():
+        assert results[name]["mAP"] == pytest.approx(float(mAP), abs=1e-6)
+        assert f"{100 * float(mAP):.2f}" in out
+    assert "60 junk left out" in out
+
+
+def test_two_files_equal_one(tmp_path, capsys):
+    with np.load(GOLDEN) as golden:
+        for split in ("query", "gallery"):
+            np.savez(
+                tmp_path / f"{split}.npz",
+                **{name: golden[f"{split}_{name}"] for name in ("features", "pids", "camids")},
+            )
+    pair = [f"--{split}_features={tmp_path / split}.npz" for split in ("query", "gallery")]
+    two = call(*pair, "--json", "--ap=trapezoid", capsys=capsys)[1]
+    one = call("--features", str(GOLDEN), "--json", "--ap=trapezoid", capsys=capsys)[1]
+    assert json.loads(two)["results"] == json.loads(one)["results"]
+    assert json.loads(two)["results"][0]["protocol"]["ap"] == "trapezoid"
+
+
+def test_options_reach_the_protocol(capsys):
+    out = call(
+        "--features", str(GOLDEN), "--json", "--metric=euclidean", "--unnormalized", "--keep_junk",
+        "--rerank=k_reciprocal", "--max_rank=7", "--no_distractors", capsys=capsys,
+    )[1]  # fmt: skip
+    plain, reranked = json.loads(out)["results"]
+    protocol = plain["protocol"]
+    assert protocol["metric"] == "euclidean"
+    assert protocol["normalize"] is False
+    assert protocol["distractor_pid"] is None
+    assert protocol["num_distractors"] == 0
+    assert len(plain["cmc"]) == 7
+    assert reranked["protocol"]["junk"] == "neighbours in re-ranking"
+
+
+def test_further_scores(capsys):
+    argv = ("--features", str(GOLDEN), "--verification", "--bootstrap=200")
+    text = call(*argv, capsys=capsys)[1]
+    assert "95 % by identity: mAP" in text
+    assert "TPR at FPR 0.001" in text
+    assert "DIR at FAR 0.1" in text
+    results = json.loads(call(*argv, "--json", "--bootstrap_by=query", capsys=capsys)[1])
+    low, high = results["results"][0]["intervals"]["mAP"]
+    assert low < results["results"][0]["mAP"] < high
+    assert 0 < results["verification"]["eer"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"features": np.ones((2, 2))}, "lacks query_features, gallery_features.*holds features"),
+        ({"query_pids": np.array(["a"] * 49)}, "query_pids holds <U1"),
+        ({"query_pids": np.array(["a"] * 49, object)}, "no .npz file of plain arrays"),
+        ({"query_features": np.full((49, 48), np.nan, np.float32)}, "query_features holds NaN"),
+    ],
+)
+def test_bad_files(arrays, message, tmp_path, capsys):
+    if "features" not in arrays:
+        with np.load(GOLDEN) as golden:
+            arrays = dict(golden) | arrays
+    np.savez(tmp_path / "bad.npz", **arrays)
+    status, _, err = call("--features", str(tmp_path / "bad.npz"), capsys=capsys)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert re.search(message, err)
+
+
+def test_one_array_is_no_features_file(tmp_path, capsys):
+    np.save(tmp_path / "one.npy", np.ones(3))
+    status, _, err = call("--features", str(tmp_path / "one.npy"), capsys=capsys)
+    assert status == 2
+    assert "is one array; expected an .npz file" in err
+
+
+def test_reranking_a_tiny_gallery_names_the_numbers(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "tiny.npz",
+        query_features=rng.random((2, 4)), gallery_features=rng.random((10, 4)),
+        query_pids=[1, 2], gallery_pids=[1, 2] * 5, query_camids=[1, 1], gallery_camids=[2] * 10,
+    )  # fmt: skip
+    path = str(tmp_path / "tiny.npz")
+    status, _, err = call("--features", path, "--rerank=ecn", capsys=capsys)
+    assert status == 2
+    assert "k is 25, but there are only 12 images in queries and gallery" in err
+    assert call("--features", path, capsys=capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give one of --checkpoint"),
+        (["--features", "a", "--checkpoint", "b"], "give one of --checkpoint"),
+        (["--query_features", "a"], "go together"),
+        (["--features", "a", "--flip_test"], "--flip_test needs --checkpoint"),
+        (["--features", "a", "--rerank=magic"], "expected some of ecn"),
+        (["--features", "a", "--rerank_options=k=3"], "is not JSON"),
+    ],
+)
+def test_bad_flags(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(argv)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_file(capsys):
+    status, _, err = call("--features", "/nowhere/x.npz", capsys=capsys)
+    assert status == 2
+    assert "/nowhere/x.npz does not exist" in err
+
+
+def test_features_are_written_at_once_or_not_at_all(tmp_path):
+    path = tmp_path / "features.npz"
+    files.save_features(path, {"a": np.arange(3)})
+    with pytest.raises(ValueError, match=r"pickle|Object"):
+        files.save_features(path, {"a": np.array([object()])})
+    assert files.load_arrays(path, ("a",))["a"].tolist() == [0, 1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["features.npz"]
