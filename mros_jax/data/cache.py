@@ -65,7 +65,7 @@ def save(path: pathlib.Path, images: Images, meta: dict[str, Any], on_error: str
         _remove_stale(path.parent)
         free = shutil.disk_usage(path.parent).free
         if free < images.nbytes:
-            raise OSError(f"{images.nbytes / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
+            raise OSError(f"{images.nbytes / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
         described = path.with_suffix(".json" + mark)
         described.write_text(json.dumps({**meta, "shape": list(images.shape)}))
         os.replace(described, path.with_suffix(".json"))

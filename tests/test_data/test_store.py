@@ -171,7 +171,7 @@ def test_full_disk(load, jpegs, tmp_path, monkeypatch, when):
     if when == "before":
         full = os.statvfs_result((4096, 4096, 100, 0, 0, 0, 0, 0, 0, 255))
         monkeypatch.setattr(os, "statvfs", lambda path: full)
-        pattern = "0 MB needed, 0 MB free"
+        pattern = "0.0 MB needed, 0.0 MB free"
     else:
 
         def fail(descriptor):
