@@ -87,8 +87,9 @@ def main(argv: list[str]) -> None:
     del argv
     config = _CONFIG.value
     dataset = recipe.load_dataset(config)
-    overrides = [a for a in sys.argv[1:] if a.startswith("--config.")]
-    overrides += [f"--config={flags.FLAGS['config'].config_filename}", "--config.log_every_steps=1"]
+    overrides = [f"--config={flags.FLAGS['config'].config_filename}"]  # must come first
+    overrides += [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
+    overrides.append("--config.log_every_steps=1")
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         folder = pathlib.Path(directory)
