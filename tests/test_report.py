@@ -61,21 +61,33 @@ def test_states_scores_protocol_and_provenance(run, report):
         assert f"{100 * result['cmc'][0]:.1f}" in text
     assert "84.2" in text  # the paper's
     assert "93.5" in text
-    assert "cannot be compared" in text  # synthetic is not Market-1501
+    assert "dataset: synthetic, not market1501" in text
+    assert "backbone: tiny, not resnet50" in text
     provenance = json.loads((run / "run.json").read_text())
     assert provenance["versions"]["jax"] in text
     assert "rerank_options.k" in text
     assert "optimizer.weight_decay" in text
 
 
-def test_compares_only_market_with_the_paper(copy):
+def test_gives_differences_where_the_protocol_is_the_papers(copy):
+    assert "difference<" not in write_report(copy).read_text()
     results = json.loads((copy / "results.json").read_text())
-    results["dataset"] |= {"name": "market1501", "num_query": 3368}
+    own = {"dataset": "market1501", "num_query": 3368, "num_gallery": 15913, "num_junk": 3819}
+    for result in results["results"]:
+        result["protocol"] |= {**own, "flip_test": False}
+        if result["rerank"]:
+            result["protocol"]["rerank_options"]["k"] = 25
     results["results"][0]["mAP"] = 0.852
+    results["results"][1]["cmc"][0] = 0.945
     (copy / "results.json").write_text(json.dumps(results))
+    config = json.loads((copy / "config.json").read_text())
+    config["model"]["backbone"] = "resnet50"
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "features.npz").unlink()
     text = write_report(copy).read_text()
-    assert "cannot be compared" not in text
+    assert "measured otherwise" not in text
     assert ">+1.0<" in text
+    assert ">-1.0<" in text
 
 
 @needs_chromium

@@ -22,6 +22,7 @@ from mros_jax import recipe
 from mros_jax.data import store
 from mros_jax.data.splits import Split
 from mros_jax.report import plots
+from mros_jax.report.paper import METRICS, find_paper_rows
 from mros_jax.report.ranking import Ranking, Scan, choose_queries, stripe_distances
 from mros_jax.report.run import Run, load_run
 
@@ -29,10 +30,6 @@ log = logging.getLogger(__name__)
 
 _THUMBNAIL = (160, 160)  # largest width and height in pixels
 _NAMES = {"plain": "Plain", "ecn": "ECN", "k_reciprocal": "k-reciprocal", "aqe": "AQE"}
-_METRICS = ("mAP", "Rank-1", "Rank-5", "Rank-10", "mINP")
-# Okay et al., 2019: Table 1 by setting, and the MROS rows of Tables 2 and 3, in percent.
-_PAPER_SETTINGS = {"I": (81.8, 93.2), "II": (82.8, 93.5), "III": (84.0, 94.2), "IV": (84.2, 94.4)}
-_PAPER_FULL = {"plain": (84.2, 94.4, 97.8, 98.7), "ecn": (93.5, 95.5, 97.2, 97.8)}
 
 
 def write_report(
@@ -73,7 +70,7 @@ def write_report(
         "notes": [],
         "scores": [_score(result) for result in run.rankings],
         "paper": _compare_with_paper(run),
-        "metrics": _METRICS,
+        "metrics": list(METRICS),
         "curves": _plot_training(run),
         "cmc": _plot_cmc(run),
         "config": _flatten(run.config),
@@ -123,20 +120,13 @@ def _score(result: dict[str, Any]) -> dict[str, Any]:
 
 def _compare_with_paper(run: Run) -> dict[str, Any]:
     """The paper's numbers beside those of the run."""
+    paper, mismatches = find_paper_rows(run)
     rows = []
-    for result, score in zip(run.rankings, map(_score, run.rankings), strict=True):
-        ours = [score["values"][name] for name in _METRICS]
-        paper: Sequence[float] = ()
-        if run.setting == "IV":
-            paper = _PAPER_FULL.get(result["name"], ())
-        elif result["name"] == "plain":
-            paper = _PAPER_SETTINGS[run.setting]
-        theirs = [p / 100 for p in paper] + [None] * (len(_METRICS) - len(paper))
-        rows.append({"name": score["name"], "cells": list(zip(ours, theirs, strict=True))})
-    return {
-        "rows": rows,
-        "comparable": run.dataset == "market1501" and run.results["dataset"]["num_query"] == 3368,
-    }
+    for result, theirs in zip(run.rankings, paper, strict=True):
+        score = _score(result)
+        cells = [(score["values"][name], theirs.get(name)) for name in METRICS]
+        rows.append({"name": score["name"], "cells": cells, "has_paper": bool(theirs)})
+    return {"rows": rows, "mismatches": mismatches}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
