@@ -32,6 +32,8 @@ DATASETS = {
     "msmt17_v2": "msmt17_v2",
     "cuhk03_labeled": "cuhk03_labeled",
     "cuhk03_detected": "cuhk03_detected",
+    "cuhk03_labeled_classic": "cuhk03_labeled_classic",
+    "cuhk03_detected_classic": "cuhk03_detected_classic",
     "folder": "folder",
     "synthetic": "synthetic",
 }
@@ -61,6 +63,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.dataset.on_bad_image = "error"  # or "skip": leave unreadable images out, and say so
     config.dataset.cache_dir = placeholder(str)  # decoded images; None: the user's cache directory
     config.dataset.device_fraction = 0.5  # keep images on the device up to this share of its memory
+    config.dataset.distractors_500k = False  # Market-1501 only: with the 500,000 distractors
+    config.dataset.include_val = True  # MSMT17 only: train on the validation list too, as published
+    config.dataset.test_set = 0  # classic CUHK03 only: which of the 20 splits
     config.dataset.preset = "market"  # synthetic only: its size, "market", "demo" or "small"
     config.dataset.seed = 0  # synthetic only: other seed, other people
 

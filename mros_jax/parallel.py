@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mros_jax.paths import cache_directory
+
 AXIS = "device"
 
 
@@ -149,5 +151,4 @@ def use_compilation_cache() -> None:
     `JAX_COMPILATION_CACHE_DIR` names another directory; empty, it turns the cache off.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "mros_jax", "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory("xla")))

@@ -6,7 +6,6 @@ arguments.
 
 import functools
 import logging
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +15,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mros_jax import losses, parallel
-from mros_jax.data import doctor, sources, synthetic
+from mros_jax.data import doctor, sources
 from mros_jax.models import torch_weights
 from mros_jax.models.mros import MROS
 from mros_jax.optimizers import Schedule, make_optimizer, make_schedule
+from mros_jax.paths import cache_directory
 from mros_jax.state import TrainState, make_state
 from mros_jax.steps import make_train_step
 
@@ -40,6 +40,15 @@ _CHOICES = {
     "optimizer.warmup_per": ("epoch", "iteration"),
     "eval.metric": ("cosine", "euclidean"),
     "eval.ap": ("standard", "trapezoid"),
+}
+# Fields of config.dataset that only some data sets have.
+_DATASET_OPTIONS = {
+    "market1501": ("distractors_500k",),
+    "msmt17": ("include_val",),
+    "msmt17_v2": ("include_val",),
+    "cuhk03_labeled_classic": ("test_set",),
+    "cuhk03_detected_classic": ("test_set",),
+    "synthetic": ("preset", "seed"),
 }
 _AT_LEAST_ONE = (
     "num_epochs",
@@ -89,15 +98,9 @@ def load_dataset(config: ConfigDict) -> sources.Dataset:
     Raises:
         ValueError, FileNotFoundError: no such data set, or none at its root.
     """
-    options: dict[str, Any] = {}
-    if config.dataset.name == "synthetic":
-        if config.dataset.preset not in synthetic.PRESETS:
-            raise ValueError(
-                f"config.dataset.preset is {config.dataset.preset!r}; expected one of "
-                f"{tuple(synthetic.PRESETS)}"
-            )
-        options = {**synthetic.PRESETS[config.dataset.preset], "seed": config.dataset.seed}
-    return sources.load_dataset(config.dataset.name, config.dataset.root, **options)
+    data = config.dataset
+    options = {name: data[name] for name in _DATASET_OPTIONS.get(data.name, ())}
+    return sources.load_dataset(data.name, data.root, on_bad_image=data.on_bad_image, **options)
 
 
 def make_model(model_config: ConfigDict, num_classes: int) -> MROS:
@@ -137,15 +140,13 @@ def check_fit(config: ConfigDict, dataset: sources.Dataset, model: MROS) -> None
             )
 
 
-def weights_dir() -> pathlib.Path:
-    """Where `scripts/fetch_weights.py` puts ImageNet weights."""
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(cache) / "mros_jax" / "weights"
-
-
 def find_weights(backbone: str) -> pathlib.Path | None:
     """The fetched ImageNet weights of a backbone, torchvision's V1 before V2, if there are any."""
-    found = [p for s in ("safetensors", "pth") for p in weights_dir().glob(f"{backbone}-*.{s}")]
+    found = [
+        p
+        for s in ("safetensors", "pth")
+        for p in cache_directory("weights").glob(f"{backbone}-*.{s}")
+    ]
     return min(found, key=lambda path: path.name, default=None)
 
 
@@ -162,7 +163,7 @@ def init_variables(model: MROS, config: ConfigDict) -> dict[str, Any]:
                 "No ImageNet weights for %s in %s: training starts from random weights and will "
                 "end far below the paper. To fetch them: python scripts/fetch_weights.py",
                 config.model.backbone,
-                weights_dir(),
+                cache_directory("weights"),
             )
     if weights == "none":
         return variables

@@ -21,6 +21,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mros_jax.paths import cache_directory
+
 ASSETS = pathlib.Path(__file__).parents[1] / "third_party" / "assets.toml"
 CHUNK = 1 << 18
 
@@ -144,7 +146,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     assets = load_assets()
     parser.add_argument("name", nargs="?", default="resnet50_v1", choices=sorted(assets))
-    parser.add_argument("--to", type=pathlib.Path, default=pathlib.Path("weights"), metavar="DIR")
+    parser.add_argument(
+        "--to",
+        type=pathlib.Path,
+        default=cache_directory("weights"),
+        metavar="DIR",
+        help="default: %(default)s, where training looks",
+    )
     parser.add_argument("--list", action="store_true", help="show what can be had, and stop")
     arguments = parser.parse_args(argv)
     if arguments.list:

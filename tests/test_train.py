@@ -221,7 +221,7 @@ def test_diverged_loss_names_step_parts_and_checkpoint(tmp_path, cache_dir):
         ("eval.rerank", ("magic",), "config.eval.rerank names 'magic'"),
         ("batch.identities", 3, "a batch of 3 identities x 2 images = 6 cannot be split over 4"),
         ("batch.identities", 100, "12 training identities"),
-        ("dataset.preset", "huge", "config.dataset.preset is 'huge'"),
+        ("dataset.preset", "huge", "unknown preset 'huge'"),
         ("eval.rerank_options.ecn.k", 5000, "5000"),
         ("input.height", 100, "height 100"),
     ],

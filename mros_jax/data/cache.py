@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from mros_jax.paths import cache_directory
+
 Images = UInt8[np.ndarray, "N H W 3"]
 _STALE_SECONDS = 24 * 3600
 _BLOCK = 64 << 20
@@ -24,8 +26,7 @@ def directory(chosen: str | os.PathLike[str] | None = None) -> pathlib.Path:
     """Returns the directory chosen, or `mros_jax/images` in the user's cache directory."""
     if chosen is not None:
         return pathlib.Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(base).expanduser() / "mros_jax" / "images"
+    return cache_directory("images")
 
 
 def load(path: pathlib.Path) -> tuple[pathlib.Path, Images, dict[str, Any]] | None:
