@@ -126,11 +126,11 @@ def _make_embed(model: nn.Module, height: int, width: int):
     )
     def embed(variables, images, flip_test):
         inputs = augment.preprocess(images, height=height, width=width)
-        descriptor = model.apply(variables, inputs, train=False).descriptor
-        if flip_test:
-            mirrored = model.apply(variables, inputs[:, :, ::-1], train=False).descriptor
-            descriptor = (descriptor + mirrored) / 2
-        return descriptor
+        outputs: Any = model.apply(variables, inputs, train=False)
+        if not flip_test:
+            return outputs.descriptor
+        mirrored: Any = model.apply(variables, inputs[:, :, ::-1], train=False)
+        return (outputs.descriptor + mirrored.descriptor) / 2
 
     return embed
 

@@ -62,7 +62,7 @@ def time_steps(config: Any, dataset: Any, *, with_data: bool) -> float:
     state, step = recipe.build(config, model, feed.sizes.steps_per_epoch)
     step = parallel.MappedStep(step)
     batches = list(feed.epoch(0))
-    data = feed.data
+    data: Any = feed.data
     if not with_data:
         images = augment.preprocess(
             np.asarray(jax.device_get(data["images"])), **config.input.to_dict()
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     del argv
     config = _CONFIG.value
     dataset = recipe.load_dataset(config)
-    overrides = [f"--config={flags.FLAGS['config'].config_filename}"]  # must come first
+    overrides = [f"--config={config_flags.get_config_filename(_CONFIG)}"]  # must come first
     overrides += [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
     overrides.append("--config.log_every_steps=1")
     rows = []

@@ -3,7 +3,7 @@
 import pathlib
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from absl import app, flags
 from matplotlib.figure import Figure
 from ml_collections import config_flags
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     """Command line."""
     del argv
     schedule = recipe.make_config_schedule(_CONFIG.value, _STEPS.value)
-    steps = np.arange(_CONFIG.value.num_epochs * _STEPS.value)
+    steps = jnp.arange(_CONFIG.value.num_epochs * _STEPS.value)
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps / _STEPS.value, jax.vmap(schedule)(steps))
