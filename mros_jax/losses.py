@@ -342,8 +342,8 @@ def _take_rows(
 
 
 def _gather(
-    arrays: tuple[Array, Array, _Mask], axis_name: str | None
-) -> tuple[Array, Array, _Mask]:
+    arrays: tuple[Array, Array, Array | None], axis_name: str | None
+) -> tuple[Array, Array, Array | None]:
     if axis_name is None:
         return arrays
     return jax.tree.map(lambda x: lax.all_gather(x, axis_name, axis=0, tiled=True), arrays)

@@ -109,6 +109,8 @@ class MROS(nn.Module):
             )
         if self.backbone not in BACKBONES:
             raise ValueError(f"backbone is {self.backbone!r}; it must be one of {tuple(BACKBONES)}")
+        if self.last_stride not in (1, 2):
+            raise ValueError(f"last_stride is {self.last_stride}; it must be 1 or 2")
         self.trunk = ResNet(
             **BACKBONES[self.backbone]._asdict(),
             last_stride=self.last_stride,

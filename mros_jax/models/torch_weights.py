@@ -90,7 +90,7 @@ def to_torch_state_dict(variables: Mapping[str, Any]) -> StateDict:
     state: StateDict = {}
     for path, value in sorted(_flatten(variables).items()):
         for name, array in _to_torch(path, np.asarray(value)):
-            state[name] = np.ascontiguousarray(array)
+            state[name] = np.array(array, order="C")  # a copy: the caller may write to it
     for name in list(state):
         if name.endswith(".running_mean"):
             bn = name.removesuffix("running_mean")

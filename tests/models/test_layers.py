@@ -1,0 +1,97 @@
+"""The written-out gradients equal those of a plain forward pass."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mros_jax.models import layers
+
+
+def plain_max_pool(x):
+    return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+
+
+@pytest.mark.parametrize("ties", [True, False])
+@pytest.mark.parametrize("size", [(8, 4), (7, 5), (1, 1)])
+def test_max_pool_equals_the_library(size, ties):
+    rng = np.random.default_rng(0)
+    shape = (2, *size, 3)
+    x = rng.integers(-2, 2, shape) if ties else rng.standard_normal(shape)
+    x = jnp.asarray(x, jnp.float32)
+    dy = rng.standard_normal((2, -(-size[0] // 2), -(-size[1] // 2), 3)).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(pool, x, dy):
+        y, pull = jax.vjp(pool, x)
+        return y, pull(dy)[0]
+
+    y, dx = both(layers.max_pool, x, dy)
+    expected, expected_dx = both(plain_max_pool, x, dy)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_allclose(dx, expected_dx, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(40, 3, 8), (40, 8, 3)])
+def test_multiply(shape):
+    m, c, f = shape
+    key = jax.random.key(0)
+    x, k = jax.random.normal(key, (m, c)), jax.random.normal(key, (c, f))
+    ours = jax.jit(jax.grad(lambda x, k: jnp.sum(layers.multiply(x, k) ** 2), (0, 1)))(x, k)
+    plain = jax.grad(lambda x, k: jnp.sum((x @ k) ** 2), (0, 1))(x, k)
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+def plain_normalize(x, scale, bias, epsilon=1e-5, axis_name=None):
+    axes = tuple(range(x.ndim - scale.ndim))
+    mean, square = jnp.mean(x, axes), jnp.mean(x**2, axes)
+    if axis_name is not None:
+        mean, square = jax.lax.pmean((mean, square), axis_name)
+    return (x - mean) / jnp.sqrt(square - mean**2 + epsilon) * scale + bias
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2, 5), (6, 5, 3)])
+def test_normalize(shape):
+    axes = 2 if len(shape) == 3 else 1
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2))
+    scale, bias = (jnp.asarray(rng.uniform(0.5, 2, shape[-axes:]), jnp.float32) for _ in range(2))
+
+    def ours(*args):
+        return layers.normalize(*args, 1e-5, None)[0]
+
+    y, pull = jax.vjp(ours, x, scale, bias)
+    expected, expected_pull = jax.vjp(plain_normalize, x, scale, bias)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(pull(dy), expected_pull(dy), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_normalize_over_devices_equals_one_device():
+    rng = np.random.default_rng(1)
+    x, dy = (jnp.asarray(rng.standard_normal((8, 5)), jnp.float32) for _ in range(2))
+    scale, bias = jnp.full(5, 1.5), jnp.full(5, 0.5)
+    y, pull = jax.vjp(plain_normalize, x, scale, bias)
+
+    def device(x, dy):
+        y, pull = jax.vjp(lambda *a: layers.normalize(*a, 1e-5, "d")[0], x, scale, bias)
+        dx, dscale, dbias = pull(dy)
+        return y, dx, *jax.lax.psum((dscale, dbias), "d")
+
+    parts = (a.reshape(4, 2, 5) for a in (x, dy))
+    ours_y, dx, dscale, dbias = jax.pmap(device, axis_name="d")(*parts)
+    np.testing.assert_allclose(ours_y.reshape(8, 5), y, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dx.reshape(8, 5), pull(dy)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dscale[0], pull(dy)[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dbias[3], pull(dy)[2], rtol=1e-4, atol=1e-5)
+
+
+def test_large_means_do_not_cancel():
+    x = jnp.asarray(1000 + np.random.default_rng(0).standard_normal((64, 3)), jnp.float32)
+    y, _, var = layers.normalize(x, jnp.ones(3), jnp.zeros(3), 1e-5, None)
+    np.testing.assert_allclose(var, np.var(np.asarray(x, np.float64), axis=0), rtol=1e-4)
+    np.testing.assert_allclose(jnp.std(y, axis=0), 1, rtol=1e-4)

@@ -1,0 +1,326 @@
+"""Losses against formulas written out in NumPy, under jit, grad and vmap; devices; bad input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mros_jax import losses
+from mros_jax.models.mros import MROSOutputs
+
+# Shapes stay the same in property tests, so that each function compiles once.
+B, D, N = 12, 5, 6
+
+
+def random_batch(seed, identities=4):
+    rng = np.random.default_rng(seed)
+    features = rng.standard_normal((B, D)).astype(np.float32)
+    return features, rng.integers(0, identities, B).astype(np.int32), rng.random(B) < 0.7
+
+
+def triplet_by_hand(x, labels, margin, reduction, mask=None):
+    x = np.asarray(x, np.float64)
+    keep = np.ones(len(x), bool) if mask is None else mask
+    terms = []
+    for i in np.flatnonzero(keep):
+        d = np.sqrt(((x - x[i]) ** 2).sum(1))
+        positives = [d[j] for j in np.flatnonzero(keep & (labels == labels[i])) if j != i]
+        negatives = d[keep & (labels != labels[i])]
+        if positives and len(negatives):
+            gap = max(positives) - negatives.min()
+            terms.append(np.logaddexp(0, gap) if margin is None else max(0.0, gap + margin))
+    total = sum(terms)
+    return total / max(len(terms), 1) if reduction == "mean" else total
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def triplet(features, labels, mask, margin=0.3, reduction="mean"):
+    return losses.batch_hard_triplet(
+        features, labels, mask=mask, margin=margin, reduction=reduction
+    )
+
+
+@jax.jit
+def center(features, labels, centers, mask):
+    return losses.center_loss(features, labels, centers, mask=mask)
+
+
+@jax.jit
+def cross_entropy(logits, labels, mask):
+    return losses.smoothed_cross_entropy(logits, labels, mask=mask)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 10_000),
+    identities=st.integers(1, 8),
+    margin=st.sampled_from([0.3, None]),
+    reduction=st.sampled_from(["mean", "sum"]),
+)
+def test_triplet(seed, identities, margin, reduction):
+    x, labels, mask = random_batch(seed, identities)
+    expected = triplet_by_hand(x, labels, margin, reduction, mask)
+    np.testing.assert_allclose(
+        triplet(x, labels, mask, margin, reduction), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10_000))
+def test_losses_do_not_depend_on_the_order(seed):
+    x, labels, mask = random_batch(seed)
+    order = np.random.default_rng(seed).permutation(B)
+    centers = np.random.default_rng(seed).standard_normal((N, D)).astype(np.float32)
+    for loss in (triplet, functools.partial(center, centers=centers)):
+        direct = loss(features=x, labels=labels, mask=mask)
+        moved = loss(features=x[order], labels=labels[order], mask=mask[order])
+        np.testing.assert_allclose(moved, direct, rtol=1e-5, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10_000), garbage=st.sampled_from([1e30, np.nan, np.inf]))
+def test_masked_examples_contribute_nothing(seed, garbage):
+    x, labels, mask = random_batch(seed)
+    centers = np.random.default_rng(seed).standard_normal((N, D)).astype(np.float32)
+    spoilt = np.where(mask[:, None], x, np.float32(garbage))
+    wrong_labels = np.where(mask, labels, -1).astype(np.int32)
+    for loss in (triplet, functools.partial(center, centers=centers)):
+        value = loss(features=x, labels=labels, mask=mask)
+        assert loss(features=spoilt, labels=wrong_labels, mask=mask) == value
+    logits, spoilt_logits = x[:, :4], spoilt[:, :4]
+    assert cross_entropy(spoilt_logits, wrong_labels, mask) == cross_entropy(logits, labels, mask)
+
+
+def test_masked_garbage_has_no_gradient():
+    x, labels, mask = random_batch(0)
+    spoilt = np.where(mask[:, None], x, np.nan)
+    gradient = jax.grad(triplet)(spoilt, labels, mask)
+    assert jnp.isfinite(gradient).all()
+    assert (gradient[~mask] == 0).all()
+
+
+def test_triplet_far_from_the_origin_and_scaled():
+    x, labels, mask = random_batch(1)
+    np.testing.assert_allclose(triplet(x + 100, labels, mask), triplet(x, labels, mask), rtol=1e-4)
+    np.testing.assert_allclose(
+        triplet(3 * x, labels, mask, 0.9), 3 * triplet(x, labels, mask, 0.3), rtol=1e-5
+    )
+
+
+def test_triplet_of_equal_images_has_a_finite_gradient():
+    x = np.ones((B, D), np.float32)
+    labels = np.repeat(np.arange(3), 4).astype(np.int32)
+    value, gradient = jax.value_and_grad(triplet)(x, labels, np.ones(B, bool))
+    assert value == pytest.approx(0.3)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("labels", [np.zeros(B, np.int32), np.arange(B, dtype=np.int32)])
+def test_no_valid_pair_gives_zero(labels):
+    x, _, _ = random_batch(2)
+    value, gradient = jax.value_and_grad(triplet)(x, labels, np.ones(B, bool))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_everything_masked_gives_zero():
+    x, labels, _ = random_batch(2)
+    none = np.zeros(B, bool)
+    assert triplet(x, labels, none) == 0
+    assert center(x, labels, np.ones((N, D), np.float32), none) == 0
+    assert cross_entropy(x, labels, none) == 0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_center_loss(reduction):
+    x, labels, _ = random_batch(3)
+    centers = np.random.default_rng(3).standard_normal((N, D)).astype(np.float32)
+    squared = ((x.astype(np.float64) - centers[labels]) ** 2).sum(1)
+    expected = squared.mean() if reduction == "mean" else squared.sum() / 2
+    value = losses.center_loss(
+        jnp.asarray(x), jnp.asarray(labels), jnp.asarray(centers), reduction=reduction
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0, 0.1, 1])
+def test_cross_entropy_over_heads(smoothing):
+    rng = np.random.default_rng(4)
+    logits = rng.standard_normal((B, 3, N)).astype(np.float32)
+    labels = rng.integers(0, N, B).astype(np.int32)
+    log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    target = (1 - smoothing) * np.eye(N)[labels] + smoothing / N
+    expected = -(target[:, None] * log_p).sum(-1).mean()
+    value = losses.smoothed_cross_entropy(
+        jnp.asarray(logits), jnp.asarray(labels), smoothing=smoothing
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_cross_entropy_of_huge_logits_is_finite():
+    logits = jnp.array([[1e4, -1e4, 0.0]])
+    assert losses.smoothed_cross_entropy(logits, jnp.array([0]), smoothing=0) == 0
+    assert jnp.isfinite(losses.smoothed_cross_entropy(logits, jnp.array([1])))
+
+
+def test_vmap_is_a_loop():
+    xs = np.stack([random_batch(seed)[0] for seed in range(3)])
+    _, labels, mask = random_batch(0)
+    batched = jax.vmap(triplet, in_axes=(0, None, None))(xs, labels, mask)
+    np.testing.assert_allclose(batched, [triplet(x, labels, mask) for x in xs], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [-1, N])
+def test_labels_out_of_range_give_nan_and_a_clear_error_on_the_host(bad):
+    x, labels, mask = random_batch(5)
+    labels[3], mask[3] = bad, True
+    assert jnp.isnan(center(x, labels, np.zeros((N, D), np.float32), mask))
+    assert jnp.isnan(cross_entropy(np.zeros((B, N), np.float32), labels, mask))
+    with pytest.raises(ValueError, match=rf"label {bad} at 3 is not in 0\.\.5 \(1 bad of 12\)"):
+        losses.check_labels(labels, N)
+    with pytest.raises(ValueError, match="float64"):
+        losses.check_labels(labels / 2, N)
+    losses.check_labels(np.arange(N), N)
+
+
+def test_nan_features_are_named():
+    x = np.zeros((3, 4), np.float32)
+    losses.check_finite(descriptor=x)
+    x[1, 2] = np.nan
+    with pytest.raises(ValueError, match=r"descriptor of shape \(3, 4\) has 1 .* \(1, 2\)"):
+        losses.check_finite(descriptor=x)
+
+
+def make_outputs(setting, rng, batch=B):
+    """Outputs of a network with t3 of 3 and t4 of 4 channels, 5 (or 6) stripes, N classes."""
+    stripes = 6 if setting == "I" else 5
+    levels = {"t3": 3, "t4": 4} if setting == "IV" else {"t4": 4}
+    g = {k: jnp.asarray(rng.standard_normal((batch, stripes, c))) for k, c in levels.items()}
+    logits = {k: jnp.asarray(rng.standard_normal((batch, stripes, N))) for k in levels}
+    descriptor = jnp.concatenate([v.reshape(batch, -1) for v in g.values()], axis=1)
+    return MROSOutputs(stages={}, g=g, h=g, logits=logits, descriptor=descriptor)
+
+
+@pytest.mark.parametrize("setting", ["I", "II", "III", "IV"])
+def test_total_loss_by_hand(setting):
+    outputs = make_outputs(setting, np.random.default_rng(6))
+    _, labels, _ = random_batch(6)
+    centers = losses.init_centers(jax.random.key(0), N, outputs, setting=setting)
+    local = setting in ("I", "II")
+    assert centers.shape == {
+        "I": (6, N, 4), "II": (5, N, 4), "III": (1, N, 20), "IV": (1, N, 35)
+    }[setting]  # fmt: skip
+    groups = np.moveaxis(np.asarray(outputs.g["t4"]), 1, 0) if local else outputs.descriptor[None]
+    expected_triplet = np.mean([triplet_by_hand(g, labels, 0.3, "mean") for g in groups])
+    expected_center = np.mean(
+        [
+            ((np.asarray(g) - np.asarray(c)[labels]) ** 2).sum(1).mean()
+            for g, c in zip(groups, centers, strict=True)
+        ]
+    )
+    heads = np.concatenate([np.asarray(v) for v in outputs.logits.values()], axis=1)
+    log_p = heads - np.log(np.exp(heads).sum(-1, keepdims=True))
+    target = 0.9 * np.eye(N)[labels] + 0.1 / N
+    expected_cross = -(target[:, None] * log_p).sum(-1).mean()
+
+    total, parts = losses.mros_loss(
+        outputs, jnp.asarray(labels), centers, setting=setting, beta=0.01
+    )
+    np.testing.assert_allclose(parts["triplet"], expected_triplet, rtol=1e-4)
+    np.testing.assert_allclose(parts["center"], expected_center, rtol=1e-4)
+    np.testing.assert_allclose(parts["cross_entropy"], expected_cross, rtol=1e-4)
+    expected = expected_triplet + 0.01 * expected_center + expected_cross
+    np.testing.assert_allclose(total, expected, rtol=1e-4)
+
+    gradient = losses.center_gradient(outputs, jnp.asarray(labels), centers, setting=setting)
+    i, c = 0, int(labels[0])
+    own = np.asarray(groups[i])[labels == c]
+    slope = 2 * (np.asarray(centers)[i, c] - own).sum(0) / B / len(groups)
+    np.testing.assert_allclose(gradient[i, c], slope, rtol=1e-4, atol=1e-6)
+    assert (gradient[:, 5] == 0).all()  # no image of class 5
+
+
+@pytest.mark.parametrize("setting", ["II", "IV"])
+def test_devices_see_the_global_batch(setting):
+    """Values, centre gradient and (by pmean) gradients equal those of one device; with a mask."""
+    rng = np.random.default_rng(7)
+    features = make_outputs(setting, rng, batch=16)
+    labels, mask = jnp.asarray(rng.integers(0, N, 16), jnp.int32), jnp.asarray(rng.random(16) < 0.8)
+    centers = losses.init_centers(jax.random.key(0), N, features, setting=setting)
+
+    def step(scale, outputs, labels, mask, axis_name=None):
+        """`scale` stands for parameters that all devices share."""
+
+        def loss(scale):
+            scaled = jax.tree.map(lambda x: x * scale, outputs)
+            total, parts = losses.mros_loss(
+                scaled, labels, centers, setting=setting, axis_name=axis_name, mask=mask
+            )
+            return total, parts
+
+        (total, parts), slope = jax.value_and_grad(loss, has_aux=True)(scale)
+        if axis_name is not None:
+            slope = jax.lax.pmean(slope, axis_name)
+        pull = losses.center_gradient(
+            outputs, labels, centers, setting=setting, axis_name=axis_name, mask=mask
+        )
+        return total, parts, slope, pull
+
+    expected = jax.jit(step)(jnp.float32(1.5), features, labels, mask)
+    split = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[1:]), (features, labels, mask))
+    found = jax.pmap(
+        functools.partial(step, axis_name="d"), axis_name="d", in_axes=(None, 0, 0, 0)
+    )(jnp.float32(1.5), *split)
+    for device in range(4):
+        jax.tree.map(
+            lambda a, b, i=device: np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=1e-6),
+            found,
+            expected,
+        )
+
+
+def test_initial_centers_are_standard_normal():
+    outputs = make_outputs("IV", np.random.default_rng(8))
+    centers = losses.init_centers(jax.random.key(1), 2000, outputs, setting="IV")
+    assert abs(float(centers.mean())) < 0.02
+    assert abs(float(centers.std()) - 1) < 0.02
+
+
+@pytest.fixture
+def unchecked():
+    """Without jaxtyping's run-time checks, as users run: our own errors must speak."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_bad_shapes(unchecked):
+    x, labels = jnp.zeros((4, 3)), jnp.zeros(4, jnp.int32)
+    outputs = make_outputs("III", np.random.default_rng(9))
+    many = jnp.zeros(B, jnp.int32)
+    centers = losses.init_centers(jax.random.key(0), N, outputs, setting="III")
+    cases = {
+        r"labels have shape \(3,\); expected \(4,\)": lambda: losses.batch_hard_triplet(
+            x, labels[:3]
+        ),
+        r"features have shape \(4,\)": lambda: losses.batch_hard_triplet(x[:, 0], labels),
+        r"mask has shape \(2,\)": lambda: losses.batch_hard_triplet(
+            x, labels, mask=jnp.ones(2, bool)
+        ),
+        "reduction is 'max'": lambda: losses.center_loss(x, labels, x, reduction="max"),
+        r"expected \(N, 3\)": lambda: losses.center_loss(x, labels, jnp.zeros((4, 2))),
+        "smoothing is 2": lambda: losses.smoothed_cross_entropy(x, labels, smoothing=2),
+        "setting IV needs levels": lambda: losses.mros_loss(outputs, many, centers, setting="IV"),
+        "setting is 'V'": lambda: losses.mros_loss(outputs, many, centers, setting="V"),
+        r"expected \(1, N, 20\)": lambda: losses.mros_loss(
+            outputs, many, centers[..., :-1], setting="III"
+        ),
+    }
+    for message, call in cases.items():
+        with pytest.raises(ValueError, match=message):
+            call()
