@@ -52,7 +52,7 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 F"]:
         """Convolve; float32 parameters are cast to the compute dtype."""
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", _conv_init, shape, jnp.float32).astype(self.dtype)
+        kernel = jnp.asarray(self.param("kernel", _conv_init, shape, jnp.float32), self.dtype)
         x = x.astype(self.dtype)
         if self.size == 1:
             # A matrix product: XLA's CPU convolution and its gradients are far slower at 1x1.
@@ -93,9 +93,9 @@ class BatchNorm(nn.Module):
             ValueError: in training, if there is only one value per channel: no variance.
         """
         shape = x.shape[-self.feature_axes :]
-        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        scale = jnp.asarray(self.param("scale", nn.initializers.ones, shape, jnp.float32))
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+            bias = jnp.asarray(self.param("bias", nn.initializers.zeros, shape, jnp.float32))
         else:
             bias = jnp.zeros(shape, scale.dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
