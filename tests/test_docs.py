@@ -1,6 +1,7 @@
-"""The documentation does what it says: every command and every example in it is run.
+"""The README and the pages on adding parts and on reports do what they say: all of it is run.
 
-A fenced block is not run only where the comment before it gives one of a few reasons.
+A fenced block is not run only where the comment before it gives one of a few reasons. Links are
+followed on every page.
 """
 
 import dataclasses
