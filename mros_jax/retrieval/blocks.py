@@ -1,6 +1,7 @@
 """One way to map a function over blocks of rows, spread over the local devices."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,15 +11,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
 MULTIPLE = 32  # blocks have a multiple of so many rows on each device
+_NARROW = 512  # numbers of a descriptor
 _AXIS = "rows"
 _ALIGNMENT = 64  # bytes; what XLA asks for
 _BYTES = 64 * 2**20  # of one block of float32 distances on one device
 
 
-def choose_block(num_columns: int, block_size: int | None = None) -> int:
-    """Rows of a block on one device: `block_size`, or what fits in 64 MiB; a multiple of 32."""
+def choose_block(
+    num_columns: int, num_features: int = _NARROW, block_size: int | None = None
+) -> int:
+    """Rows of a block on one device, a multiple of 32.
+
+    128 rows of distances stay near a CPU's cache while they are looked at. Wide descriptors need up
+    to 512, since all of the gallery is read again for each block. At most 64 MiB of distances, but
+    never fewer than 64 rows; `block_size` overrides all of this.
+    """
     if block_size is None:
-        block_size = min(512, _BYTES // 4 // num_columns)
+        rows = min(512, max(128, int(128 * math.sqrt(num_features / _NARROW))))
+        block_size = max(64, min(rows, _BYTES // 4 // num_columns))
     return max(MULTIPLE, block_size // MULTIPLE * MULTIPLE)
 
 
@@ -83,6 +93,7 @@ class BlockMap:
         num_columns: int,
         get: Callable[[slice], Sequence[Any]],
         *,
+        num_features: int = _NARROW,
         block_size: int | None = None,
     ) -> Iterator[tuple[slice, Any]]:
         """Map all rows; the next block is started before the last one is fetched.
@@ -91,13 +102,14 @@ class BlockMap:
             num_rows: rows in all.
             num_columns: numbers in a row of what a block computes, which decides its size.
             get: the row arrays of a slice of rows.
+            num_features: numbers in a descriptor that a block starts from.
             block_size: rows in a block on one device.
 
         Yields:
             The slice of rows, and the function's result on the host.
         """
         least = MULTIPLE * self._num_devices
-        step = choose_block(num_columns, block_size) * self._num_devices
+        step = choose_block(num_columns, num_features, block_size) * self._num_devices
         step = min(step, -(-num_rows // least) * least)
 
         def start(begin: int) -> tuple[slice, Any]:

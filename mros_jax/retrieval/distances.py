@@ -112,7 +112,7 @@ def compute_distances(
         gallery_features: (G, D).
         metric: "cosine" (1 - inner product) or "euclidean".
         normalize: divide each row by its Euclidean norm first.
-        block_size: queries in a block on one device; default as many as make 64 MiB of distances.
+        block_size: queries in a block on one device; default 128 to 512 (see `blocks`).
         devices: default all local devices.
 
     Returns:
@@ -128,7 +128,11 @@ def compute_distances(
     mapped = blocks.BlockMap(KINDS[kind].measure, shared, devices=devices)
     result = np.empty((len(query), len(gallery)), np.float32)
     for rows, block in mapped.run(
-        len(query), len(gallery), lambda rows: (query[rows],), block_size=block_size
+        len(query),
+        len(gallery),
+        lambda rows: (query[rows],),
+        num_features=gallery.shape[1],
+        block_size=block_size,
     ):
         result[rows] = block
     if metric == "euclidean":
@@ -161,7 +165,11 @@ def make_row_function(
         parts = [
             block
             for _, block in mapped.run(
-                len(query), len(gallery), lambda rows: (query[rows],), block_size=block_size
+                len(query),
+                len(gallery),
+                lambda rows: (query[rows],),
+                num_features=gallery.shape[1],
+                block_size=block_size,
             )
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -139,6 +139,7 @@ def _rank_matches(
     function: Callable,
     shared: Sequence[Any],
     labels: Labels,
+    num_features: int,
     block_size: int | None,
     devices: Sequence[jax.Device] | None,
 ) -> Int64[np.ndarray, "P"]:
@@ -153,7 +154,9 @@ def _rank_matches(
         return matches.pad(order[rows]), removed.pad(order[rows]), rows_of(order[rows])
 
     ranks = np.empty(len(matches.indices), np.int64)
-    for rows, block in mapped.run(len(order), len(labels.kept), get, block_size=block_size):
+    for rows, block in mapped.run(
+        len(order), len(labels.kept), get, num_features=num_features, block_size=block_size
+    ):
         chosen = order[rows]
         if isinstance(block, tuple):
             block, bad = block
@@ -270,7 +273,7 @@ def evaluate_distances(
         return matrix[rows][:, labels.kept] if labels.num_junk else matrix[rows]
 
     with jax.enable_x64(matrix.dtype == np.float64):
-        ranks = _rank_matches(rows_of, _count_given, (), labels, block_size, devices)
+        ranks = _rank_matches(rows_of, _count_given, (), labels, 1, block_size, devices)
     described = {
         "metric": "given distances",
         "rerank": None,
@@ -326,7 +329,7 @@ def evaluate(
         junk_pid: pid of junk images; None if there are none.
         distractor_pid: pid that never matches; None where 0 is a person like others.
         protocol: further entries for the result's protocol, e.g. the data set's name.
-        block_size: queries in a block on one device; default as many as make 64 MiB of distances.
+        block_size: queries in a block on one device; default 128 to 512 (see `blocks`).
         devices: blocks of queries are spread over them; default all local devices.
 
     Returns:
@@ -376,7 +379,13 @@ def evaluate(
         kind = distances.choose_kind(metric, normalize)
         shared = distances.place_gallery(gallery, kind, devices)
         ranks = _rank_matches(
-            lambda rows: query[rows], _make_count(kind), shared, labels, block_size, devices
+            lambda rows: query[rows],
+            _make_count(kind),
+            shared,
+            labels,
+            query.shape[1],
+            block_size,
+            devices,
         )
     else:
         prepare = reranking.METHODS[rerank]
@@ -388,5 +397,5 @@ def evaluate(
             write(rows, block)
             return block[:, columns]
 
-        ranks = _rank_matches(rows_of, _count_given, (), labels, block_size, devices)
+        ranks = _rank_matches(rows_of, _count_given, (), labels, 1, block_size, devices)
     return _summarise(ranks, labels, ap, max_rank, described | dict(protocol or {}))

@@ -96,7 +96,9 @@ def search_neighbors(
     def get(rows: slice) -> tuple[Any, Any]:
         return np.arange(rows.start, rows.stop, dtype=np.int32), features[rows]
 
-    for rows, block in mapped.run(num, num, get, block_size=block_size):
+    for rows, block in mapped.run(
+        num, num, get, num_features=features.shape[1], block_size=block_size
+    ):
         indices[rows], similarity[rows], smallest[rows] = block
     return Neighbors(indices, similarity, smallest)
 
@@ -123,7 +125,11 @@ def search_gallery(
     mapped = blocks.BlockMap(_make_gallery_search(k), _place(gallery, devices), devices=devices)
     result = np.empty((len(query), k), np.int32)
     for rows, block in mapped.run(
-        len(query), len(gallery), lambda rows: (query[rows],), block_size=block_size
+        len(query),
+        len(gallery),
+        lambda rows: (query[rows],),
+        num_features=query.shape[1],
+        block_size=block_size,
     ):
         result[rows] = block
     return result
@@ -145,7 +151,13 @@ def find_farthest(
     mapped = blocks.BlockMap(_smallest, _place(features, devices), devices=devices)
     num = len(features)
     result = np.empty(num, np.float32)
-    for rows, block in mapped.run(num, num, lambda rows: (features[rows],), block_size=block_size):
+    for rows, block in mapped.run(
+        num,
+        num,
+        lambda rows: (features[rows],),
+        num_features=features.shape[1],
+        block_size=block_size,
+    ):
         result[rows] = block
     return result
 

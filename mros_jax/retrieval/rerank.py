@@ -144,7 +144,7 @@ def ecn(
         block_size=block_size,
         devices=devices,
     )
-    return _fill(write, len(query_features), len(gallery_features), dtype)
+    return _fill(write, query_features, gallery_features, dtype)
 
 
 def prepare_k_reciprocal(
@@ -231,7 +231,7 @@ def k_reciprocal(
         block_size=block_size,
         devices=devices,
     )
-    return _fill(write, len(query_features), len(gallery_features), dtype)
+    return _fill(write, query_features, gallery_features, dtype)
 
 
 def prepare_aqe(
@@ -322,7 +322,7 @@ def aqe(
         block_size=block_size,
         devices=devices,
     )
-    return _fill(write, len(query_features), len(gallery_features), dtype)
+    return _fill(write, query_features, gallery_features, dtype)
 
 
 def _find_neighbors(
@@ -339,10 +339,11 @@ def _find_neighbors(
     return Neighbors(lists, None, None)
 
 
-def _fill(write: Rows, num_query: int, num_gallery: int, dtype: Any) -> np.ndarray:
+def _fill(write: Rows, query: Any, gallery: Any, dtype: Any) -> np.ndarray:
     """The whole matrix, a block of queries at a time."""
+    num_query, num_gallery = len(query), len(gallery)
     result = np.empty((num_query, num_gallery), dtype)
-    step = blocks.choose_block(num_gallery)
+    step = blocks.choose_block(num_gallery, np.shape(gallery)[1])
     for start in range(0, num_query, step):
         rows = np.arange(start, min(start + step, num_query))
         write(rows, result[start : start + step])

@@ -235,7 +235,7 @@ def _verify(
 
 
 def _blocks(num_query: int, num_gallery: int) -> list[np.ndarray]:
-    step = blocks.choose_block(num_gallery, None)
+    step = blocks.choose_block(num_gallery)
     return [np.arange(s, min(s + step, num_query)) for s in range(0, num_query, step)]
 
 
