@@ -193,7 +193,7 @@ def test_loop_runs_under_a_transfer_guard(tmp_path, cache_dir, monkeypatch):
 def test_other_configs_workdir_is_refused(uninterrupted, cache_dir):
     workdir, _ = uninterrupted
     config = make_config(cache_dir, **{"optimizer.lr": 0.5})
-    with pytest.raises(ValueError, match=r"another config(.|\n)*optimizer.lr: 0.001 -> 0.5"):
+    with pytest.raises(ValueError, match=r"another config(.|\n)*optimizer.lr: 0.006 -> 0.5"):
         train.train(config, workdir)
 
 
