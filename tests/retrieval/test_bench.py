@@ -1,0 +1,53 @@
+"""The benchmark compares like with like: its formulas and ours give the same numbers."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mros_jax.retrieval import rerank
+from scripts import bench_retrieval as bench
+
+
+@pytest.fixture(scope="module")
+def data():
+    made = bench.make_data(30, 150, 16)
+    bench.add_distance(made)
+    return made
+
+
+def test_scores_agree(data):
+    assert bench.ours_distances(data) == pytest.approx(bench.sorted_distances(data), abs=1e-12)
+    assert bench.ours_features(data) == pytest.approx(bench.sorted_features(data), abs=1e-6)
+
+
+def test_reranked_distances_agree(data):
+    assert bench.ours_reranked("ecn")(data) == pytest.approx(bench.dense_ecn(data), rel=1e-5)
+    expected = bench.dense_k_reciprocal(data)
+    assert bench.ours_reranked("k_reciprocal")(data) == pytest.approx(expected, abs=1e-6)
+    half = rerank.ecn(data["query_features"], data["gallery_features"], dtype="float32")
+    assert half.dtype == "float32"
+
+
+def test_every_case_has_its_own_process(tmp_path):
+    table = tmp_path / "table.md"
+    command = [sys.executable, bench.__file__, "--quick", "--only=scores,scores-sort"]
+    done = subprocess.run(
+        [*command, f"--markdown={table}"],
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split("|") for line in table.read_text().splitlines() if "matrix" in line]
+    assert [row[4].strip() for row in rows] == ["ours", "argsort (formula)"]
+    assert rows[0][7] == rows[1][7]
+    assert "failed" not in done.stderr
+
+
+def test_growth_is_drawn(tmp_path):
+    got = {name: {"seconds": 1.0, "peak_gb": 1.0} for name in bench.GROWTH}
+    bench.plot_growth(json.loads(json.dumps(got)), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
