@@ -189,6 +189,10 @@ def mros_loss(
 
     triplets, center_losses = jax.vmap(metric_losses)(features, centers)
     logits = jnp.concatenate([outputs.logits[level] for level in SETTINGS[setting].levels], axis=1)
+    if logits.shape[-1] != centers.shape[1]:
+        raise ValueError(
+            f"the model has {logits.shape[-1]} classes and there are centers of {centers.shape[1]}"
+        )
     parts = {
         "triplet": jnp.mean(triplets),
         "center": jnp.mean(center_losses),

@@ -317,6 +317,9 @@ def test_bad_shapes(unchecked):
         "smoothing is 2": lambda: losses.smoothed_cross_entropy(x, labels, smoothing=2),
         "setting IV needs levels": lambda: losses.mros_loss(outputs, many, centers, setting="IV"),
         "setting is 'V'": lambda: losses.mros_loss(outputs, many, centers, setting="V"),
+        "6 classes and there are centers of 5": lambda: losses.mros_loss(
+            outputs, many, centers[:, :-1], setting="III"
+        ),
         r"expected \(1, N, 20\)": lambda: losses.mros_loss(
             outputs, many, centers[..., :-1], setting="III"
         ),
