@@ -31,13 +31,8 @@ from typing import Any
 
 import numpy as np
 
-ARRAYS = (
-    "query_features",
-    "gallery_features",
-    "query_pids",
-    "gallery_pids",
-    "query_camids",
-    "gallery_camids",
+ARRAYS = tuple(
+    f"{split}_{name}" for name in ("features", "pids", "camids") for split in ("query", "gallery")
 )
 MARKET, MARKET_ALL = 15913, 19732  # gallery without and with junk
 QUERIES = 3368
