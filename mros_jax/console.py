@@ -14,7 +14,7 @@ class _Handler(logging.Handler):
 
 def show_messages() -> None:
     """Shows this project's messages on standard error, above any progress bar."""
-    absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells every file it touches
+    absl_logging.set_verbosity(absl_logging.ERROR)  # orbax tells every file it touches
     logger = logging.getLogger("mros_jax")
     if not logger.handlers:
         handler = _Handler()

@@ -8,11 +8,12 @@ Exit code 0: nothing wrong (warnings may be printed); 1: something is; 2: the da
 
 import dataclasses
 import json
+import logging
 import sys
 import warnings
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from mros_jax.data import checks, sources
@@ -20,6 +21,7 @@ from mros_jax.data.checks import Finding
 from mros_jax.data.splits import Dataset
 
 _NAMES_SHOWN = 5
+log = logging.getLogger("mros_jax.data.doctor")  # also where this file is __main__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ def check_cheap(dataset: Dataset, *, identities: int, images: int) -> tuple[Find
             f"data set {dataset.name!r} is not fit for training:\n  " + "\n  ".join(fatal)
         )
     for finding in findings:
-        logging.warning("data set %s: %s", dataset.name, _to_text(finding))
+        log.warning("data set %s: %s", dataset.name, _to_text(finding))
     return findings
 
 
