@@ -7,6 +7,7 @@ import sys
 
 import jax
 import numpy as np
+
 from configs import demo
 
 ROOT = pathlib.Path(__file__).parents[1]
