@@ -58,7 +58,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
     recipe.check_fit(config, dataset, model)
     if is_main:
         claim_workdir(workdir, config)
-        write_json(workdir / "run.json", describe_run(dataset))
+        write_json(workdir / "run.json", describe_run(dataset, workdir / "run.json"))
     batches = feed.Feed(config, dataset)
     sizes = batches.sizes
     state, step_fn = recipe.build(config, model, sizes.steps_per_epoch)
@@ -126,8 +126,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
     return json.loads((workdir / "results.json").read_text())
 
 
-def describe_run(dataset: sources.Dataset) -> dict[str, Any]:
-    """What `run.json` says: provenance, and the sizes of the data set."""
+def describe_run(dataset: sources.Dataset, former: pathlib.Path) -> dict[str, Any]:
+    """What `run.json` says: provenance, sizes of the data set, and how it was started before."""
+    earlier = []
+    if former.exists():
+        before = json.loads(former.read_text())
+        start = {key: before[key] for key in ("command", "commit", "started")}
+        earlier = [*before["earlier_starts"], start]
     return {
         **provenance.describe(),
         "dataset": {
@@ -135,6 +140,7 @@ def describe_run(dataset: sources.Dataset) -> dict[str, Any]:
             "num_classes": dataset.num_classes,
             **{f"num_{split.name}": len(split) for split in dataset.splits},
         },
+        "earlier_starts": earlier,
     }
 
 

@@ -117,6 +117,8 @@ def test_interrupted_run_resumes_exactly(tmp_path, cache_dir, uninterrupted):
     assert_equal(_training_state(workdir), _training_state(reference))
     for name in ("metrics.jsonl", "config.json"):
         assert (workdir / name).read_bytes() == (reference / name).read_bytes(), name
+    starts = json.loads((workdir / "run.json").read_text())["earlier_starts"]
+    assert len(starts) == 3
     for here, there in zip(_results(workdir), _results(reference), strict=True):
         for name in ("mAP", "mINP", "cmc", "ap", "first_match_rank"):
             assert here[name] == there[name]
