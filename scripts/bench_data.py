@@ -15,7 +15,6 @@ import math
 import multiprocessing
 import os
 import pathlib
-import platform
 import random
 import tempfile
 import time
@@ -27,10 +26,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL
 from absl import app, flags
 from PIL import Image, ImageOps
 
+from mros_jax import provenance
 from mros_jax.data import augment, batches, sources, splits, store
 
 _ROOT = flags.DEFINE_string("root", None, "Directory in Market-1501 layout.")
@@ -264,19 +263,9 @@ def format_table(title: str, header: tuple[str, ...], rows: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
-def describe_machine() -> str:
-    device = jax.devices()[0]
-    return (
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs; "
-        f"{device.platform} {device.device_kind}; "
-        f"Python {platform.python_version()}, JAX {jax.__version__}, NumPy {np.__version__}, "
-        f"Pillow {PIL.__version__}\n"
-    )
-
-
 def main(_: list[str]) -> None:
     files = read_jpegs(max(_IMAGES.value, _BATCH.value, _STEP_BATCH.value))
-    sections = ["## Data", describe_machine()]
+    sections = ["## Data", provenance.describe_machine("pillow") + "\n"]
     per_image: tuple[str, ...] = ("", "images/s", "time")
     header: tuple[str, ...]
     for part in dict.fromkeys(_PARTS.value):
@@ -295,7 +284,7 @@ def main(_: list[str]) -> None:
             section = format_table(title, header, bench_step(files))
         print(section, flush=True)
         sections.append(section)
-    print(describe_machine())
+    print(sections[1])
     if _MARKDOWN.value:
         out = pathlib.Path(_MARKDOWN.value)
         temporary = out.with_name(f".{out.name}.tmp")

@@ -12,7 +12,6 @@ PyTorch runs the model of the parity tests, eagerly with both memory layouts and
 import argparse
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mros_jax import losses, optimizers
+from mros_jax import losses, optimizers, provenance
 from mros_jax.models.mros import MROS
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "parity"))
@@ -182,25 +181,18 @@ def measure(
 
 
 def describe(arguments: argparse.Namespace, with_torch: bool) -> str:
-    import flax
-
-    device = jax.devices()[0]
-    versions = [f"jax {jax.__version__}", f"flax {flax.__version__}", f"numpy {np.__version__}"]
+    packages = ["flax"]
+    threads = ""
     if with_torch:
         import torch
 
-        versions.append(f"torch {torch.__version__} ({torch.get_num_threads()} threads)")
-    cpu = platform.processor() or platform.machine()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        names = [x.split(":")[1].strip() for x in info.read_text().split("\n") if "model name" in x]
-        cpu = names[0] if names else cpu
+        packages.append("torch")
+        threads = f" ({torch.get_num_threads()} threads)"
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
     return (
         f"MROS {arguments.setting}, {arguments.backbone}, {arguments.height}x{arguments.width}, "
-        f"batch {arguments.batch}, {arguments.dtype}; {device.device_kind} "
-        f"({jax.default_backend()}), {cpu}, {os.cpu_count()} cores{load}; Python "
-        f"{platform.python_version()}, {', '.join(versions)}; "
+        f"batch {arguments.batch}, {arguments.dtype}; "
+        f"{provenance.describe_machine(*packages)}{threads}{load}; "
         f"XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r}"
     )
 

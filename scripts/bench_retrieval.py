@@ -21,7 +21,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import platform
 import resource
 import subprocess
 import sys
@@ -352,22 +351,13 @@ def spawn(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any] | N
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def describe_machine() -> str:
-    import jax
-
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "CPU")
-    return (
-        f"{os.cpu_count()} cores of {model}, {platform.system()}, Python "
-        f"{platform.python_version()}, jax {jax.__version__} on {jax.default_backend()}, "
-        f"NumPy {np.__version__}"
-    )
-
-
 def format_table(results: dict[str, dict[str, Any]], cases: dict[str, Case]) -> str:
+    from mros_jax import provenance  # imports JAX, which the measuring processes set up themselves
+
     lines = [
-        f"Measured by `scripts/bench_retrieval.py` on {describe_machine()}. {QUERIES:,} queries; "
-        "seconds without compiling (in brackets: the first call), peak memory of the process.",
+        f"Measured by `scripts/bench_retrieval.py` on {provenance.describe_machine()}. "
+        f"{QUERIES:,} queries; seconds without compiling (in brackets: the first call), "
+        "peak memory of the process.",
         "",
         "| what | gallery | numbers | by | seconds | peak GB | check |",
         "| --- | --: | --: | --- | --: | --: | --: |",

@@ -6,16 +6,14 @@ Rendering is timed for what a store asks for: a whole split, from compiled code.
 says what other programs on the machine cannot distort.
 """
 
-import os
 import pathlib
-import platform
 import tempfile
 import time
 
-import jax
 import numpy as np
 from absl import app, flags
 
+from mros_jax import provenance
 from mros_jax.data import synthetic
 
 _PRESET = flags.DEFINE_enum(
@@ -63,13 +61,11 @@ def main(_: list[str]) -> None:
         "first chunk, s", "written as JPEG, images/s",
     ]  # fmt: skip
     rows = [head, ["---"] + ["---:"] * (len(head) - 1), *map(measure, _SIZES.value)]
-    device = jax.devices()[0]
     lines = [
         "### Synthetic pictures",
         "",
-        f"Gallery of the `{_PRESET.value}` preset, {_REPEATS.value} runs. {platform.machine()}, "
-        f"{len(jax.devices())} x {device.device_kind}, {platform.system()}, "
-        f"{os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}.",
+        f"Gallery of the `{_PRESET.value}` preset, {_REPEATS.value} runs. "
+        f"{provenance.describe_machine()}.",
         "",
         *("| " + " | ".join(row) + " |" for row in rows),
     ]

@@ -7,7 +7,6 @@ with an empty and with a filled compilation cache. Steps are timed in one proces
 them, and on images that are augmented already. Prints a Markdown table.
 """
 
-import json
 import os
 import pathlib
 import resource
@@ -104,10 +103,13 @@ def main(argv: list[str]) -> None:
         ("share of the data path", f"{100 * (whole - bare) / whole:.1f} %"),
         ("peak memory", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB"),
     ]
+    print(
+        f"{config.model.backbone}, setting {config.model.setting}, {config.input.height} x "
+        f"{config.input.width}, batch {batch}; {provenance.describe_machine()}\n"
+    )
     print("| what | measured |\n|---|---|")
     for row in rows:
         print("| {} | {} |".format(*row))
-    print(json.dumps(provenance.describe(), indent=2))
 
 
 if __name__ == "__main__":
