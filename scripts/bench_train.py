@@ -86,7 +86,9 @@ def main(argv: list[str]) -> None:
     del argv
     config = _CONFIG.value
     dataset = recipe.load_dataset(config)
-    overrides = [f"--config={config_flags.get_config_filename(_CONFIG)}"]  # must come first
+    overrides = [
+        f"--config={config_flags.get_config_filename(flags.FLAGS['config'])}"
+    ]  # must come first
     overrides += [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
     overrides.append("--config.log_every_steps=1")
     rows = []
