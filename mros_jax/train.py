@@ -153,7 +153,11 @@ def main(argv: list[str]) -> None:
     parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value
     default = f"runs/{config.dataset.name}-{config.model.setting}-seed{config.seed}"
-    train(config, _WORKDIR.value or default)
+    try:
+        train(config, _WORKDIR.value or default)
+    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
+        log.debug("Traceback", exc_info=error)
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

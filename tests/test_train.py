@@ -280,3 +280,11 @@ def test_resumed_log_drops_what_came_after_the_checkpoint(tmp_path):
         file.write('{"kind": "train", "step": 4, "lo')  # killed while writing
     Writer(tmp_path, start_step=2).close()
     assert _logged_steps(tmp_path) == [1, 2]
+
+
+def test_command_line_says_what_is_wrong_without_a_traceback(tmp_path, cache_dir):
+    process = start(tmp_path / "run", cache_dir, **{"dataset.name": "market1501"})
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "configs/mros.py:synthetic" in output
+    assert "Traceback" not in output
