@@ -29,5 +29,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optimizer.lr = 6e-3  # a small network from random weights wants more than the paper's
     config.optimizer.warmup_epochs = 4
     config.optimizer.decay_epochs = (20, 28)
-    config.eval.every_epochs = 16
+    config.eval.every_epochs = 8
     return config

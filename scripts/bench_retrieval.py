@@ -316,7 +316,7 @@ GROWTH = {
     f"growth-{kind}-{gallery}": Case(title, "ours", run, gallery, 512, 1)
     for kind, title, run, galleries in (
         ("scores", "plain", ours_features, (20000, 50000, 100000, 200000, 1000000)),
-        ("ecn", "with ECN", ours_rerank_scores("ecn"), (20000, 50000, 100000)),
+        ("ecn", "with ECN", ours_rerank_scores("ecn"), (20000, 50000)),
     )
     for gallery in galleries
 }
