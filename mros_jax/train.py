@@ -126,10 +126,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
     return json.loads((workdir / "results.json").read_text())
 
 
-def describe_run(dataset: sources.Dataset, former: pathlib.Path) -> dict[str, Any]:
+def describe_run(dataset: sources.Dataset, former: pathlib.Path | None = None) -> dict[str, Any]:
     """What `run.json` says: provenance, sizes of the data set, and how it was started before."""
     earlier = []
-    if former.exists():
+    if former is not None and former.exists():
         before = json.loads(former.read_text())
         start = {key: before[key] for key in ("command", "commit", "started")}
         earlier = [*before["earlier_starts"], start]

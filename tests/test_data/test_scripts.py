@@ -46,4 +46,4 @@ def test_bench_data(tmp_path):
     )
     assert "| decode into one array" in text
     assert "| Market-1501 | 12,936 | 101 |" in text
-    assert "JAX" in table.read_text()
+    assert "jax" in table.read_text()
