@@ -1,7 +1,7 @@
 """Checkpoints of a run: the last one, to resume from, and the best one, both committed atomically.
 
-A checkpoint has two items: `model` (the variables to evaluate with) and `training` (all the rest
-that resuming needs). Arrays are saved whole, without a device axis, by process 0.
+A checkpoint has the items `model` (the variables to evaluate with), `training` (the whole state, to
+resume from) and `extra` (JSON). Arrays are saved whole, without a device axis, by process 0.
 """
 
 import os
@@ -100,11 +100,6 @@ class Checkpoints:
                 if late > step:
                     self._managers["best"].delete(late)
         return parallel.broadcast(state), extra
-
-    def wait(self) -> None:
-        """Returns when everything saved so far is complete on disk."""
-        for manager in self._managers.values():
-            manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for pending writes and releases the directory."""

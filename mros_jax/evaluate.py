@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from mros_jax import console, parallel, provenance
-from mros_jax.data.layouts import OnBadImage
 from mros_jax.data.splits import Dataset
-from mros_jax.data.store import ImageStore, load_store
+from mros_jax.data.store import ImageStore
 from mros_jax.retrieval import Result, bootstrap, evaluate, files, rerank, verify
 from mros_jax.retrieval.distances import METRICS
 from mros_jax.retrieval.metrics import AP_VARIANTS
@@ -35,45 +34,20 @@ log = logging.getLogger(__name__)
 
 
 def extract_features(
-    embed: Callable[[np.ndarray], np.ndarray],
-    dataset: Dataset,
-    *,
-    height: int,
-    width: int,
-    cache_dir: str | os.PathLike | None = None,
-    on_bad_image: OnBadImage = "error",
-    stores: Sequence[ImageStore] | None = None,
-    progress: bool = True,
+    embed: Callable[[np.ndarray], np.ndarray], query: ImageStore, gallery: ImageStore
 ) -> dict[str, np.ndarray]:
     """Compute the descriptors of a data set's queries and gallery.
 
     Args:
         embed: uint8 images (N, H, W, 3) to descriptors (N, D).
-        dataset: gives the splits.
-        height: common image height, where images differ in size.
-        width: common image width.
-        cache_dir: where decoded images are kept.
-        on_bad_image: "error" or "skip".
-        stores: images of queries and gallery, where they are loaded already.
-        progress: show progress bars.
+        query: decoded query images.
+        gallery: decoded gallery images.
 
     Returns:
         The arrays of `mros_jax.retrieval.files.ARRAYS`, and `query_names`, `gallery_names`.
     """
-    if stores is None:
-        stores = [
-            load_store(
-                split,
-                height=height,
-                width=width,
-                cache_dir=cache_dir,
-                on_bad_image=on_bad_image,
-                progress=progress,
-            )
-            for split in (dataset.query, dataset.gallery)
-        ]
     arrays = {}
-    for name, store in zip(("query", "gallery"), stores, strict=True):
+    for name, store in (("query", query), ("gallery", gallery)):
         arrays[f"{name}_features"] = np.asarray(embed(store.images), np.float32)
         arrays[f"{name}_pids"] = np.asarray(store.split.pids)
         arrays[f"{name}_camids"] = np.asarray(store.split.camids)
@@ -154,32 +128,6 @@ def evaluate_features(
     }
 
 
-def evaluate_dataset(
-    embed: Callable[[np.ndarray], np.ndarray],
-    dataset: Dataset,
-    *,
-    height: int,
-    width: int,
-    cache_dir: str | os.PathLike | None = None,
-    on_bad_image: OnBadImage = "error",
-    stores: Sequence[ImageStore] | None = None,
-    progress: bool = True,
-    **options: Any,
-) -> dict[str, Any]:
-    """Both in one: `extract_features`, then `evaluate_features` with `options`."""
-    features = extract_features(
-        embed,
-        dataset,
-        height=height,
-        width=width,
-        cache_dir=cache_dir,
-        on_bad_image=on_bad_image,
-        stores=stores,
-        progress=progress,
-    )
-    return evaluate_features(features, dataset=dataset.name, **options)
-
-
 def load_run_features(
     run: str | os.PathLike,
     *,
@@ -245,12 +193,8 @@ def load_run_features(
         functools.partial(
             model.embed, batch_size=batch_size, flip_test=flip_test, progress=progress
         ),
-        data,
-        height=config.input.height,
-        width=config.input.width,
-        cache_dir=config.dataset.cache_dir,
-        on_bad_image=config.dataset.on_bad_image,
-        progress=progress,
+        recipe.load_images(config, data.query, progress=progress),
+        recipe.load_images(config, data.gallery, progress=progress),
     )
     features["checkpoint_id"] = np.asarray(model.checkpoint_id)
     files.save_features(path, features)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mros_jax import losses, parallel
+from mros_jax import losses, parallel, recipe
 from mros_jax.data import batches, store
 from mros_jax.data.splits import Dataset
 from mros_jax.loop import Sizes
@@ -24,14 +24,7 @@ class Feed:
     """
 
     def __init__(self, config: ConfigDict, dataset: Dataset):
-        images = store.load_store(
-            dataset.train,
-            height=config.input.height,
-            width=config.input.width,
-            cache_dir=config.dataset.cache_dir,
-            on_bad_image=config.dataset.on_bad_image,
-            progress=parallel.is_main_process(),
-        )
+        images = recipe.load_images(config, dataset.train, progress=parallel.is_main_process())
         assert images.labels is not None
         losses.check_labels(images.labels, dataset.num_classes)
         batch = config.batch.identities * config.batch.images

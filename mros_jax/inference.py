@@ -160,12 +160,13 @@ def load_model(run: str | os.PathLike, checkpoint: str = "last") -> Embedder:
         height=config.input.height,
         width=config.input.width,
         config=config,
-        checkpoint_id=f"{checkpoint}-{step}-{_digest(variables)}",
+        checkpoint_id=make_checkpoint_id(checkpoint, step, variables),
     )
 
 
-def _digest(variables: Any) -> str:
+def make_checkpoint_id(checkpoint: str, step: int, variables: Any) -> str:
+    """Names the weights of a checkpoint by its name, its step and a digest of their values."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(variables):
         digest.update(np.ascontiguousarray(leaf))
-    return digest.hexdigest()[:12]
+    return f"{checkpoint}-{step}-{digest.hexdigest()[:12]}"

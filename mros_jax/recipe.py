@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mros_jax import losses, parallel
-from mros_jax.data import doctor, sources
+from mros_jax.data import doctor, sources, store
+from mros_jax.data.splits import Split
 from mros_jax.models import torch_weights
 from mros_jax.models.mros import MROS
 from mros_jax.optimizers import Schedule, make_optimizer, make_schedule
@@ -23,7 +24,7 @@ from mros_jax.paths import cache_directory
 from mros_jax.state import TrainState, make_state
 from mros_jax.steps import make_train_step
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 BATCH_NORMS = {"per_device": None, "synchronised": parallel.AXIS}
@@ -103,6 +104,18 @@ def load_dataset(config: ConfigDict) -> sources.Dataset:
     return sources.load_dataset(data.name, data.root, on_bad_image=data.on_bad_image, **options)
 
 
+def load_images(config: ConfigDict, split: Split, *, progress: bool = True) -> store.ImageStore:
+    """The decoded images of a split, in the size and from the cache that the config names."""
+    return store.load_store(
+        split,
+        height=config.input.height,
+        width=config.input.width,
+        cache_dir=config.dataset.cache_dir,
+        on_bad_image=config.dataset.on_bad_image,
+        progress=progress,
+    )
+
+
 def make_model(model_config: ConfigDict, num_classes: int) -> MROS:
     """The network that a config's `model` section describes."""
     return MROS(
@@ -159,7 +172,7 @@ def init_variables(model: MROS, config: ConfigDict) -> dict[str, Any]:
     if weights == "auto":
         weights = find_weights(config.model.backbone) or "none"
         if weights == "none":
-            logger.warning(
+            log.warning(
                 "No ImageNet weights for %s in %s: training starts from random weights and will "
                 "end far below the paper. To fetch them: python scripts/fetch_weights.py",
                 config.model.backbone,
@@ -167,7 +180,7 @@ def init_variables(model: MROS, config: ConfigDict) -> dict[str, Any]:
             )
     if weights == "none":
         return variables
-    logger.info("ImageNet weights: %s", weights)
+    log.info("ImageNet weights: %s", weights)
     return torch_weights.load_imagenet(weights, variables)
 
 

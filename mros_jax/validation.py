@@ -4,13 +4,13 @@ import functools
 import pathlib
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from mros_jax import parallel
-from mros_jax.data import store
+from mros_jax import parallel, recipe
 from mros_jax.data.splits import Dataset
 from mros_jax.evaluate import evaluate_features, extract_features
-from mros_jax.inference import Embedder
+from mros_jax.inference import Embedder, make_checkpoint_id
 from mros_jax.models.mros import MROS
 from mros_jax.retrieval import files
 from mros_jax.state import TrainState
@@ -29,17 +29,9 @@ class Evaluator:
     def __init__(self, config: ConfigDict, dataset: Dataset, model: MROS):
         self._config, self._dataset = config, dataset
         self._embedder = Embedder(model, {}, height=config.input.height, width=config.input.width)
-        self._stores = [
-            store.load_store(
-                split,
-                height=config.input.height,
-                width=config.input.width,
-                cache_dir=config.dataset.cache_dir,
-                on_bad_image=config.dataset.on_bad_image,
-                progress=parallel.is_main_process(),
-            )
-            for split in (dataset.query, dataset.gallery)
-        ]
+        progress = parallel.is_main_process()
+        self._query = recipe.load_images(config, dataset.query, progress=progress)
+        self._gallery = recipe.load_images(config, dataset.gallery, progress=progress)
 
     def run(
         self, state: TrainState, epoch: int, workdir: pathlib.Path | None = None
@@ -63,10 +55,8 @@ class Evaluator:
                 flip_test=config.flip_test,
                 progress=parallel.is_main_process(),
             ),
-            self._dataset,
-            height=self._config.input.height,
-            width=self._config.input.width,
-            stores=self._stores,
+            self._query,
+            self._gallery,
         )
         results = evaluate_features(
             features,
@@ -83,6 +73,8 @@ class Evaluator:
             epoch=epoch,
         )
         if workdir and parallel.is_main_process():
+            identity = make_checkpoint_id("last", int(state.step), self._embedder.variables)
+            features["checkpoint_id"] = np.asarray(identity)
             files.save_features(workdir / "features.npz", features)
             write_json(workdir / "results.json", results)
         plain = results["results"][0]

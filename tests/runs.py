@@ -31,11 +31,8 @@ def make_run(path: pathlib.Path, cache_dir: pathlib.Path, **overrides) -> pathli
     embedder = inference.load_model(path)
     features = evaluate.extract_features(
         embedder.embed,
-        dataset,
-        height=config.input.height,
-        width=config.input.width,
-        cache_dir=cache_dir,
-        progress=False,
+        recipe.load_images(config, dataset.query, progress=False),
+        recipe.load_images(config, dataset.gallery, progress=False),
     )
     files.save_features(path / "features.npz", features)
     options = {"dataset": dataset.name, "setting": config.model.setting, "seed": config.seed}

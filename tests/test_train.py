@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mros_jax import checkpoints, parallel, train
+from mros_jax.inference import load_model
 from mros_jax.loop import Stop
 from mros_jax.writer import Writer, read_jsonl
 from tests.training import TINY, assert_close, assert_equal, finish, make_config, start
@@ -76,6 +77,8 @@ def test_run_leaves_all_its_files(uninterrupted):
     assert list((workdir / "tensorboard").glob("events*"))
     with np.load(workdir / "features.npz") as features:
         assert len(features["query_features"]) == len(features["query_names"])
+        # So that `mros_jax.evaluate` takes them as this checkpoint's and computes nothing again.
+        assert features["checkpoint_id"] == load_model(workdir).checkpoint_id
     _, step = checkpoints.load_variables(workdir / "checkpoints", "best")
     best = max((r for r in records if r["kind"] == "eval"), key=lambda r: r["mAP"])
     assert step == best["step"]

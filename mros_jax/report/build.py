@@ -378,13 +378,7 @@ def _read_pictures(
     places = {row: row if names is None else index[str(names[row])] for row in rows}
     if split.reader is not None:
         return {row: _encode(store.decode_image(split.read(i))[0]) for row, i in places.items()}
-    images = store.load_store(
-        split,
-        height=config.input.height,
-        width=config.input.width,
-        cache_dir=config.dataset.cache_dir,
-        progress=False,
-    ).images
+    images = recipe.load_images(config, split, progress=False).images
     return {row: _encode(np.asarray(images[i])) for row, i in places.items()}
 
 
