@@ -1,0 +1,107 @@
+"""Files that are whole or not there, JSON, and where this project keeps what it can make again."""
+
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import IO, Any
+
+from mros_jax.errors import NotFoundError, UserError
+
+
+@contextlib.contextmanager
+def write_atomically(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that takes its name only when it is complete and on disk.
+
+    It is written under a temporary name in the same directory, synced and renamed. Whatever goes
+    wrong, a reader sees the old file or the new one, and no temporary file stays.
+
+    Args:
+        path: the file.
+        mode: "w" (UTF-8 text) or "wb".
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with write_atomically(path) as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        NotFoundError: there is none.
+        UserError: it is empty or no JSON.
+    """
+    path = pathlib.Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if not text.strip():
+            raise UserError(f"{path} is empty; expected JSON")
+        return json.loads(text)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{path} does not exist") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read the records of a JSON-lines file, none where there is no file.
+
+    A last line cut short by a killed writer is left out.
+
+    Raises:
+        UserError: another line is no JSON object.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number} is not a JSON object: {line[:80]!r}")
+        records.append(record)
+    return records
+
+
+def cache_directory(name: str) -> pathlib.Path:
+    """The directory `mros_jax/NAME` in the user's cache directory.
+
+    That is $XDG_CACHE_HOME, or ~/.cache, or a directory of the user's own in the directory for
+    temporary files where there is no home (as in many containers). Names in use: "images" (decoded
+    data sets), "weights" (ImageNet weights), "xla" (compiled programs). Each may be deleted at any
+    time.
+    """
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return pathlib.Path(root) / "mros_jax" / name
+    try:
+        home = pathlib.Path.home()
+    except RuntimeError:  # neither $HOME nor an entry in the password database
+        return pathlib.Path(tempfile.gettempdir()) / f"cache-{os.getuid()}" / "mros_jax" / name
+    return home / ".cache" / "mros_jax" / name
