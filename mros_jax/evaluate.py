@@ -20,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from mros_jax import console, parallel, provenance
-from mros_jax.data.splits import Dataset
+from mros_jax import console, parallel
+from mros_jax.data.datasets.splits import Dataset
 from mros_jax.data.store import ImageStore
+from mros_jax.files import write_json
 from mros_jax.retrieval import Result, bootstrap, evaluate, files, rerank, verify
 from mros_jax.retrieval.distances import METRICS
 from mros_jax.retrieval.metrics import AP_VARIANTS
-from mros_jax.retrieval.tables import format_results
-from mros_jax.writer import write_json
+from mros_jax.runs import provenance
+from mros_jax.runs.tables import format_results
 
 FORMAT = 1
 log = logging.getLogger(__name__)
@@ -158,9 +159,9 @@ def load_run_features(
     Raises:
         FileNotFoundError: no run, no checkpoint, no data set.
     """
-    from mros_jax import recipe
-    from mros_jax.data.sources import load_dataset
+    from mros_jax.data.datasets.sources import load_dataset
     from mros_jax.inference import load_model
+    from mros_jax.training import recipe
 
     model = load_model(run, checkpoint)
     config = model.config

@@ -21,9 +21,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mros_jax import parallel
-from mros_jax.checkpoints import load_variables
 from mros_jax.data import augment, decoding
-from mros_jax.recipe import make_model
+from mros_jax.training.checkpoints import load_variables
+from mros_jax.training.recipe import make_model
 
 
 class Embedder:

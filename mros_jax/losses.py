@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
-from mros_jax.models.mros import SETTINGS, MROSOutputs
+from mros_jax.systems.mros import SETTINGS, MROSOutputs
 
 Reduction = Literal["mean", "sum"]
 _Scalar = Float[Array, ""]

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mros_jax.paths import cache_directory
+from mros_jax.files import cache_directory
 
 AXIS = "device"
 

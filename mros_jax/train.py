@@ -16,10 +16,13 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from mros_jax import checkpoints, console, feed, parallel, provenance, recipe, report, validation
-from mros_jax.data import sources
-from mros_jax.loop import Logger, Stop, claim_workdir
-from mros_jax.writer import Writer, write_json
+from mros_jax import console, parallel, report
+from mros_jax.data.datasets import sources
+from mros_jax.files import write_json
+from mros_jax.runs import provenance
+from mros_jax.runs.logs import Writer
+from mros_jax.training import checkpoints, feed, recipe, validation
+from mros_jax.training.loop import Logger, Stop, claim_workdir
 
 log = logging.getLogger("mros_jax.train")  # also where this file is __main__
 

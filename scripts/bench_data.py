@@ -29,8 +29,9 @@ import numpy as np
 from absl import app, flags
 from PIL import Image, ImageOps
 
-from mros_jax import provenance
-from mros_jax.data import augment, batches, sources, splits, store
+from mros_jax.data import augment, batches, store
+from mros_jax.data.datasets import sources, splits
+from mros_jax.runs import provenance
 
 _ROOT = flags.DEFINE_string("root", None, "Directory in Market-1501 layout.")
 _IMAGES = flags.DEFINE_integer("images", 12_936, "Images to decode.", 1)
@@ -201,7 +202,7 @@ def bench_plan() -> Rows:
 def bench_step(files: list[bytes]) -> Rows:
     """Times forward and backward pass with the pictures ready, and with the data path before it."""
     from mros_jax import losses
-    from mros_jax.models.mros import MROS
+    from mros_jax.systems.mros import MROS
 
     count, classes = _STEP_BATCH.value, 751
     model = MROS(num_classes=classes, backbone=_BACKBONE.value)

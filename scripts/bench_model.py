@@ -22,8 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mros_jax import losses, optimizers, provenance
-from mros_jax.models.mros import MROS
+from mros_jax import losses
+from mros_jax.runs import provenance
+from mros_jax.systems.mros import MROS
+from mros_jax.training import optimizers
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "parity"))
 

@@ -352,7 +352,9 @@ def spawn(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any] | N
 
 
 def format_table(results: dict[str, dict[str, Any]], cases: dict[str, Case]) -> str:
-    from mros_jax import provenance  # imports JAX, which the measuring processes set up themselves
+    from mros_jax.runs import (
+        provenance,
+    )
 
     lines = [
         f"Measured by `scripts/bench_retrieval.py` on {provenance.describe_machine()}. "

@@ -13,8 +13,8 @@ import time
 import numpy as np
 from absl import app, flags
 
-from mros_jax import provenance
-from mros_jax.data import synthetic
+from mros_jax.data.synthetic import dataset as synthetic
+from mros_jax.runs import provenance
 
 _PRESET = flags.DEFINE_enum(
     "preset", "demo", sorted(synthetic.PRESETS), "Data set whose gallery is rendered."

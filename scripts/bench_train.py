@@ -24,9 +24,11 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from mros_jax import parallel, provenance, recipe
+from mros_jax import parallel
 from mros_jax.data import augment
-from mros_jax.feed import Feed
+from mros_jax.runs import provenance
+from mros_jax.training import recipe
+from mros_jax.training.feed import Feed
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/demo.py", "Config.", lock_config=True)
 _STEPS = flags.DEFINE_integer("steps", 20, "Timed steps.", 1)

@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mros_jax.paths import cache_directory
+from mros_jax.files import cache_directory
 
 ASSETS = pathlib.Path(__file__).parents[1] / "third_party" / "assets.toml"
 CHUNK = 1 << 18

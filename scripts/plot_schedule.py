@@ -8,7 +8,7 @@ from absl import app, flags
 from matplotlib.figure import Figure
 from ml_collections import config_flags
 
-from mros_jax import recipe
+from mros_jax.training import recipe
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/mros.py", "Config.", lock_config=True)
 _STEPS = flags.DEFINE_integer("steps_per_epoch", 101, "12,936 // 128 on Market-1501.", 1)

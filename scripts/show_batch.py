@@ -15,7 +15,8 @@ import numpy as np
 from absl import app, flags
 from PIL import Image
 
-from mros_jax.data import augment, batches, sources, store
+from mros_jax.data import augment, batches, store
+from mros_jax.data.datasets import sources
 
 _DATASET = flags.DEFINE_enum("dataset", "synthetic", sorted(sources.DATASETS), "Data set.")
 _ROOT = flags.DEFINE_string("root", None, "Directory with the data.")

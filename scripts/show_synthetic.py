@@ -6,7 +6,7 @@ python scripts/show_synthetic.py --out sheet.png
 from absl import app, flags
 from PIL import Image
 
-from mros_jax.data import synthetic
+from mros_jax.data.synthetic import dataset as synthetic
 
 _OUT = flags.DEFINE_string("out", "synthetic.png", "PNG or JPEG to write.")
 _GROUPS = flags.DEFINE_integer("groups", 4, "Groups of look-alikes to show.")

@@ -5,12 +5,13 @@ import pathlib
 
 import numpy as np
 
-from mros_jax import evaluate, inference, recipe, train
-from mros_jax.checkpoints import Checkpoints
-from mros_jax.optimizers import make_optimizer
+from mros_jax import evaluate, inference, train
+from mros_jax.files import write_json
 from mros_jax.retrieval import files
-from mros_jax.state import make_state
-from mros_jax.writer import write_json
+from mros_jax.training import recipe
+from mros_jax.training.checkpoints import Checkpoints
+from mros_jax.training.optimizers import make_optimizer
+from mros_jax.training.state import make_state
 from tests.training import make_config
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mros_jax import evaluate, inference, recipe
-from mros_jax.data.splits import Dataset, Split
+from mros_jax import evaluate, inference
+from mros_jax.data.datasets.splits import Dataset, Split
 from mros_jax.retrieval import files
+from mros_jax.training import recipe
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "retrieval_a.npz"
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mros_jax import losses
-from mros_jax.models.mros import MROSOutputs
+from mros_jax.systems.mros import MROSOutputs
 
 # Shapes stay the same in property tests, so that each function compiles once.
 B, D, N = 12, 5, 6

@@ -5,7 +5,7 @@ import optax
 import pytest
 import torch
 
-from mros_jax.optimizers import make_optimizer, make_schedule, update_centers
+from mros_jax.training.optimizers import make_optimizer, make_schedule, update_centers
 
 
 def test_schedule_has_the_papers_numbers():

@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from mros_jax import losses, parallel, recipe
+from mros_jax import losses, parallel
 from mros_jax.data import augment
-from mros_jax.feed import Feed
+from mros_jax.training import recipe
+from mros_jax.training.feed import Feed
 from tests.training import assert_close, make_config
 
 STEPS = 10

@@ -11,8 +11,8 @@ from PIL import Image
 
 from mros_jax.report import __main__ as command
 from mros_jax.report import ranking, write_report
-from mros_jax.report.run import load_run
 from mros_jax.retrieval import compute_distances
+from mros_jax.runs.run import load_run
 from scripts import shoot_report
 from tests import browser
 from tests.runs import make_run

@@ -13,10 +13,12 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from mros_jax import checkpoints, parallel, train
+from mros_jax import parallel, train
+from mros_jax.files import read_jsonl
 from mros_jax.inference import load_model
-from mros_jax.loop import Stop
-from mros_jax.writer import Writer, read_jsonl
+from mros_jax.runs.logs import Writer
+from mros_jax.training import checkpoints
+from mros_jax.training.loop import Stop
 from tests.training import TINY, assert_close, assert_equal, finish, make_config, start
 
 

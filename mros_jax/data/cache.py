@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from mros_jax.paths import cache_directory
+from mros_jax.files import cache_directory
 
 Images = UInt8[np.ndarray, "N H W 3"]
 _STALE_SECONDS = 24 * 3600

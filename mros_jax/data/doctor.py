@@ -16,9 +16,9 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from mros_jax.data import checks, sources
-from mros_jax.data.checks import Finding
-from mros_jax.data.splits import Dataset
+from mros_jax.data.datasets import checks, sources
+from mros_jax.data.datasets.checks import Finding
+from mros_jax.data.datasets.splits import Dataset
 
 _NAMES_SHOWN = 5
 log = logging.getLogger("mros_jax.data.doctor")  # also where this file is __main__

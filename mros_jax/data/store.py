@@ -22,9 +22,9 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from mros_jax.data import cache
-from mros_jax.data.layouts import OnBadImage, check_choice, report_bad
+from mros_jax.data.datasets.layouts import OnBadImage, check_choice, report_bad
+from mros_jax.data.datasets.splits import Split
 from mros_jax.data.prefetch import prefetch
-from mros_jax.data.splits import Split
 
 _CHUNK = 64  # images a thread takes at a time
 

@@ -18,13 +18,13 @@ import PIL.Image
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mros_jax import recipe
 from mros_jax.data import store
-from mros_jax.data.splits import Split
+from mros_jax.data.datasets.splits import Split
 from mros_jax.report import plots
-from mros_jax.report.paper import METRICS, find_paper_rows
 from mros_jax.report.ranking import Ranking, Scan, choose_queries, stripe_distances
-from mros_jax.report.run import Run, load_run
+from mros_jax.runs.paper import METRICS, find_paper_rows
+from mros_jax.runs.run import Run, load_run
+from mros_jax.training import recipe
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,7 @@ from jaxtyping import Array, Float64, Int, Int64, Shaped
 
 from mros_jax.retrieval import blocks, distances
 from mros_jax.retrieval import rerank as reranking
-from mros_jax.retrieval.inputs import (
-    Numbers,
-    check_choice,
-    check_count,
-    check_pair,
-)
+from mros_jax.retrieval.inputs import Numbers, check_choice, check_count, check_pair
 from mros_jax.retrieval.labels import Labels, check_labels, ragged_positions
 
 AP_VARIANTS = ("standard", "trapezoid")

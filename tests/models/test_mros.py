@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mros_jax.models.mros import MROS, SETTINGS
 from mros_jax.models.resnet import BACKBONES, BatchNorm, Conv, ResNet
+from mros_jax.systems.mros import MROS, SETTINGS
 
 apply = jax.jit(
     lambda model, variables, images: model.apply(variables, images, train=False), static_argnums=0

@@ -9,8 +9,8 @@ import torch
 from safetensors.numpy import save_file
 
 from mros_jax.models import torch_weights
-from mros_jax.models.mros import MROS
 from mros_jax.models.torch_weights import WeightsError
+from mros_jax.systems.mros import MROS
 
 ROOT = pathlib.Path(__file__).parents[2]
 IMAGES = np.zeros((2, 96, 32, 3), np.float32)

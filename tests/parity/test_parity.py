@@ -17,9 +17,10 @@ import torch_mros
 from safetensors.torch import load_file
 from torch_mros import TorchMROS, center_loss, total_loss, triplet_loss
 
-from mros_jax import losses, optimizers
+from mros_jax import losses
 from mros_jax.models import torch_weights
-from mros_jax.models.mros import MROS
+from mros_jax.systems.mros import MROS
+from mros_jax.training import optimizers
 
 NUM_CLASSES = 7
 LABELS = np.repeat(np.arange(4), 4).astype(np.int32) + 1

@@ -10,8 +10,8 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from mros_jax.data.cuhk03 import draw_trials
-from mros_jax.data.sources import load_dataset
+from mros_jax.data.datasets.cuhk03 import draw_trials
+from mros_jax.data.datasets.sources import load_dataset
 from mros_jax.data.store import load_store
 
 # (camera pair, person): images present of the ten; 1-5 are view 1, 6-10 view 2.

@@ -7,8 +7,8 @@ import pytest
 from absl import logging as absl_logging
 
 from mros_jax.data import doctor
-from mros_jax.data.checks import PUBLISHED, Published
-from mros_jax.data.sources import load_dataset
+from mros_jax.data.datasets.checks import PUBLISHED, Published
+from mros_jax.data.datasets.sources import load_dataset
 
 
 def examine(market, identities=2, images=2):
@@ -243,7 +243,7 @@ def test_cheap_check(market, caplog, monkeypatch):
     try:
         data = load_dataset("market1501", market.root)
         # It must not read images.
-        monkeypatch.setattr("mros_jax.data.checks.decode_image", lambda data: 1 / 0)
+        monkeypatch.setattr("mros_jax.data.datasets.checks.decode_image", lambda data: 1 / 0)
         with caplog.at_level(logging.WARNING):
             findings = doctor.check_cheap(data, identities=2, images=3 - 1)
         assert {f.check for f in findings} == {"counts"}

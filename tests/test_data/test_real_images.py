@@ -9,7 +9,7 @@ from PIL import Image
 from mros_jax.data import doctor
 from mros_jax.data.augment import augment_batch, example_keys, preprocess
 from mros_jax.data.batches import plan_epoch
-from mros_jax.data.sources import load_dataset
+from mros_jax.data.datasets.sources import load_dataset
 from mros_jax.data.store import load_store
 
 ROOT = pathlib.Path(__file__).parents[1] / "data" / "pedestrians"

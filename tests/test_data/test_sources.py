@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from mros_jax.data.layouts import ORIGINS
-from mros_jax.data.sources import DATASETS, load_dataset
-from mros_jax.data.splits import Dataset, Split, relabel
+from mros_jax.data.datasets.layouts import ORIGINS
+from mros_jax.data.datasets.sources import DATASETS, load_dataset
+from mros_jax.data.datasets.splits import Dataset, Split, relabel
 
 
 def test_market_layout(market):

@@ -17,9 +17,9 @@ from PIL import Image
 
 from mros_jax.data import cache
 from mros_jax.data.augment import augment_batch, example_keys
+from mros_jax.data.datasets.sources import load_dataset
+from mros_jax.data.datasets.splits import Split
 from mros_jax.data.prefetch import prefetch
-from mros_jax.data.sources import load_dataset
-from mros_jax.data.splits import Split
 from mros_jax.data.store import decode_image, load_store, place
 
 

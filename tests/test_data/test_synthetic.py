@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mros_jax.data import imaging, pedestrians, rendering, synthetic
-from mros_jax.data.layouts import read_market1501
+from mros_jax.data.datasets.layouts import read_market1501
+from mros_jax.data.synthetic import dataset as synthetic
+from mros_jax.data.synthetic import imaging, pedestrians, rendering
 
 
 def small(**overrides):

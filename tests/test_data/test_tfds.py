@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from mros_jax.data import tfds_builders
-from mros_jax.data.sources import load_dataset
+from mros_jax.data.datasets import prepared as tfds_builders
+from mros_jax.data.datasets.sources import load_dataset
 from mros_jax.data.store import load_store
 
 
@@ -107,7 +107,7 @@ def test_plain_tfds_reads_and_prepares(market, tmp_path):
 
     page = pathlib.Path(__file__).parents[2] / "docs" / "data.md"
     (block,) = re.findall(
-        r"```python\n(import mros_jax.data.tfds_builders[^`]*)```", page.read_text()
+        r"```python\n(import mros_jax.data.datasets.prepared[^`]*)```", page.read_text()
     )
     exec(block.replace("/data/tfds", str(tmp_path)), {})
 
@@ -131,7 +131,7 @@ def test_missing_root_and_unknown_options(tmp_path):
 
 
 def test_every_file_data_set_has_a_builder(tmp_path):
-    from mros_jax.data.sources import DATASETS
+    from mros_jax.data.datasets.sources import DATASETS
 
     for name in set(DATASETS) - {"folder", "synthetic"}:
         builder = tfds_builders.make_builder(name, tmp_path)
@@ -141,7 +141,7 @@ def test_every_file_data_set_has_a_builder(tmp_path):
 
 def test_sources_do_not_import_tfds_before_it_is_needed(market):
     code = (
-        "import sys; from mros_jax.data.sources import load_dataset; "
+        "import sys; from mros_jax.data.datasets.sources import load_dataset; "
         f"load_dataset('market1501', {str(market.root)!r}); "
         "assert 'tensorflow_datasets' not in sys.modules"
     )

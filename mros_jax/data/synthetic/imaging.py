@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from mros_jax.data.pedestrians import Camera, Picture
+from mros_jax.data.synthetic.pedestrians import Camera, Picture
 
 # Quantisation tables of the JPEG standard (ITU-T T.81, Annex K), for luminance and colour.
 _LUMA = np.array(

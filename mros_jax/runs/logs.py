@@ -12,22 +12,7 @@ from typing import Any
 
 import tensorboardX
 
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically: a reader sees the old file or the new one."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; a last line cut short by a killed writer is left out."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+from mros_jax.files import read_jsonl
 
 
 class Writer:

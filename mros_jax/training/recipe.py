@@ -15,14 +15,15 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mros_jax import losses, parallel
-from mros_jax.data import doctor, sources, store
-from mros_jax.data.splits import Split
+from mros_jax.data import doctor, store
+from mros_jax.data.datasets import sources
+from mros_jax.data.datasets.splits import Split
+from mros_jax.files import cache_directory
 from mros_jax.models import torch_weights
-from mros_jax.models.mros import MROS
-from mros_jax.optimizers import Schedule, make_optimizer, make_schedule
-from mros_jax.paths import cache_directory
-from mros_jax.state import TrainState, make_state
-from mros_jax.steps import make_train_step
+from mros_jax.systems.mros import MROS
+from mros_jax.training.optimizers import Schedule, make_optimizer, make_schedule
+from mros_jax.training.state import TrainState, make_state
+from mros_jax.training.step import make_train_step
 
 log = logging.getLogger(__name__)
 

@@ -7,14 +7,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mros_jax import parallel, recipe
-from mros_jax.data.splits import Dataset
+from mros_jax import parallel
+from mros_jax.data.datasets.splits import Dataset
 from mros_jax.evaluate import evaluate_features, extract_features
+from mros_jax.files import write_json
 from mros_jax.inference import Embedder, make_checkpoint_id
-from mros_jax.models.mros import MROS
 from mros_jax.retrieval import files
-from mros_jax.state import TrainState
-from mros_jax.writer import write_json
+from mros_jax.systems.mros import MROS
+from mros_jax.training import recipe
+from mros_jax.training.state import TrainState
 
 RANKS = (1, 5, 10)
 

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mros_jax import parallel
-from mros_jax.writer import Writer, write_json
+from mros_jax.files import write_json
+from mros_jax.runs.logs import Writer
 
 
 @dataclasses.dataclass(frozen=True)

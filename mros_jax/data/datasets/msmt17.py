@@ -2,14 +2,8 @@
 
 import pathlib
 
-from mros_jax.data.layouts import (
-    OnBadImage,
-    Record,
-    find_root,
-    make_dataset,
-    report_bad,
-)
-from mros_jax.data.splits import Dataset
+from mros_jax.data.datasets.layouts import OnBadImage, Record, find_root, make_dataset, report_bad
+from mros_jax.data.datasets.splits import Dataset
 
 NUM_TRAIN_PIDS = 1041
 _LISTS = ("list_train.txt", "list_val.txt", "list_query.txt", "list_gallery.txt")

@@ -4,7 +4,7 @@ import tomllib
 from typing import Any
 
 from mros_jax import compare
-from mros_jax.report.run import Run
+from mros_jax.runs.run import Run
 
 # Column of the report: key in the paper's tables.
 METRICS = {"mAP": "mAP", "Rank-1": "rank1", "Rank-5": "rank5", "Rank-10": "rank10", "mINP": "mINP"}

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt8
 
-from mros_jax.data import imaging
-from mros_jax.data.pedestrians import Camera, Person, Picture
-from mros_jax.data.shapes import (
+from mros_jax.data.synthetic import imaging
+from mros_jax.data.synthetic.pedestrians import Camera, Person, Picture
+from mros_jax.data.synthetic.shapes import (
     Canvas,
     box,
     capsule,

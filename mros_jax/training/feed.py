@@ -7,10 +7,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mros_jax import losses, parallel, recipe
+from mros_jax import losses, parallel
 from mros_jax.data import batches, store
-from mros_jax.data.splits import Dataset
-from mros_jax.loop import Sizes
+from mros_jax.data.datasets.splits import Dataset
+from mros_jax.training import recipe
+from mros_jax.training.loop import Sizes
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Int64
 
-from mros_jax.data.layouts import (
+from mros_jax.data.datasets.layouts import (
     MARKET_PARTS,
     OnBadImage,
     Record,
@@ -21,7 +21,7 @@ from mros_jax.data.layouts import (
     missing,
     read_market_layout,
 )
-from mros_jax.data.splits import Dataset, Split
+from mros_jax.data.datasets.splits import Dataset, Split
 
 Kind = str  # "labeled" or "detected"
 _MAT_PLACES = ("cuhk-03.mat", "cuhk03_release/cuhk-03.mat")

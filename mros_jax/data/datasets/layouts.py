@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mros_jax.data.splits import DISTRACTOR_PID, Dataset, Split, relabel
+from mros_jax.data.datasets.splits import DISTRACTOR_PID, Dataset, Split, relabel
 
 OnBadImage = str  # "error" or "skip"; check_choice refuses anything else
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from mros_jax.data.splits import Dataset, Split
+from mros_jax.data.datasets.splits import Dataset, Split
 from mros_jax.data.store import decode_image
 
 Level = Literal["fatal", "error", "warning", "note"]

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mros_jax.files import read_jsonl
 from mros_jax.retrieval import files
-from mros_jax.writer import read_jsonl
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,9 @@ from flax import linen as nn
 
 from mros_jax import losses
 from mros_jax.data import augment
-from mros_jax.optimizers import update_centers
 from mros_jax.parallel import AXIS
-from mros_jax.state import TrainState
+from mros_jax.training.optimizers import update_centers
+from mros_jax.training.state import TrainState
 
 
 def _from_first_device(tree: Any) -> Any:

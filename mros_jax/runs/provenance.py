@@ -17,7 +17,7 @@ PACKAGES = ("mros_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 
 def get_commit() -> str | None:
     """The commit of this project's checkout, "-dirty" where files differ; None if not in git."""
-    root = pathlib.Path(__file__).resolve().parents[1]
+    root = pathlib.Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # an installed package inside somebody else's checkout
         return None
 

@@ -9,14 +9,16 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from mros_jax.data import cuhk03, layouts, msmt17
-from mros_jax.data.splits import Dataset, Split, relabel
+from mros_jax.data.datasets import cuhk03, layouts, msmt17
+from mros_jax.data.datasets.splits import Dataset, Split, relabel
 
 __all__ = ["DATASETS", "Dataset", "Split", "load_dataset", "relabel"]
 
 
 def _load_synthetic(preset: str | None = None, **options: Any) -> Dataset:
-    from mros_jax.data import synthetic  # the renderer is loaded only where it is asked for
+    from mros_jax.data.synthetic import (
+        dataset as synthetic,
+    )
 
     if preset is None:
         return synthetic.make_dataset(**options)
@@ -55,7 +57,7 @@ def load_dataset(
     Args:
       name: one of `DATASETS`.
       root: the directory with the data as distributed, or a TFDS data directory in which
-        `mros_jax.data.tfds_builders` has prepared them; for `synthetic` there is none.
+        `mros_jax.data.datasets.prepared` has prepared them; for `synthetic` there is none.
       on_bad_image: what to do about files that are not named as the layout asks: "error", or "skip"
         with a warning that counts them.
       **options: the reader's own: `distractors_500k` for Market-1501, `include_val` for MSMT17,
@@ -91,7 +93,9 @@ def load_dataset(
         raise FileNotFoundError(layouts.missing(name, None))
     path = pathlib.Path(root).expanduser()
     if _is_tfds_directory(path):
-        from mros_jax.data import tfds_builders  # slow to import, and few need it
+        from mros_jax.data.datasets import (
+            prepared as tfds_builders,
+        )
 
         return tfds_builders.load_prepared(name, path, **options)
     if "on_bad_image" in accepted:  # the classic CUHK03 has no file names

@@ -1,10 +1,10 @@
 """TFDS builders: the original image bytes as ArrayRecord, without TensorFlow.
 
-    python -m mros_jax.data.tfds_builders --dataset market1501 --root MANUAL_DIR --out DATA_DIR
+    python -m mros_jax.data.datasets.prepared --dataset market1501 --root MANUAL_DIR --out DATA_DIR
 
 Then `--config.dataset.root=DATA_DIR` reads the records instead of the directory, with the same
 result. With TFDS alone: `tfds.data_source("market1501/plain", split="query", data_dir=DATA_DIR)`,
-after `import mros_jax.data.tfds_builders`.
+after `import mros_jax.data.datasets.prepared`.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from mros_jax.data import layouts, sources
-from mros_jax.data.splits import Dataset, Split, relabel
+from mros_jax.data.datasets import layouts, sources
+from mros_jax.data.datasets.splits import Dataset, Split, relabel
 
 _READ_AT_ONCE = 256
 _SPLITS = ("train", "query", "gallery")
@@ -231,7 +231,7 @@ def load_prepared(name: str, data_dir: str | os.PathLike[str], **options: Any) -
     if not (pathlib.Path(builder.data_path) / "features.json").is_file():
         raise FileNotFoundError(
             f"{data_dir} has no prepared records for data set {name!r} with options {options} "
-            f"(expected {builder.data_path}); make them: python -m mros_jax.data.tfds_builders "
+            f"(expected {builder.data_path}); make them: python -m mros_jax.data.datasets.prepared "
             f"--dataset {name} --root MANUAL_DIR --out {data_dir}"
         )
     train, query, gallery = (_read_split(builder, split) for split in _SPLITS)
@@ -268,7 +268,7 @@ def _read_split(builder: tfds.core.DatasetBuilder, name: str) -> Split:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m mros_jax.data.tfds_builders")
+    parser = argparse.ArgumentParser(prog="python -m mros_jax.data.datasets.prepared")
     names = sorted({config.dataset for builder in BUILDERS for config in builder.BUILDER_CONFIGS})
     parser.add_argument("--dataset", required=True, choices=names)
     parser.add_argument("--root", required=True, help="directory with the data as distributed")

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mros_jax import parallel
-from mros_jax.state import TrainState
+from mros_jax.training.state import TrainState
 
 
 def _make_manager(directory: pathlib.Path) -> ocp.CheckpointManager:

@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mros_jax.data import pedestrians, rendering
-from mros_jax.data.splits import DISTRACTOR_PID, JUNK_PID, Dataset, Split, relabel
+from mros_jax.data.datasets.splits import DISTRACTOR_PID, JUNK_PID, Dataset, Split, relabel
+from mros_jax.data.synthetic import pedestrians, rendering
 
 # Part of every cache key: a change of the pictures must change it.
 VERSION = 2

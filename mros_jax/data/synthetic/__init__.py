@@ -1,0 +1,1 @@
+"""The embedded data set: pedestrians drawn by this project."""
