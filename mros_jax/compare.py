@@ -35,7 +35,7 @@ class Measured:
     """One entry of one results.json; numbers in percent."""
 
     source: str
-    setting: str | None
+    system: str | None
     seed: int | None
     rerank: str | None
     values: dict[str, float]
@@ -46,7 +46,7 @@ class Measured:
     def group(self) -> str:
         """Equal for results that may be averaged: those that differ in seed and commit only."""
         fixed = {k: v for k, v in self.protocol.items() if k not in ("seed", "commit")}
-        own = self.setting if self.setting is not None and self.seed is not None else self.source
+        own = self.system if self.system is not None and self.seed is not None else self.source
         return json.dumps([own, self.rerank, fixed, self.config], sort_keys=True)
 
 
@@ -119,7 +119,7 @@ def _measure(source: str, results: Mapping[str, Any]) -> list[Measured]:
         measured.append(
             Measured(
                 source=source,
-                setting=run["setting"],
+                system=run["system"],
                 seed=run["seed"],
                 rerank=entry["rerank"],
                 values=values,
@@ -157,7 +157,7 @@ def find_mismatches(
 def _find_model_mismatches(config: Mapping[str, Any] | None, paper: Mapping[str, Any]) -> list[str]:
     if config is None:
         return []
-    model = config.get("model", {})
+    model = config.get("network", {})
     return [
         f"{name}: {model.get(name)}, not {wanted}"
         for name, wanted in paper["model"].items()
@@ -179,7 +179,8 @@ def build_rows(measured: Sequence[Measured], paper: Mapping[str, Any]) -> list[R
             values = {name: printed[name] for name in COLUMNS if name in printed}
             rows.append(Row(table["number"], printed["name"], "paper", 1, values, {}, {}, []))
             for group in ours:
-                if table["number"] == 1 and group[0].setting == printed.get("setting"):
+                own = group[0].system
+                if table["number"] == 1 and own is not None and own == printed.get("system"):
                     rows.append(_make_row(group, table, paper, values))
                     placed.append(group)
         reference = {name: table["row"][-1].get(name) for name in COLUMNS}
@@ -203,7 +204,7 @@ def _make_row(
         if len(group) > 1
         else {}
     )
-    label = f"ours, setting {first.setting}" if first.setting else "ours"
+    label = f"ours, {first.system}" if first.system else "ours"
     return Row(
         table=table["number"],
         name=label + (f" + {first.rerank}" if first.rerank else ""),

@@ -1,15 +1,245 @@
-"""Configs: read from a file, changed on the command line."""
+"""Configs: what they hold, read from a file, changed on the command line, and what they describe.
+
+A config of a system is its paper's differences over `base`. Each section goes to one function or
+class as its keyword arguments, so that a field that is not known there is an error by itself.
+"""
 
 import argparse
 import difflib
+import functools
 import importlib.util
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
+from mros_jax import parallel
+from mros_jax.data import store
+from mros_jax.data.datasets import sources
+from mros_jax.data.datasets.splits import Dataset, Split
 from mros_jax.errors import NotFoundError, UserError
+from mros_jax.models.outputs import Network
+from mros_jax.systems import NETWORKS
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+BATCH_NORMS = {"per_device": None, "synchronised": parallel.AXIS}
+
+# What may follow the colon of `--config configs/NAME.py:` beside the names of the data sets.
+_SHORT = {"market": "market1501", "duke": "dukemtmc"}
+
+
+def base(dataset: str = "market1501") -> ConfigDict:
+    """The fields that every config has, with this project's defaults; network, objective and
+    optimizer are for the system to fill.
+
+    Args:
+        dataset: a name in `mros_jax.data.datasets.sources.DATASETS`.
+    """
+    config = ConfigDict()
+    config.name = ""  # of the system, as in the paper's tables
+    config.seed = 0
+    config.num_epochs = 120
+
+    config.dataset = ConfigDict()
+    config.dataset.name = dataset
+    config.dataset.root = placeholder(str)  # where the data set lies
+    config.dataset.on_bad_image = "error"  # or "skip": leave unreadable images out, and say so
+    config.dataset.cache_dir = placeholder(str)  # decoded images; None: the user's cache directory
+    config.dataset.device_fraction = 0.5  # keep images on the device up to this share of its memory
+    config.dataset.distractors_500k = False  # Market-1501 only: with the 500,000 distractors
+    config.dataset.include_val = True  # MSMT17 only: train on the validation list too, as published
+    config.dataset.test_set = 0  # classic CUHK03 only: which of the 20 splits
+    config.dataset.preset = "market"  # synthetic only: its size, "market", "demo" or "small"
+    config.dataset.seed = 0  # synthetic only: other seed, other people
+
+    config.batch = ConfigDict()  # sampler: a key of `mros_jax.data.batches.SAMPLERS`; its fields
+    config.batch.sampler = "identities"
+    config.batch.identities = 32  # P
+    config.batch.images = 4  # K
+
+    config.input = ConfigDict()
+    config.input.height = 384
+    config.input.width = 128
+
+    config.augment = ConfigDict()
+    config.augment.flip = 0.5  # probability
+    config.augment.pad = 10  # pixels, zero, then a random crop back to size
+    config.augment.erase = 0.5  # probability
+    config.augment.erase_area = (0.02, 0.4)  # share of the image
+    config.augment.erase_aspect = (0.3, 1 / 0.3)
+    config.augment.erase_fill = "mean"  # or "public": as the public lineage fills
+
+    config.network = ConfigDict()  # name: a key of `mros_jax.systems.NETWORKS`; and its fields
+    # ImageNet weights: a file; "none": a random start; "auto": what scripts/fetch_weights.py has
+    # fetched, else a warning and a random start.
+    config.weights = "auto"
+    config.dtype = "float32"  # or "bfloat16": compute only, parameters stay float32
+    # "per_device", as DataParallel; "synchronised": over the global batch
+    config.batch_norm = "per_device"
+
+    # Terms by name: `loss`, a key of `mros_jax.losses.objective.TERMS`; `weight`, 0 leaves it out;
+    # `on`, the network's outputs that it looks at; and the term's other fields.
+    config.objective = ConfigDict()
+
+    # Groups of parameters by name: `params`, their paths; and the fields of
+    # `mros_jax.training.optimizers.Group`.
+    config.optimizer = ConfigDict()
+    config.schedule = ConfigDict()  # of every group that is `scheduled`
+    config.schedule.warmup_epochs = 0
+    config.schedule.warmup_factor = 0.01  # the first epoch's share of the rate
+    config.schedule.warmup_per = "epoch"  # or "iteration"
+    config.schedule.decay_epochs = ()
+    config.schedule.decay_factor = 0.1
+    config.clip_norm = 0.0  # largest global norm of the network's gradient; 0: no clipping
+    config.accumulate_steps = 1  # batches averaged into one update
+    config.ema_decay = 0.0  # moving average of parameters for evaluation; 0: none
+
+    config.eval = ConfigDict()
+    config.eval.every_epochs = 10  # and at the end, then with re-ranking
+    config.eval.batch_size = 128  # images
+    config.eval.metric = "cosine"  # or "euclidean"
+    config.eval.ap = "standard"  # or "trapezoid", the Market-1501 MATLAB code's
+    config.eval.flip_test = False
+    config.eval.keep_junk = False
+    config.eval.rerank = ("ecn",)  # at the end; any of the following
+    config.eval.rerank_options = ConfigDict(
+        {
+            "ecn": {"k": 25, "t": 3, "q": 8, "method": "rankdist"},
+            "k_reciprocal": {"k1": 20, "k2": 6, "lambda_value": 0.3},
+            "aqe": {},
+        }
+    )
+
+    config.checkpoint_every_epochs = 5  # and whenever the run is evaluated or stopped
+    config.log_every_steps = 20  # metrics are fetched from the device this often
+    config.report = True  # write report.html at the end
+    return config
+
+
+def choose(arg: str | None, variants: Sequence[str]) -> tuple[str, str]:
+    """Read what a user wrote after the colon of `--config configs/NAME.py:ARG`.
+
+    Args:
+        arg: at most one variant and one data set, in any order, separated by a comma.
+        variants: of this system; the first is taken where `arg` names none.
+
+    Returns:
+        The variant and the data set's name.
+
+    Raises:
+        UserError: another word; lists what there is.
+    """
+    variant, dataset = variants[0], "market1501"
+    for word in filter(None, (arg or "").split(",")):
+        if word in variants:
+            variant = word
+        elif _SHORT.get(word, word) in sources.DATASETS:
+            dataset = _SHORT.get(word, word)
+        else:
+            raise UserError(
+                f"unknown config argument {word!r}: expected a variant "
+                f"({', '.join(filter(None, variants))}) or a data set "
+                f"({', '.join((*_SHORT, *sources.DATASETS))})"
+            )
+    return variant, dataset
+
+
+def shrink(config: ConfigDict) -> ConfigDict:
+    """Make a system's config laptop-sized, in place: tiny trunk, small images, embedded data."""
+    config.dataset.name = "synthetic"
+    config.dataset.preset = "demo"
+    config.num_epochs = 32
+    if config.batch.sampler == "identities":
+        config.batch.identities = min(config.batch.identities, 16)
+    config.input.height = 96
+    config.input.width = 48
+    config.augment.pad = min(config.augment.pad, 4)
+    config.network.trunk = "tiny"
+    config.weights = "none"
+    config.schedule.warmup_epochs = min(config.schedule.warmup_epochs, 4)
+    config.schedule.decay_epochs = (20, 28)
+    config.eval.every_epochs = 8
+    return config
+
+
+# Fields of config.dataset that only some data sets have.
+_DATASET_OPTIONS = {
+    "market1501": ("distractors_500k",),
+    "msmt17": ("include_val",),
+    "msmt17_v2": ("include_val",),
+    "cuhk03_labeled_classic": ("test_set",),
+    "cuhk03_detected_classic": ("test_set",),
+    "synthetic": ("preset", "seed"),
+}
+
+
+def load_dataset(config: ConfigDict) -> Dataset:
+    """The data set that a config names.
+
+    Raises:
+        UserError: no such data set, or none at its root.
+    """
+    data = config.dataset
+    options = {name: data[name] for name in _DATASET_OPTIONS.get(data.name, ())}
+    return sources.load_dataset(data.name, data.root, on_bad_image=data.on_bad_image, **options)
+
+
+def load_images(config: ConfigDict, split: Split, *, progress: bool = True) -> store.ImageStore:
+    """The decoded images of a split, in the size and from the cache that a config names."""
+    return store.load_store(
+        split,
+        height=config.input.height,
+        width=config.input.width,
+        cache_dir=config.dataset.cache_dir,
+        on_bad_image=config.dataset.on_bad_image,
+        progress=progress,
+    )
+
+
+def make_network(config: ConfigDict, num_classes: int) -> Network:
+    """The network that a config describes.
+
+    Raises:
+        UserError: an unknown network, precision or field; lists what there is.
+    """
+    fields = config.network.to_dict()
+    name = fields.pop("name", None)
+    if name not in NETWORKS:
+        raise UserError(f"network.name is {name!r}; expected one of {', '.join(NETWORKS)}")
+    known = set(NETWORKS[name].__dataclass_fields__) - {"parent", "name"}
+    if unknown := sorted(set(fields) - known):
+        raise UserError(
+            f"network has no field {', '.join(unknown)}; {name} has {', '.join(sorted(known))}"
+        )
+    check_choice("dtype", config.dtype, DTYPES)
+    check_choice("batch_norm", config.batch_norm, BATCH_NORMS)
+    # A config read from JSON has lists for tuples, and Flax needs fields that can be hashed.
+    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+    return NETWORKS[name](
+        num_classes=num_classes,
+        dtype=DTYPES[config.dtype],
+        bn_axis_name=BATCH_NORMS[config.batch_norm],
+        **fields,
+    )
+
+
+def check_choice(name: str, value: Any, choices: Mapping[str, Any] | Sequence[str]) -> None:
+    """Refuse a field's value that is not among the choices.
+
+    Raises:
+        UserError: names the field, its value and the choices.
+    """
+    if value not in choices:
+        raise UserError(f"config.{name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def get_field(config: ConfigDict, name: str) -> Any:
+    """The value of a field such as "optimizer.network.lr"."""
+    return functools.reduce(lambda section, word: section[word], name.split("."), config)
 
 
 def read(path: str | pathlib.Path, arg: str | None = None) -> ConfigDict:

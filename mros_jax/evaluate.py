@@ -69,7 +69,7 @@ def evaluate_features(
     flip_test: bool | None = None,
     keep_junk: bool = False,
     distractor_pid: int | None = 0,
-    setting: str | None = None,
+    system: str | None = None,
     seed: int | None = None,
     step: int | None = None,
     epoch: int | None = None,
@@ -88,7 +88,7 @@ def evaluate_features(
         flip_test: whether the descriptors are means over image and mirror image; None if unknown.
         keep_junk: let junk take part in re-ranking.
         distractor_pid: the pid that never matches, None if there is none.
-        setting: setting of the model (I-IV).
+        system: the system's name, as the paper's tables have it.
         seed: seed of the run.
         step: training steps done.
         epoch: epochs done.
@@ -119,7 +119,7 @@ def evaluate_features(
         log.info("%s: %s", name or "plain", result)
         results.append({"name": name or "plain", "rerank": name, **result.to_dict()})
     protocol = results[0]["protocol"]
-    run = {"setting": setting, "seed": seed, "step": step, "epoch": epoch, "commit": commit}
+    run = {"system": system, "seed": seed, "step": step, "epoch": epoch, "commit": commit}
     sizes = ("num_query", "num_valid_queries", "num_gallery", "num_junk", "num_distractors")
     return {
         "format": FORMAT,
@@ -159,9 +159,9 @@ def load_run_features(
     Raises:
         FileNotFoundError: no run, no checkpoint, no data set.
     """
+    from mros_jax import config as configs
     from mros_jax.data.datasets.sources import load_dataset
     from mros_jax.inference import load_model
-    from mros_jax.training import recipe
 
     model = load_model(run, checkpoint)
     config = model.config
@@ -170,13 +170,13 @@ def load_run_features(
         if root is not None:
             config.dataset.root = root
     own = dataset in (None, config.dataset.name)
-    data = recipe.load_dataset(config) if own else load_dataset(dataset, root)  # type: ignore[arg-type]
+    data = configs.load_dataset(config) if own else load_dataset(dataset, root)  # type: ignore[arg-type]
     words = ["features", *([] if own else [data.name]), *(["flip"] if flip_test else [])]
     path = pathlib.Path(run) / f"{'-'.join(words)}.npz"
     described = {
         "dataset": data.name,
         "flip_test": flip_test,
-        "setting": config.model.setting,
+        "system": config.name,
         "seed": config.seed,
     }
     if path.exists():
@@ -194,8 +194,8 @@ def load_run_features(
         functools.partial(
             model.embed, batch_size=batch_size, flip_test=flip_test, progress=progress
         ),
-        recipe.load_images(config, data.query, progress=progress),
-        recipe.load_images(config, data.gallery, progress=progress),
+        configs.load_images(config, data.query, progress=progress),
+        configs.load_images(config, data.gallery, progress=progress),
     )
     features["checkpoint_id"] = np.asarray(model.checkpoint_id)
     files.save_features(path, features)

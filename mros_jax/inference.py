@@ -14,31 +14,36 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
+import PIL.Image
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mros_jax import parallel
+from mros_jax.config import make_network
 from mros_jax.data import augment, decoding
+from mros_jax.errors import NotFoundError, UserError
+from mros_jax.models.outputs import Network, Outputs
 from mros_jax.training.checkpoints import load_variables
-from mros_jax.training.recipe import make_model
+
+Image = np.ndarray | jax.Array | PIL.Image.Image | str | os.PathLike
 
 
 class Embedder:
     """A network with its variables, ready to turn images into descriptors on all local devices.
 
+    The variables are placed on the devices once.
+
     Attributes:
-        model: the Flax module.
-        variables: its parameters and running statistics.
+        network: the Flax module.
+        variables: its parameters and running statistics, on the host.
         config: the run's resolved config, where it came from a run.
         checkpoint_id: names the weights: descriptors of another id are not these.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        network: Network,
         variables: dict[str, Any],
         *,
         height: int,
@@ -46,26 +51,33 @@ class Embedder:
         config: ConfigDict | None = None,
         checkpoint_id: str = "",
     ):
-        self.model = model
+        self.network = network
         self.variables = variables
         self.config = config
         self.checkpoint_id = checkpoint_id
         self._height, self._width = height, width
-        self._embed = _make_embed(model, height, width)
+        self._placed = parallel.replicate(variables)
+        self._embed = _make_embed(network, height, width)
+
+    def replace_variables(self, variables: dict[str, Any]) -> None:
+        """Use other variables of the same shapes, without compiling again."""
+        self.variables = variables
+        self._placed = parallel.replicate(variables)
 
     def embed(
         self,
-        images: np.ndarray | Sequence[np.ndarray | str | os.PathLike],
+        images: np.ndarray | jax.Array | Sequence[Image],
         *,
         batch_size: int = 128,
         flip_test: bool = False,
         progress: bool = False,
     ) -> np.ndarray:
-        """Descriptors G of images, not normalised.
+        """Descriptors of images, not normalized.
 
         Args:
             images: uint8 (N, H, W, 3) RGB, any size; or a sequence of uint8 (H, W, 3) arrays of
-                different sizes or of image files. They are resized to the model's input.
+                different sizes, PIL images or image files. They are resized to the network's
+                input.
             batch_size: images per call, rounded up to a multiple of the local devices.
             flip_test: mean of the descriptors of image and mirror image.
             progress: show a progress bar.
@@ -74,28 +86,30 @@ class Embedder:
             float32 (N, D).
 
         Raises:
-            ValueError: images of another type or rank, or files that cannot be read.
+            UserError: images of another type or rank, or files that cannot be read.
         """
-        if isinstance(images, str | os.PathLike):
-            raise ValueError(f"expected images or a list of files, got one path: {images}")
+        if isinstance(images, str | os.PathLike | PIL.Image.Image):
+            raise UserError(f"expected several images or files, got one: {images}; give [it]")
+        if isinstance(images, jax.Array):
+            images = np.asarray(images)
         if isinstance(images, np.ndarray) and (
             images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8
         ):
-            raise ValueError(
+            raise UserError(
                 f"expected uint8 images (N, H, W, 3), got {images.dtype} {images.shape}"
             )
         devices = jax.local_device_count()
         batch_size = -(-min(batch_size, max(len(images), 1)) // devices) * devices
-        variables = parallel.replicate(self.variables)
         parts = []
         starts = range(0, len(images), batch_size)
         for start in tqdm(starts, desc="descriptors", leave=False, disable=not progress):
             batch = images[start : start + batch_size]
             if not isinstance(batch, np.ndarray):
-                batch = decoding.load_images(batch, height=self._height, width=self._width)
+                arrays = [_to_array(image) for image in batch]
+                batch = decoding.load_images(arrays, height=self._height, width=self._width)
             padding = batch_size - len(batch)
             padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
-            out = self._embed(variables, parallel.split(padded), flip_test)
+            out = self._embed(self._placed, parallel.split(padded), flip_test)
             # (devices, b, D) -> (batch_size, D)
             parts.append(np.asarray(out).reshape(batch_size, -1)[: len(batch)])
         return np.concatenate(parts) if parts else np.zeros((0, self.descriptor_size), np.float32)
@@ -103,19 +117,22 @@ class Embedder:
     @property
     def descriptor_size(self) -> int:
         """Numbers in a descriptor, D."""
-        image = jax.ShapeDtypeStruct((1, self._height, self._width, 3), jnp.float32)
-        outputs = jax.eval_shape(
-            functools.partial(self.model.apply, train=False), self.variables, image
-        )
-        return outputs.descriptor.shape[-1]
+        return sum(part.size for part in self.network.parts(self._height, self._width))
 
-    def __call__(self, images: np.ndarray) -> Any:
-        """All named outputs of the network (stages, g, h, logits, descriptor) for a few images."""
+    def outputs(self, images: np.ndarray) -> Outputs:
+        """All named outputs of the network for a few uint8 images (N, H, W, 3)."""
         inputs = augment.preprocess(images, height=self._height, width=self._width)
-        return self.model.apply(self.variables, inputs, train=False)
+        return self.network.apply(self.variables, inputs, train=False)
 
 
-def _make_embed(model: nn.Module, height: int, width: int):
+def _to_array(image: Image) -> np.ndarray | str | os.PathLike:
+    """PIL and JAX images as arrays; arrays and paths as they are."""
+    if isinstance(image, PIL.Image.Image):
+        return np.asarray(image.convert("RGB"))
+    return np.asarray(image) if isinstance(image, jax.Array) else image
+
+
+def _make_embed(network: Network, height: int, width: int) -> Any:
     # Local devices only: in a run of many processes each may embed what it likes.
     @functools.partial(
         jax.pmap,
@@ -126,10 +143,10 @@ def _make_embed(model: nn.Module, height: int, width: int):
     )
     def embed(variables, images, flip_test):
         inputs = augment.preprocess(images, height=height, width=width)
-        outputs: Any = model.apply(variables, inputs, train=False)
+        outputs = network.apply(variables, inputs, train=False)
         if not flip_test:
             return outputs.descriptor
-        mirrored: Any = model.apply(variables, inputs[:, :, ::-1], train=False)
+        mirrored = network.apply(variables, inputs[:, :, ::-1], train=False)
         return (outputs.descriptor + mirrored.descriptor) / 2
 
     return embed
@@ -143,19 +160,19 @@ def load_model(run: str | os.PathLike, checkpoint: str = "last") -> Embedder:
         checkpoint: "last", which the paper's numbers correspond to, or "best" by mAP.
 
     Raises:
-        FileNotFoundError: `run` is not a run directory, or holds no complete checkpoint.
+        NotFoundError: `run` is not a run directory, or holds no complete checkpoint.
     """
     run = pathlib.Path(run)
     config_path = run / "config.json"
     if not config_path.exists():
-        raise FileNotFoundError(
+        raise NotFoundError(
             f"{run} is not a run: it has no config.json; give the --workdir of a training run"
         )
     config = ConfigDict(json.loads(config_path.read_text()))
     num_classes = json.loads((run / "run.json").read_text())["dataset"]["num_classes"]
     variables, step = load_variables(run / "checkpoints", checkpoint)
     return Embedder(
-        make_model(config.model, num_classes),
+        make_network(config, num_classes),
         variables,
         height=config.input.height,
         width=config.input.width,

@@ -16,6 +16,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from mros_jax import config as configs
 from mros_jax import console, parallel, report
 from mros_jax.data.datasets import sources
 from mros_jax.files import write_json
@@ -28,7 +29,7 @@ log = logging.getLogger("mros_jax.train")  # also where this file is __main__
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run. Default: runs/DATASET-SETTING-seedSEED."
+    "workdir", None, "Directory of the run. Default: runs/NAME-DATASET-seedSEED."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, for a run of several processes."
@@ -56,16 +57,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
     workdir = pathlib.Path(workdir).absolute()
     is_main = parallel.is_main_process()
     recipe.check_config(config)
-    dataset = recipe.load_dataset(config)
-    model = recipe.make_model(config.model, dataset.num_classes)
-    recipe.check_fit(config, dataset, model)
+    dataset = configs.load_dataset(config)
+    recipe.check_fit(config, dataset)
+    batches = feed.Feed(config, dataset)
+    sizes = batches.sizes
+    parts = recipe.build(config, dataset.num_classes, sizes.steps_per_epoch)
     if is_main:
         claim_workdir(workdir, config)
         write_json(workdir / "run.json", describe_run(dataset, workdir / "run.json"))
-    batches = feed.Feed(config, dataset)
-    sizes = batches.sizes
-    state, step_fn = recipe.build(config, model, sizes.steps_per_epoch)
-    mapped_step = parallel.MappedStep(step_fn)
+    state, mapped_step = parts.state, parallel.MappedStep(parts.step)
     saved = checkpoints.Checkpoints(workdir / "checkpoints")
     best_mAP, last_saved = -1.0, None
     if (restored := saved.restore(state)) is not None:
@@ -74,7 +74,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
         log.info("Going on after step %d of %d", last_saved, sizes.total_steps)
     step = int(state.step)
     state = parallel.replicate(state)
-    evaluator = validation.Evaluator(config, dataset, model)
+    evaluator = validation.Evaluator(config, dataset, parts.network)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop())
         stack.callback(saved.close)
@@ -155,7 +155,7 @@ def main(argv: list[str]) -> None:
     parallel.use_compilation_cache()
     parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value
-    default = f"runs/{config.dataset.name}-{config.model.setting}-seed{config.seed}"
+    default = f"runs/{config.name}-{config.dataset.name}-seed{config.seed}"
     try:
         train(config, _WORKDIR.value or default)
     except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:

@@ -1,7 +1,13 @@
 """Which images make which batch: index plans that are pure functions of (seed, epoch)."""
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from jaxtyping import Int, Int32, Integer
+
+from mros_jax.errors import UserError
 
 _IDENTITIES, _SHUFFLED = 0, 1  # so that the two kinds of plan never share a stream of numbers
 
@@ -187,3 +193,58 @@ def plan_shuffled(
     order = np.random.default_rng([seed, epoch, _SHUFFLED]).permutation(num_images)
     plan = order[: steps * batch].reshape(steps, batch)
     return np.ascontiguousarray(plan[:, columns], dtype=np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Identities:
+    """P x K batches (`plan_epoch`): `identities` people, `images` of each."""
+
+    identities: int
+    images: int
+
+    @property
+    def size(self) -> int:
+        """Images in the global batch."""
+        return self.identities * self.images
+
+    def plan(self, labels: Integer[np.ndarray, "N"], **place: int) -> Int32[np.ndarray, "steps b"]:
+        """Indices of an epoch; `place` are the keyword arguments from `seed` on of `plan_epoch`."""
+        return plan_epoch(labels, identities=self.identities, images=self.images, **place)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffled:
+    """Plain batches of `size` images (`plan_shuffled`)."""
+
+    size: int
+
+    def plan(self, labels: Integer[np.ndarray, "N"], **place: int) -> Int32[np.ndarray, "steps b"]:
+        """Indices of an epoch; `place` are the keyword arguments from `seed` on of `plan_epoch`."""
+        return plan_shuffled(len(labels), batch=self.size, **place)
+
+
+Sampler = Identities | Shuffled
+# What `config.batch.sampler` may say. The rest of the section are the fields.
+SAMPLERS: dict[str, Any] = {"identities": Identities, "shuffled": Shuffled}
+
+
+def make_sampler(section: Mapping[str, Any]) -> Sampler:
+    """The sampler that a config's `batch` section describes.
+
+    Raises:
+        UserError: an unknown sampler or field, one that is missing, or a number below 1.
+    """
+    fields = dict(section)
+    name = fields.pop("sampler", None)
+    if name not in SAMPLERS:
+        raise UserError(f"batch.sampler is {name!r}; expected one of {', '.join(SAMPLERS)}")
+    known = {field.name for field in dataclasses.fields(SAMPLERS[name])}
+    if set(fields) != known:
+        raise UserError(
+            f"batch has the fields {', '.join(sorted(fields))}; the sampler {name} needs "
+            f"{', '.join(sorted(known))}"
+        )
+    for field, value in fields.items():
+        if value < 1:
+            raise UserError(f"batch.{field} is {value}; it must be 1 or more")
+    return SAMPLERS[name](**fields)

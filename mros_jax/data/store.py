@@ -87,7 +87,7 @@ class Placed:
         """
         if self.kind == "device":
             return (put({"indices": row}) for row in plan)
-        images, labels = self.store.images, _labels(self.store)
+        images, labels = self.store.images, labels_of(self.store)
 
         def make(row: np.ndarray) -> Any:
             return put({"images": images[row], "labels": labels[row]})
@@ -193,7 +193,7 @@ def place(
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"the share of device memory must be in 0..1, got {fraction}")
-    labels = _labels(store)
+    labels = labels_of(store)
     devices = list(devices or jax.local_devices())
     memory = min(_memory(device, len(devices)) for device in devices)
     needed = store.images.nbytes
@@ -214,7 +214,12 @@ def place(
     return Placed("device", reason, replicate({"images": store.images, "labels": labels}), store)
 
 
-def _labels(store: ImageStore) -> np.ndarray:
+def labels_of(store: ImageStore) -> np.ndarray:
+    """The training labels, (N,) int32.
+
+    Raises:
+      UserError: the split is none to train on.
+    """
     if store.labels is None:
         raise ValueError(f"the {store.split.name} split has no training labels")
     return store.labels

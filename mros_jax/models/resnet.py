@@ -5,6 +5,7 @@ trains (stride in the 3x3 convolution). Module names follow torchvision's, so th
 to one (`mros_jax.models.torch_weights`).
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,27 +15,58 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from mros_jax.errors import UserError
 from mros_jax.models.layers import count_values, max_pool, multiply, normalize, widen
 
 Block = Literal["basic", "bottleneck"]
 
 
-class BackboneSpec(NamedTuple):
-    """What distinguishes one ResNet from another."""
+class TrunkSpec(NamedTuple):
+    """What distinguishes one ResNet from another, and the sizes that follow."""
 
     stage_sizes: tuple[int, int, int, int]
     width: int
     block: Block
 
+    def channels(self, level: str) -> int:
+        """Channels of stage "t1" to "t4"."""
+        return self.width * 2 ** (int(level[1]) - 1) * (4 if self.block == "bottleneck" else 1)
 
-BACKBONES: dict[str, BackboneSpec] = {
-    "tiny": BackboneSpec((1, 1, 1, 1), 16, "basic"),
-    "resnet18": BackboneSpec((2, 2, 2, 2), 64, "basic"),
-    "resnet34": BackboneSpec((3, 4, 6, 3), 64, "basic"),
-    "resnet50": BackboneSpec((3, 4, 6, 3), 64, "bottleneck"),
-    "resnet101": BackboneSpec((3, 4, 23, 3), 64, "bottleneck"),
-    "resnet152": BackboneSpec((3, 8, 36, 3), 64, "bottleneck"),
+    def stride(self, level: str, last_stride: int = 1) -> int:
+        """Pixels of the image for one of a stage's map."""
+        return {"t1": 4, "t2": 8, "t3": 16, "t4": 16 * last_stride}[level]
+
+    def make(self, **fields: Any) -> "ResNet":
+        """The module; `fields` are the others of `ResNet`."""
+        return ResNet(**self._asdict(), **fields)
+
+
+TRUNKS: dict[str, TrunkSpec] = {
+    "tiny": TrunkSpec((1, 1, 1, 1), 16, "basic"),
+    "resnet18": TrunkSpec((2, 2, 2, 2), 64, "basic"),
+    "resnet34": TrunkSpec((3, 4, 6, 3), 64, "basic"),
+    "resnet50": TrunkSpec((3, 4, 6, 3), 64, "bottleneck"),
+    "resnet101": TrunkSpec((3, 4, 23, 3), 64, "bottleneck"),
+    "resnet152": TrunkSpec((3, 8, 36, 3), 64, "bottleneck"),
 }
+
+
+def find_trunk(name: str) -> TrunkSpec:
+    """The entry of `TRUNKS`.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in TRUNKS:
+        raise UserError(f"trunk is {name!r}; it must be one of {', '.join(TRUNKS)}")
+    return TRUNKS[name]
+
+
+def torchvision_name(path: tuple[str, ...]) -> str:
+    """torchvision's name of a module of a ResNet: ("layer3_0", "conv1") -> "layer3.0.conv1"."""
+    name = ".".join(path).replace("downsample_conv", "downsample.0")
+    return re.sub(r"(layer\d+)_(\d+)", r"\1.\2", name.replace("downsample_bn", "downsample.1"))
+
 
 # torchvision: kaiming_normal_(mode="fan_out", nonlinearity="relu")
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -70,7 +102,7 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation with PyTorch's arithmetic, over all axes but the last `feature_axes`.
+    """Batch normalization with PyTorch's arithmetic, over all axes but the last `feature_axes`.
 
     Normalises with the biased variance and keeps the *unbiased* one as running statistic, with
     momentum 0.1 for the new value (Flax's own keeps the biased one). Statistics are float32.
@@ -80,6 +112,7 @@ class BatchNorm(nn.Module):
 
     feature_axes: int = 1
     use_bias: bool = True
+    scale_init: Any = nn.initializers.ones
     momentum: float = 0.1
     epsilon: float = 1e-5
     axis_name: str | None = None
@@ -93,7 +126,7 @@ class BatchNorm(nn.Module):
             ValueError: in training, if there is only one value per channel: no variance.
         """
         shape = x.shape[-self.feature_axes :]
-        scale = jnp.asarray(self.param("scale", nn.initializers.ones, shape, jnp.float32))
+        scale = jnp.asarray(self.param("scale", self.scale_init, shape, jnp.float32))
         if self.use_bias:
             bias = jnp.asarray(self.param("bias", nn.initializers.zeros, shape, jnp.float32))
         else:
@@ -107,7 +140,7 @@ class BatchNorm(nn.Module):
         count = count_values(x, self.feature_axes, self.axis_name)
         if count < 2:
             raise ValueError(
-                f"batch normalisation in training got one value per channel (input {x.shape}); "
+                f"batch normalization in training got one value per channel (input {x.shape}); "
                 "use a batch of two or more images, or train=False"
             )
         y, mean, var = normalize(x, scale, bias, self.epsilon, self.axis_name)
@@ -160,6 +193,7 @@ class ResNet(nn.Module):
         width: channels of the first stage's 3x3 convolutions; they double with every stage.
         block: "basic" (18, 34) or "bottleneck" (50, 101, 152).
         last_stride: stride of the fourth stage, 1 (usual in re-identification) or 2 (ImageNet).
+        stem_relu: the ReLU after the first batch normalization, which some public code leaves out.
         dtype: compute dtype; parameters and statistics stay float32.
         bn_axis_name: axis over which batch statistics are shared; None = each device its own.
     """
@@ -168,6 +202,7 @@ class ResNet(nn.Module):
     width: int = 64
     block: Block = "bottleneck"
     last_stride: int = 1
+    stem_relu: bool = True
     dtype: Any = jnp.float32
     bn_axis_name: str | None = None
 
@@ -185,17 +220,12 @@ class ResNet(nn.Module):
             `t1`..`t4`: the outputs of the four stages, (B, H/4, W/4, C) to
             (B, H/(16 last_stride), ...), in the compute dtype.
         """
-        if len(self.stage_sizes) != 4 or self.block not in ("basic", "bottleneck"):
-            raise ValueError(
-                f"stage_sizes {tuple(self.stage_sizes)} must be four numbers and block "
-                f"{self.block!r} be 'basic' or 'bottleneck'"
-            )
         if self.last_stride not in (1, 2):
-            raise ValueError(f"last_stride is {self.last_stride}; it must be 1 or 2")
+            raise UserError(f"last_stride is {self.last_stride}; it must be 1 or 2")
         x = Conv(self.width, 7, 2, self.dtype, name="conv1")(images)
         bn = BatchNorm(axis_name=self.bn_axis_name, dtype=self.dtype, name="bn1")
-        x = nn.relu(bn(x, train=train))
-        x = max_pool(x)
+        x = bn(x, train=train)
+        x = max_pool(nn.relu(x) if self.stem_relu else x)
         stages: dict[str, jax.Array] = {}
         for i, size in enumerate(self.stage_sizes):
             for j in range(size):

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mros_jax.errors import UserError
+
 
 def pool_stripes(
     features: Float[Array, "*batch H W C"], num_stripes: int = 6, overlap: bool = True
@@ -21,20 +23,20 @@ def pool_stripes(
         (..., S, C), at least float32, from the top of the image to the bottom.
 
     Raises:
-        ValueError: if H is not a multiple of s, or s is too small for a window.
+        UserError: H is not a multiple of s, or s is too small for a window.
     """
     if features.ndim < 3:
-        raise ValueError(f"features have shape {features.shape}; expected (..., H, W, C)")
+        raise UserError(f"features have shape {features.shape}; expected (..., H, W, C)")
     height, width, channels = features.shape[-3:]
     if num_stripes < (2 if overlap else 1):
-        raise ValueError(
+        raise UserError(
             f"num_stripes is {num_stripes}; {'overlapping windows need 2' if overlap else 'use 1'} "
             "or more"
         )
     if height % num_stripes or height == 0:
         below = height // num_stripes * num_stripes
         nearest = [h for h in (below, below + num_stripes) if h > 0]
-        raise ValueError(
+        raise UserError(
             f"a feature map of height {height} cannot be cut into {num_stripes} equal stripes; "
             f"heights that work are its multiples, here {' or '.join(map(str, nearest))}"
         )
@@ -44,3 +46,36 @@ def pool_stripes(
     if not overlap:
         return stripes
     return (stripes[..., :-1, :] + stripes[..., 1:, :]) / 2  # (..., s - 1, C)
+
+
+def stripe_edges(num_stripes: int, overlap: bool) -> list[tuple[float, float]]:
+    """Top and bottom of each window of `pool_stripes`, as shares of the height."""
+    tall = 2 if overlap else 1
+    count = num_stripes - tall + 1
+    return [(i / num_stripes, (i + tall) / num_stripes) for i in range(count)]
+
+
+def check_height(height: int, stride: int, num_stripes: int, level: str) -> None:
+    """Refuse images whose feature map cannot be cut into equal stripes.
+
+    Args:
+        height: of the images, in pixels.
+        stride: pixels of the image for one row of the map.
+        num_stripes: s.
+        level: what the map is called in the message.
+
+    Raises:
+        UserError: names heights that work.
+    """
+    if num_stripes < 1:
+        raise UserError(f"num_stripes is {num_stripes}; it must be 1 or more")
+    rows = -(-height // stride)  # padded strides round up
+    if rows % num_stripes:
+        unit = stride * num_stripes
+        below = height // unit * unit
+        work = [h for h in (below, below + unit) if h > 0]
+        raise UserError(
+            f"images of height {height} give a {level} of height {rows}, which cannot be cut into "
+            f"{num_stripes} equal stripes; use images of height {' or '.join(map(str, work))} "
+            f"(multiples of {unit})"
+        )

@@ -1,16 +1,13 @@
-"""Weights in from PyTorch (ImageNet) and out to PyTorch (a whole trained MROS).
+"""Weights in from PyTorch (ImageNet) and out to PyTorch (a whole trained network).
 
-Names on the PyTorch side: torchvision's for the backbone (under `backbone.` in a whole MROS), and
-`necks.<level>.<stripe>` (BatchNorm1d), `classifiers.<level>.<stripe>` (Linear) for the heads.
+A name on the PyTorch side is the path of the Flax module: `neck_t4.3.weight` is scale 3 of
+`neck_t4`, whose S normalizations are S modules there. Modules of a trunk have torchvision's names.
 Nothing here needs PyTorch, except reading a `.pth` file.
 """
 
-import json
 import os
 import pathlib
-import re
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,10 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as dump_safetensors
+
+from mros_jax.errors import NotFoundError, UserError
+from mros_jax.files import write_atomically
+from mros_jax.models.resnet import torchvision_name as module_name
 
 StateDict = dict[str, np.ndarray]
 _Path = tuple[str, ...]
@@ -32,65 +33,72 @@ _LEAVES = {
 }
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights that do not fit the network, or a file that holds none."""
 
 
-def load_imagenet(path: str | os.PathLike[str], variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill the backbone of `variables` from a torchvision ResNet's weights.
+def load_imagenet(
+    path: str | os.PathLike[str],
+    variables: Mapping[str, Any],
+    torchvision_name: Callable[[_Path], str | None],
+) -> dict[str, Any]:
+    """Fill what starts from ImageNet with the weights of a torchvision network.
 
     Args:
         path: `.safetensors`, or `.pth`/`.pt` where PyTorch is installed.
-        variables: of `MROS.init`; heads are kept as they are.
+        variables: of the network's `init`; what has no torchvision name is kept as it is.
+        torchvision_name: the network's, see `mros_jax.models.outputs.Network`. Several modules may
+            start from one tensor.
 
     Returns:
-        New variables, float32, backbone from the file. torchvision's classifier (`fc.*`) is left
-        out on purpose; every other tensor is used and every backbone parameter filled.
+        New variables, float32. torchvision's classifier (`fc.*`) is left out on purpose; every
+        other tensor is used and everything with a torchvision name filled.
 
     Raises:
-        FileNotFoundError: no such file.
+        NotFoundError: no such file.
         WeightsError: truncated or foreign file; or tensors missing, unexpected or misshapen, all
             of them listed.
     """
     state = read_state_dict(path)
-    state = {f"backbone.{k}": v for k, v in state.items() if k not in ("fc.weight", "fc.bias")}
-    return _fill(variables, state, prefix="backbone.", source=str(path))
+    state = {k: v for k, v in state.items() if k not in ("fc.weight", "fc.bias")}
+    return _fill(variables, state, torchvision_name, source=str(path))
 
 
 def from_torch_state_dict(
     state: Mapping[str, np.ndarray], variables: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Fill all of `variables` from a whole MROS's state dict, the inverse of `to_torch_state_dict`.
+    """Fill all of `variables` from a network's state dict, the inverse of `to_torch_state_dict`.
 
     Args:
         state: name -> array.
-        variables: of `MROS.init` for the same network (values are not looked at, only shapes).
+        variables: of the same network's `init` (values are not looked at, only shapes).
 
     Returns:
         New variables, float32.
 
     Raises:
-        WeightsError: tensors missing, unexpected or misshapen, all of them listed; or a neck bias
-            other than 0 for a model whose neck bias is fixed at 0.
+        WeightsError: tensors missing, unexpected or misshapen, all of them listed; or a bias other
+            than 0 for a batch normalization whose bias is fixed at 0.
     """
-    return _fill(variables, dict(state), prefix="", source="state dict")
+    return _fill(variables, dict(state), module_name, source="state dict")
 
 
 def to_torch_state_dict(variables: Mapping[str, Any]) -> StateDict:
-    """Name every tensor of a whole MROS as PyTorch would, convolutions as (out, in, h, w).
+    """Name every tensor of a network as PyTorch would, convolutions as (out, in, h, w).
 
     Args:
-        variables: {"params", "batch_stats"} of an MROS, without a device axis.
+        variables: {"params", "batch_stats"} of a network, without a device axis.
 
     Returns:
         name -> float32 array (`num_batches_tracked`: int64 0), ready for
-        `load_state_dict(strict=True)` of a module with these names. Neck biases that are fixed
-        at 0 are written as zeros.
+        `load_state_dict(strict=True)` of a module with these names. Biases of batch normalizations
+        that are fixed at 0 are written as zeros.
     """
     state: StateDict = {}
     for path, value in sorted(_flatten(variables).items()):
-        for name, array in _to_torch(path, np.asarray(value)):
-            state[name] = np.array(array, order="C")  # a copy: the caller may write to it
+        name = module_name(path[1:-1])
+        for suffix, array in _to_torch(path, np.asarray(value)):
+            state[name + suffix] = np.array(array, order="C")  # a copy: the caller may write to it
     for name in list(state):
         if name.endswith(".running_mean"):
             bn = name.removesuffix("running_mean")
@@ -100,85 +108,100 @@ def to_torch_state_dict(variables: Mapping[str, Any]) -> StateDict:
 
 
 def save_torch_state_dict(path: str | os.PathLike[str], variables: Mapping[str, Any]) -> None:
-    """Write `to_torch_state_dict(variables)` as safetensors, by a temporary name and a rename."""
-    path = pathlib.Path(path)
+    """Write `to_torch_state_dict(variables)` as safetensors, atomically."""
     data = dump_safetensors(to_torch_state_dict(variables), {"format": "pt", "model": "mros_jax"})
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with write_atomically(path, "wb") as file:
+        file.write(data)
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
-    """Read a state dict: safetensors without PyTorch, `.pth`/`.pt` with it (weights only).
+    """Read a state dict: safetensors without PyTorch, anything else with it (weights only).
+
+    Wrappers that training codes put around it are taken off: a `state_dict` or `model` entry, and
+    the prefix of all names where they share one of `module.`, `backbone.`, `base.`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ImportError: a `.pth` file and no PyTorch.
+        NotFoundError: no such file.
+        UserError: a file that only PyTorch can read, and no PyTorch.
         WeightsError: truncated or foreign file.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file (scripts/fetch_weights.py downloads weights)"
-        )
+        raise NotFoundError(f"{path}: no such file (scripts/fetch_weights.py downloads weights)")
     if path.suffix == ".safetensors":
         try:
-            return load_safetensors(path.read_bytes())
-        except (SafetensorError, json.JSONDecodeError, KeyError, ValueError) as error:
+            state = load_safetensors(path.read_bytes())
+        # Its reader lets any of these through, for one damaged header or another.
+        except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise WeightsError(
                 f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file: {error}; "
                 "download or export it again"
             ) from error
-    if path.suffix in (".pth", ".pt"):
-        return _read_pth(path)
-    raise WeightsError(f"{path}: weights must be .safetensors, .pth or .pt, not {path.suffix!r}")
+    else:
+        state = _read_pth(path)
+    return _strip_prefix(state)
 
 
 def _read_pth(path: pathlib.Path) -> StateDict:
     try:
         import torch
     except ImportError as error:
-        raise ImportError(
-            f"{path}: reading a {path.suffix} file needs PyTorch (pip install torch); "
+        raise UserError(
+            f"{path}: reading this file needs PyTorch (pip install torch); "
             "a .safetensors file does not"
         ) from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has many: RuntimeError, UnpicklingError, EOFError, ...
         raise WeightsError(
-            f"{path} ({path.stat().st_size} bytes) is not a whole PyTorch weights file: {error}; "
+            f"{path} ({path.stat().st_size} bytes) is not a whole PyTorch weights file: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
             "download it again"
         ) from error
-    if not isinstance(state, Mapping) or not all(hasattr(v, "numpy") for v in state.values()):
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(
+        isinstance(value, torch.Tensor) for value in state.values()
+    ):
         raise WeightsError(
             f"{path} holds a {type(state).__name__}, not a state dict of tensors by name; save "
             "model.state_dict()"
         )
-    return {str(k): v.detach().numpy() for k, v in state.items()}
+    floating = {torch.bfloat16, torch.float16}  # NumPy has no bfloat16; parameters are float32
+    return {
+        str(name): (value.float() if value.dtype in floating else value).detach().numpy()
+        for name, value in state.items()
+    }
+
+
+def _strip_prefix(state: StateDict) -> StateDict:
+    for prefix in ("module.", "model.", "backbone.", "base.") * 2:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
 
 
 def _fill(
-    variables: Mapping[str, Any], state: StateDict, *, prefix: str, source: str
+    variables: Mapping[str, Any],
+    state: StateDict,
+    name_of: Callable[[_Path], str | None],
+    *,
+    source: str,
 ) -> dict[str, Any]:
-    """Fill the variables whose PyTorch name starts with `prefix`, strictly."""
+    """Fill the variables whose module `name_of` names from tensors of that name, strictly."""
     filled = dict(_flatten(variables))
     used: set[str] = set()
     missing: list[str] = []
     misshapen: list[str] = []
     for path, value in filled.items():
-        target = np.zeros(np.shape(value), np.float32)
-        names = [(name, part.shape) for name, part in _to_torch(path, target)]
-        names = [(name, shape) for name, shape in names if name.startswith(prefix)]
+        module = name_of(path[1:-1])
+        if module is None:
+            continue
+        template = np.broadcast_to(np.float32(0), np.shape(value))
         arrays = []
-        for name, shape in names:
+        parts = [(module + suffix, part.shape) for suffix, part in _to_torch(path, template)]
+        for name, shape in parts:
             used.add(name)
             if name not in state:
                 missing.append(f"{name} {shape}")
@@ -186,15 +209,15 @@ def _fill(
                 misshapen.append(f"{name} {state[name].shape}, expected {shape}")
             else:
                 arrays.append(np.asarray(state[name], np.float32))
-        if names and len(arrays) == len(names):
-            filled[path] = _from_torch(path, arrays)
+        if len(arrays) == len(parts):
+            filled[path] = _from_torch(path, arrays, np.shape(value))
     unexpected = []
     for name in sorted(set(state) - used):
         if name.endswith(".num_batches_tracked"):
             continue  # a counter of PyTorch's that its arithmetic ignores when momentum is set
-        if re.fullmatch(r"necks\.\w+\.\d+\.bias", name) and name[:-4] + "weight" in used:
+        if name.endswith(".bias") and name.removesuffix("bias") + "running_mean" in used:
             if np.any(state[name]):
-                misshapen.append(f"{name} is not 0; make the model with neck_bias=True")
+                misshapen.append(f"{name} is not 0, and is fixed at 0 in this network")
             continue
         unexpected.append(f"{name} {state[name].shape}")
     if missing or unexpected or misshapen:
@@ -224,29 +247,26 @@ def _flatten(variables: Mapping[str, Any]) -> dict[_Path, Any]:
 
 
 def _to_torch(path: _Path, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """PyTorch's names and layouts of one variable; a head is one module per stripe there."""
+    """PyTorch's leaf names and layouts of one variable; S stacked layers are S modules there."""
     leaf = _LEAVES[path[0], path[-1]]
-    if path[1] == "backbone":
-        if path[-1] == "kernel":
-            value = value.transpose(3, 2, 0, 1)  # (h, w, in, out) -> (out, in, h, w)
-        return [(f"backbone.{_torchvision_name(path[2:-1])}.{leaf}", value)]
-    kind, level = path[1].split("_")
-    module = {"neck": "necks", "classifier": "classifiers"}[kind]
+    if path[-1] == "kernel" and value.ndim == 4:
+        return [(f".{leaf}", value.transpose(3, 2, 0, 1))]  # (h, w, in, out) -> (out, in, h, w)
     if path[-1] == "kernel":
-        value = value.transpose(0, 2, 1)  # (S, in, out) -> (S, out, in)
-    return [(f"{module}.{level}.{i}.{leaf}", part) for i, part in enumerate(value)]
+        value = np.swapaxes(value, -1, -2)  # ([S,] in, out) -> ([S,] out, in)
+    stacked = value.ndim == (3 if path[-1] == "kernel" else 2)
+    return (
+        [(f".{i}.{leaf}", part) for i, part in enumerate(value)]
+        if stacked
+        else [(f".{leaf}", value)]
+    )
 
 
-def _from_torch(path: _Path, arrays: list[np.ndarray]) -> np.ndarray:
-    """Inverse of `_to_torch` for the arrays of one variable."""
+def _from_torch(path: _Path, arrays: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Inverse of `_to_torch` for the arrays of one variable of this shape."""
     # Always copied: PyTorch would go on changing the memory of its tensors in place.
-    if path[1] == "backbone":
-        return (arrays[0].transpose(2, 3, 1, 0) if path[-1] == "kernel" else arrays[0]).copy("C")
+    if path[-1] == "kernel" and len(shape) == 4:
+        return arrays[0].transpose(2, 3, 1, 0).copy("C")
     value = np.stack(arrays)
-    return value.transpose(0, 2, 1).copy("C") if path[-1] == "kernel" else value
-
-
-def _torchvision_name(path: _Path) -> str:
-    """("layer3_0", "downsample_bn") -> "layer3.0.downsample.1"."""
-    name = ".".join(path).replace("downsample_conv", "downsample.0")
-    return re.sub(r"^(layer\d+)_(\d+)", r"\1.\2", name.replace("downsample_bn", "downsample.1"))
+    if path[-1] == "kernel":
+        value = np.swapaxes(value, -1, -2)
+    return value.reshape(shape).copy("C")

@@ -1,7 +1,6 @@
 """Puts a run's numbers, charts and pictures on one page."""
 
 import base64
-import functools
 import io
 import json
 import logging
@@ -10,21 +9,19 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import jinja2
 import numpy as np
 import PIL.Image
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from mros_jax import config as configs
 from mros_jax.data import store
 from mros_jax.data.datasets.splits import Split
 from mros_jax.report import plots
 from mros_jax.report.ranking import Ranking, Scan, choose_queries, stripe_distances
 from mros_jax.runs.paper import METRICS, find_paper_rows
 from mros_jax.runs.run import Run, load_run
-from mros_jax.training import recipe
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +63,7 @@ def write_report(
     path = pathlib.Path(out) if out is not None else run.path / "report.html"
     page: dict[str, Any] = {
         "run": run,
-        "title": f"MROS setting {run.setting} on {run.dataset}",
+        "title": f"{run.system} on {run.dataset}",
         "notes": [],
         "scores": [_score(result) for result in run.rankings],
         "paper": _compare_with_paper(run),
@@ -145,13 +142,11 @@ def _plot_training(run: Run) -> list[dict[str, str]]:
     charts = []
     epochs = [record["step"] / run.steps_per_epoch for record in run.train]
     if run.train:
-        beta = run.config["loss"]["center_weight"]
-        labels = {
-            "loss": ("total", 1.0),
-            "cross_entropy": ("cross-entropy", 1.0),
-            "triplet": ("triplet", 1.0),
-            "center": (f"{beta:g} × centre", beta),
-        }
+        labels = {"loss": ("total", 1.0)}
+        for name, term in run.config["objective"].items():
+            weight, shown = term["weight"], name.replace("_", " ")
+            label = shown if weight == 1 else f"{weight:g} × {shown}"
+            labels[f"loss/{name}"] = (label, weight)
         losses = {
             label: (epochs, [scale * record[key] for record in run.train])
             for key, (label, scale) in labels.items()
@@ -160,7 +155,11 @@ def _plot_training(run: Run) -> list[dict[str, str]]:
         description = "Training loss and its parts by epoch"
         svg = plots.plot_lines("loss", description, losses, xlabel="epoch", ylabel="loss", log=True)
         charts.append({"title": "Loss", "svg": svg})
-        rate = {"rate": (epochs, [record["lr"] for record in run.train])}
+        rate = {
+            key.removeprefix("lr/"): (epochs, [record[key] for record in run.train])
+            for key in run.train[0]
+            if key.startswith("lr/")
+        }
         description = "Learning rate by epoch"
         svg = plots.plot_lines(
             "rate", description, rate, xlabel="epoch", ylabel="learning rate", log=True
@@ -274,13 +273,11 @@ def _agree(run: Run, scans: Sequence[Scan]) -> bool:
 
 
 def _stripe_shapes(run: Run) -> dict[str, tuple[int, int]]:
-    """Level -> (stripes, channels) of the run's descriptor, from the model itself."""
+    """Group -> (parts, numbers of each) of the run's descriptor, from the network itself."""
     config = ConfigDict(run.config)
-    model = recipe.make_model(config.model, 2)
-    image = jax.ShapeDtypeStruct((1, config.input.height, config.input.width, 3), jnp.float32)
-    init = functools.partial(model.init_with_output, train=False)
-    outputs, _ = jax.eval_shape(init, jax.random.key(0), image)
-    return {level: (g.shape[1], g.shape[2]) for level, g in outputs.g.items()}
+    parts = configs.make_network(config, 2).parts(config.input.height, config.input.width)
+    groups = [part.group for part in parts]
+    return {part.group: (groups.count(part.group), part.size) for part in parts}
 
 
 def _list_queries(
@@ -359,7 +356,7 @@ def _load_pictures(
     assert run.features is not None
     config = ConfigDict(run.config)
     try:
-        dataset = recipe.load_dataset(config)
+        dataset = configs.load_dataset(config)
         return {
             split.name: _read_pictures(split, rows, run.features, config)
             for split, rows in ((dataset.query, queries), (dataset.gallery, gallery))
@@ -378,7 +375,7 @@ def _read_pictures(
     places = {row: row if names is None else index[str(names[row])] for row in rows}
     if split.reader is not None:
         return {row: _encode(store.decode_image(split.read(i))[0]) for row, i in places.items()}
-    images = recipe.load_images(config, split, progress=False).images
+    images = configs.load_images(config, split, progress=False).images
     return {row: _encode(np.asarray(images[i])) for row, i in places.items()}
 
 

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const overlapping = {{ (run.setting != "I") | tojson }};
+  const overlapping = {{ (run.config.network.overlap) | tojson }};
 
   // A basic stripe is shaded by the windows over it, on a scale of this pair.
   function shade(face, stripes) {

@@ -26,14 +26,14 @@ def find_paper_rows(run: Run) -> tuple[list[dict[str, float]], list[str]]:
         for table in paper["table"]:
             if table.get("rerank") != result["rerank"]:
                 continue
-            own = [row for row in table["row"] if row.get("setting") == run.setting]
+            own = [row for row in table["row"] if row.get("system") == run.system]
             if own and len(own[0]) > len(found):  # the table with more columns
                 found = own[0]
                 mismatches += compare.find_mismatches(result["protocol"], paper, table)
         rows.append({name: found[key] / 100 for name, key in METRICS.items() if key in found})
     mismatches += [
-        f"{name}: {run.config['model'].get(name)}, not {wanted}"
+        f"{name}: {run.config['network'].get(name)}, not {wanted}"
         for name, wanted in paper["model"].items()
-        if run.config["model"].get(name) != wanted
+        if run.config["network"].get(name) != wanted
     ]
     return rows, list(dict.fromkeys(mismatches))

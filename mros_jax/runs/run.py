@@ -42,9 +42,9 @@ class Run:
         return self.results["results"]
 
     @property
-    def setting(self) -> str:
-        """I-IV."""
-        return self.config["model"]["setting"]
+    def system(self) -> str:
+        """Name of the system, as the paper's tables have it."""
+        return self.config["name"]
 
     @property
     def dataset(self) -> str:

@@ -1,1 +1,8 @@
-"""One file for each paper's network."""
+"""One file for each paper's network, and the one dict of them."""
+
+from typing import Any
+
+from mros_jax.systems.mros import MROS
+
+# What `config.network.name` may say. The rest of the section are the module's fields.
+NETWORKS: dict[str, Any] = {"mros": MROS}

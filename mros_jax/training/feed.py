@@ -1,5 +1,6 @@
 """Batches of a run, on the devices: a pure function of (seed, epoch, step in the epoch)."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -7,13 +8,21 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from mros_jax import config as configs
 from mros_jax import losses, parallel
 from mros_jax.data import batches, store
 from mros_jax.data.datasets.splits import Dataset
-from mros_jax.training import recipe
-from mros_jax.training.loop import Sizes
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How many images make a step, steps an epoch, and steps the run."""
+
+    batch: int
+    steps_per_epoch: int
+    total_steps: int
 
 
 class Feed:
@@ -25,27 +34,23 @@ class Feed:
     """
 
     def __init__(self, config: ConfigDict, dataset: Dataset):
-        images = recipe.load_images(config, dataset.train, progress=parallel.is_main_process())
-        assert images.labels is not None
-        losses.check_labels(images.labels, dataset.num_classes)
-        batch = config.batch.identities * config.batch.images
-        steps = batches.steps_per_epoch(len(images), batch)
-        self.sizes = Sizes(batch, steps, config.num_epochs * steps)
+        images = configs.load_images(config, dataset.train, progress=parallel.is_main_process())
+        self._labels = store.labels_of(images)
+        losses.check_labels(self._labels, dataset.num_classes)
+        self._sampler = batches.make_sampler(config.batch)
+        steps = batches.steps_per_epoch(len(images), self._sampler.size)
+        self.sizes = Sizes(self._sampler.size, steps, config.num_epochs * steps)
         self._placed = store.place(
             images, fraction=config.dataset.device_fraction, replicate=parallel.replicate
         )
         log.info("Training images: %s", self._placed.reason)
         self.data = self._placed.data
-        self._labels = images.labels
-        self._batch = config.batch
         self._seed = config.seed
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Any]:
         """The batches of an epoch from its step `first` on, split over this process's devices."""
-        plan = batches.plan_epoch(
+        plan = self._sampler.plan(
             self._labels,
-            identities=self._batch.identities,
-            images=self._batch.images,
             seed=self._seed,
             epoch=epoch,
             process_index=jax.process_index(),

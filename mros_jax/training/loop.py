@@ -1,6 +1,5 @@
 """What surrounds the steps of a run: batches in, metrics out, signals, and the run's directory."""
 
-import dataclasses
 import json
 import pathlib
 import signal
@@ -15,15 +14,7 @@ from tqdm import tqdm
 from mros_jax import parallel
 from mros_jax.files import write_json
 from mros_jax.runs.logs import Writer
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """How many images make a step, steps an epoch, and steps the run."""
-
-    batch: int
-    steps_per_epoch: int
-    total_steps: int
+from mros_jax.training.feed import Sizes
 
 
 class Stop:
@@ -103,11 +94,12 @@ class Logger:
             self._writer.flush()
         if good < len(records):
             raise _diverged(records[good], last_saved)
-        shown = ("loss", "triplet", "center", "cross_entropy", "lr")
-        self._bar.set_postfix(
-            {name: f"{records[-1][name]:.3g}" for name in shown} | {"img/s": f"{speed:.0f}"},
-            refresh=False,
-        )
+        shown = {
+            name.removeprefix("loss/"): f"{value:.3g}"
+            for name, value in records[-1].items()
+            if name.startswith(("loss", "lr"))
+        }
+        self._bar.set_postfix(shown | {"img/s": f"{speed:.0f}"}, refresh=False)
         self._bar.update(len(records))
         self.restart_clock()
 
@@ -121,8 +113,8 @@ def _diverged(record: dict[str, Any], last_saved: int | None) -> FloatingPointEr
     good = "none was saved yet" if last_saved is None else f"that of step {last_saved}"
     return FloatingPointError(
         f"the loss is {record['loss']} at step {record['step']} (epoch {record['epoch']}): "
-        f"{parts}. Last good checkpoint: {good}. Try a lower optimizer.lr, optimizer.clip_norm, or "
-        "model.dtype=float32."
+        f"{parts}. Last good checkpoint: {good}. Try a lower rate "
+        "(optimizer.GROUP.lr), clip_norm, or dtype=float32."
     )
 
 

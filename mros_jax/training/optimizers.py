@@ -1,6 +1,7 @@
-"""Learning-rate schedule, optax chain and the update of the class centres."""
+"""Learning-rate schedules, and groups of parameters with an optimizer each."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -9,24 +10,26 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from mros_jax.errors import UserError
+
 Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
 
 
 def make_schedule(
     *,
-    lr: float | int = 1e-3,
+    lr: float = 1e-3,
     steps_per_epoch: int,
     warmup_epochs: int = 10,
-    warmup_factor: float | int = 0.01,
+    warmup_factor: float = 0.01,
     warmup_per: Literal["epoch", "iteration"] = "epoch",
-    milestones: Sequence[int] = (30, 60, 90),
-    decay: float | int = 0.1,
+    decay_epochs: Sequence[int] = (30, 60, 90),
+    decay_factor: float = 0.1,
 ) -> Schedule:
     """Make the paper's learning rate: linear warm-up, then steps down.
 
     In warm-up, epoch e (from 0) runs at lr * (warmup_factor * (1 - e/E) + e/E), E =
-    `warmup_epochs`; per "iteration" e is the fractional epoch. From each epoch in `milestones` on,
-    the rate is multiplied by `decay`.
+    `warmup_epochs`; per "iteration" e is the fractional epoch. From each epoch in
+    `decay_epochs` on, the rate is multiplied by `decay_factor`.
 
     Args:
         lr: the rate after warm-up (1e-3 in the paper).
@@ -34,36 +37,37 @@ def make_schedule(
         warmup_epochs: E; 0 = no warm-up.
         warmup_factor: first epoch's share of the rate.
         warmup_per: the rate changes with every "epoch" or every "iteration" of the warm-up.
-        milestones: increasing epochs, counted from 0.
-        decay: factor at each of them.
+        decay_epochs: increasing epochs, counted from 0.
+        decay_factor: of the rate at each of them.
 
     Returns:
         Function of the integer training step, usable under `jit`.
 
     Raises:
-        ValueError: numbers that make no schedule.
+        UserError: numbers that make no schedule.
     """
-    milestones = tuple(int(m) for m in milestones)
+    milestones = tuple(int(epoch) for epoch in decay_epochs)
     if lr <= 0 or steps_per_epoch < 1 or warmup_epochs < 0:
-        raise ValueError(
+        raise UserError(
             f"lr {lr} must be above 0, steps_per_epoch {steps_per_epoch} at least 1 and "
             f"warmup_epochs {warmup_epochs} at least 0"
         )
     if list(milestones) != sorted(set(milestones)) or any(m < 1 for m in milestones):
-        raise ValueError(f"milestones {milestones} must be increasing epochs of 1 or more")
-    if not 0 < warmup_factor <= 1 or not 0 < decay <= 1:
-        raise ValueError(
-            f"warmup_factor {warmup_factor} and decay {decay} must be above 0 and at most 1"
+        raise UserError(f"decay_epochs {milestones} must be increasing epochs of 1 or more")
+    if not 0 < warmup_factor <= 1 or not 0 < decay_factor <= 1:
+        raise UserError(
+            f"warmup_factor {warmup_factor} and decay_factor {decay_factor} must be above 0 and at "
+            "most 1"
         )
     if warmup_per not in ("epoch", "iteration"):
-        raise ValueError(f"warmup_per is {warmup_per!r}; it must be 'epoch' or 'iteration'")
+        raise UserError(f"warmup_per is {warmup_per!r}; it must be 'epoch' or 'iteration'")
 
     def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
         step = jnp.asarray(step)
         epoch = step // steps_per_epoch
         passed = jnp.sum(epoch >= jnp.array(milestones, jnp.int32))
         # A table, not a power: exactly lr * decay**n in float32.
-        levels = np.float32(lr) * np.float32(decay) ** np.arange(len(milestones) + 1)
+        levels = np.float32(lr) * np.float32(decay_factor) ** np.arange(len(milestones) + 1)
         rate = jnp.asarray(levels, jnp.float32)[passed]
         if warmup_epochs == 0:
             return rate
@@ -74,62 +78,200 @@ def make_schedule(
     return schedule
 
 
-def make_optimizer(
-    schedule: Schedule,
-    *,
-    name: Literal["adam", "adamw"] = "adam",
-    weight_decay: float | int = 5e-4,
-    decay_norm_and_bias: bool = True,
-    clip_norm: float | int | None = None,
-    accumulate_steps: int = 1,
-    b1: float | int = 0.9,
-    b2: float | int = 0.999,
-    eps: float | int = 1e-8,
-) -> optax.GradientTransformation:
-    """Make the optimiser as an optax chain.
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """How a group of parameters is updated.
 
-    "adam" adds weight_decay * parameter to the gradient before the moments, as PyTorch's
-    `Adam(weight_decay=...)` does and the paper used; "adamw" decays the parameter directly
-    (Loshchilov & Hutter, 2019).
-
-    Args:
-        schedule: learning rate by training step (`make_schedule`). With accumulation it is still
-            asked for the training step, not for the number of updates.
-        name: "adam" or "adamw".
+    Attributes:
+        params: paths, as "network/trunk" or "objective/center". A parameter belongs to the group
+            with the longest path above it; "" is above all.
+        kind: "adam" adds weight_decay * parameter to the gradient before the moments, as PyTorch's
+            `Adam(weight_decay=...)` does; "adamw" decays the parameter directly (Loshchilov &
+            Hutter, 2019); "sgd" as PyTorch's, decay before momentum; "frozen" changes nothing at
+            all.
+        lr: learning rate after warm-up, before any decay.
+        scheduled: follow the run's schedule, or keep the rate.
         weight_decay: strength of the L2 term or of the decay.
         decay_norm_and_bias: decay all parameters (PyTorch's default), or only kernels.
-        clip_norm: clip the global norm of the gradient (before weight decay) to this; None = off.
+        momentum: of "sgd".
+        nesterov: of "sgd".
+        b1: decay of the first moment of "adam" and "adamw".
+        b2: decay of their second moment.
+        eps: added to the root of their second moment.
+    """
+
+    params: tuple[str, ...]
+    kind: Literal["adam", "adamw", "sgd", "frozen"] = "adam"
+    lr: float = 1e-3
+    scheduled: bool = True
+    weight_decay: float = 0.0
+    decay_norm_and_bias: bool = True
+    momentum: float = 0.0
+    nesterov: bool = False
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        if self.kind not in ("adam", "adamw", "sgd", "frozen"):
+            raise UserError(f"kind is {self.kind!r}; expected 'adam', 'adamw', 'sgd' or 'frozen'")
+        if not self.params:
+            raise UserError("params names no parameters; give paths such as 'network/trunk'")
+        if self.lr <= 0 or self.weight_decay < 0 or self.eps <= 0:
+            raise UserError(
+                f"lr {self.lr} and eps {self.eps} must be above 0, and weight_decay "
+                f"{self.weight_decay} must not be negative"
+            )
+        if not all(0 <= x < 1 for x in (self.momentum, self.b1, self.b2)):
+            raise UserError(
+                f"momentum {self.momentum}, b1 {self.b1} and b2 {self.b2} must be from 0 to below 1"
+            )
+        if self.nesterov and not self.momentum:
+            raise UserError("nesterov needs a momentum above 0")
+
+    def make(self, rate: Schedule | None) -> optax.GradientTransformation:
+        """The optax chain; `rate` by the number of updates so far, None where frozen."""
+        if self.kind == "frozen" or rate is None:
+            return optax.set_to_zero()
+        mask = None if self.decay_norm_and_bias else is_kernel
+        decay = optax.add_decayed_weights(float(self.weight_decay), mask)
+        chain = [decay] if self.weight_decay else []
+        if self.kind == "sgd":
+            if self.momentum:
+                chain.append(optax.trace(float(self.momentum), nesterov=self.nesterov))
+        else:
+            adam = optax.scale_by_adam(b1=float(self.b1), b2=float(self.b2), eps=float(self.eps))
+            chain = [*chain, adam] if self.kind == "adam" else [adam, *chain]
+        return optax.chain(*chain, optax.scale_by_learning_rate(rate))
+
+
+def make_groups(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Group]:
+    """The groups that a config's `optimizer` section describes.
+
+    Raises:
+        UserError: an unknown field, or a value out of range; names it.
+    """
+    known = [field.name for field in dataclasses.fields(Group)]
+    groups = {}
+    for name, section in sections.items():
+        if unknown := sorted(set(section) - set(known)):
+            raise UserError(
+                f"optimizer.{name} has no field {', '.join(unknown)}; there are {', '.join(known)}"
+            )
+        try:
+            groups[name] = Group(**{**section, "params": tuple(section.get("params", ()))})
+        except UserError as error:
+            raise UserError(f"optimizer.{name}: {error}") from error
+    return groups
+
+
+def make_schedules(
+    groups: Mapping[str, Group], *, steps_per_epoch: int, **schedule: Any
+) -> dict[str, Schedule]:
+    """Learning rate by training step of each group that moves.
+
+    Args:
+        groups: of `make_groups`.
+        steps_per_epoch: training steps in an epoch.
+        schedule: the other keyword arguments of `make_schedule`, for groups that are scheduled.
+    """
+    schedules = {}
+    for name, group in groups.items():
+        if group.kind == "frozen":
+            continue
+        own = schedule if group.scheduled else {"warmup_epochs": 0, "decay_epochs": ()}
+        schedules[name] = make_schedule(lr=group.lr, steps_per_epoch=steps_per_epoch, **own)
+    return schedules
+
+
+def label_params(params: Any, groups: Mapping[str, Group]) -> Any:
+    """The name of the group of each parameter, as a tree of the same structure.
+
+    Args:
+        params: nested dicts, `{"network": ..., "objective": ...}` (values are not looked at).
+        groups: of `make_groups`.
+
+    Raises:
+        UserError: a parameter that no group or that two groups match, or a group without a
+            parameter; lists what there is.
+    """
+    paths = {path: name for name, group in groups.items() for path in group.params}
+    if len(paths) < sum(len(group.params) for group in groups.values()):
+        raise UserError(f"two groups of the optimizer have the same path: {_show(groups)}")
+    used: set[str] = set()
+
+    def find(path: tuple[Any, ...], _: Any) -> str:
+        words = [str(entry.key) for entry in path]
+        for length in range(len(words), -1, -1):
+            above = "/".join(words[:length])
+            if above in paths:
+                used.add(above)
+                return paths[above]
+        raise UserError(
+            f"no group of the optimizer matches the parameter {'/'.join(words)}; the groups' "
+            f"params are {_show(groups)}"
+        )
+
+    labels = jax.tree_util.tree_map_with_path(find, params)
+    if not params["objective"]:
+        used.add("objective")  # the terms may have no parameters, as with a weight of 0
+    if idle := sorted(set(paths) - used):
+        top = [f"{a}/{b}" for a in params for b in params[a]]
+        raise UserError(
+            f"no parameter belongs to {', '.join(map(repr, idle))} of the optimizer's group "
+            f"{paths[idle[0]]}; there are {', '.join(top)}"
+        )
+    return labels
+
+
+def _show(groups: Mapping[str, Group]) -> str:
+    return "; ".join(f"{name}: {', '.join(group.params)}" for name, group in groups.items())
+
+
+def make_optimizer(
+    groups: Mapping[str, Group],
+    schedules: Mapping[str, Schedule],
+    *,
+    clip_norm: float | None = None,
+    accumulate_steps: int = 1,
+) -> optax.GradientTransformation:
+    """Make the optimizer of all parameters, `{"network": ..., "objective": ...}`.
+
+    Args:
+        groups: of `make_groups`.
+        schedules: of `make_schedules`. With accumulation they are still asked for the training
+            step, not for the number of updates.
+        clip_norm: clip the global norm of the network's gradient (before weight decay) to this;
+            None = off.
         accumulate_steps: average the gradients of this many training steps into one update.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the second moment.
 
     Returns:
         An optax transformation; `update` needs the parameters.
 
     Raises:
-        ValueError: another name, or numbers out of range.
+        UserError: numbers out of range; on `init`, as `label_params`.
     """
-    if name not in ("adam", "adamw"):
-        raise ValueError(f"optimizer name is {name!r}; it must be 'adam' or 'adamw'")
-    if weight_decay < 0 or (clip_norm is not None and clip_norm <= 0):
-        raise ValueError(
-            f"weight_decay {weight_decay} must not be negative and clip_norm {clip_norm} must be "
-            "above 0 (None = no clipping)"
-        )
+    if clip_norm is not None and clip_norm <= 0:
+        raise UserError(f"clip_norm is {clip_norm}; it must be above 0 (None = no clipping)")
     if accumulate_steps < 1:
-        raise ValueError(f"accumulate_steps is {accumulate_steps}; it must be 1 or more")
+        raise UserError(f"accumulate_steps is {accumulate_steps}; it must be 1 or more")
 
-    def rate(count: Int[Array, ""]) -> Float[Array, ""]:
-        # `count` counts updates; each happens in the last training step of its group.
-        return schedule(count * accumulate_steps + (accumulate_steps - 1))
+    def by_update(schedule: Schedule) -> Schedule:
+        # An update happens in the last training step of its group of steps.
+        return lambda count: schedule(count * accumulate_steps + (accumulate_steps - 1))
 
-    clip = [] if clip_norm is None else [optax.clip_by_global_norm(float(clip_norm))]
-    mask = None if decay_norm_and_bias else is_kernel
-    decay = optax.add_decayed_weights(float(weight_decay), mask)
-    adam = optax.scale_by_adam(b1=float(b1), b2=float(b2), eps=float(eps))
-    moments = [decay, adam] if name == "adam" else [adam, decay]
-    chain = optax.chain(*clip, *moments, optax.scale_by_learning_rate(rate))
+    rules = {
+        name: group.make(by_update(schedules[name]) if group.kind != "frozen" else None)
+        for name, group in groups.items()
+    }
+    chain = optax.partition(rules, lambda params: label_params(params, groups))
+    if clip_norm is not None:
+        clip = optax.masked(
+            optax.clip_by_global_norm(float(clip_norm)),
+            {"network": True, "objective": False},
+        )
+        chain = optax.chain(clip, chain)
     if accumulate_steps == 1:
         return chain
     return optax.MultiSteps(chain, accumulate_steps).gradient_transformation()
@@ -140,16 +282,3 @@ def is_kernel(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: getattr(path[-1], "key", None) == "kernel", params
     )
-
-
-def update_centers(
-    centers: Float[Array, "M N D"], gradient: Float[Array, "M N D"], *, lr: float | int = 0.5
-) -> Float[Array, "M N D"]:
-    """One step of plain SGD on the class centres.
-
-    Args:
-        centers: of `losses.init_centers`.
-        gradient: of the centre loss *before* it is weighted by beta (`losses.center_gradient`).
-        lr: rate; 0.5 in the public code of this loss.
-    """
-    return centers - lr * gradient

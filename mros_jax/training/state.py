@@ -1,64 +1,72 @@
 """All that a training step changes, as one pytree."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
 import numpy as np
 import optax
 
+if TYPE_CHECKING:
+    Scalar = jax.Array | np.ndarray
+    Tree = dict[str, Any]
+else:
+    # Trees of shapes, of shardings and of None pass through the same class.
+    Scalar = Tree = Any
+
 
 @flax.struct.dataclass
 class TrainState:
-    """Parameters, statistics, optimiser and centres after `step` steps.
+    """Parameters, statistics and optimizer after `step` steps.
 
     Nothing random is stored: batches and augmentation derive from the seed and the step.
 
     Attributes:
         step: number of completed steps, int32 scalar.
-        params: the model's parameters, float32.
-        batch_stats: running statistics of batch normalisation, float32.
+        params: {"network": the network's parameters, "objective": those of the loss terms, such as
+            centers, by term}, float32.
+        batch_stats: running statistics of batch normalization, float32.
         opt_state: the optax chain's state.
-        centers: class centres of the centre loss.
-        ema_params: exponential moving average of `params`, or None where it is off.
+        ema_params: exponential moving average of the network's parameters, or None where it is off.
     """
 
-    step: Any
-    params: Any
-    batch_stats: Any
+    step: Scalar
+    params: Tree
+    batch_stats: Tree
     opt_state: Any
-    centers: Any
-    ema_params: Any = None
+    ema_params: Tree | None = None
 
     @property
-    def eval_variables(self) -> dict[str, Any]:
-        """The variables that a trained model is evaluated with."""
-        params = self.params if self.ema_params is None else self.ema_params
+    def eval_variables(self) -> Tree:
+        """The variables that a trained network is evaluated with."""
+        params = self.params["network"] if self.ema_params is None else self.ema_params
         return {"params": params, "batch_stats": self.batch_stats}
 
 
 def make_state(
-    variables: dict[str, Any],
+    variables: Tree,
+    objective_params: Tree,
     optimizer: optax.GradientTransformation,
-    centers: Any,
     *,
     use_ema: bool = False,
 ) -> TrainState:
     """The state before the first step, as NumPy arrays.
 
     Args:
-        variables: `{"params": ..., "batch_stats": ...}` of the model.
-        optimizer: the chain whose state is initialised.
-        centers: initial class centres.
-        use_ema: keep a moving average of the parameters, started from their initial values.
+        variables: `{"params": ..., "batch_stats": ...}` of the network.
+        objective_params: of `Objective.init`.
+        optimizer: the chain whose state is initialized.
+        use_ema: keep a moving average of the network's parameters, started from their initial
+            values.
     """
-    params = variables["params"]
+    params = {"network": variables["params"], "objective": objective_params}
     state = TrainState(
         step=np.zeros((), np.int32),
         params=params,
-        batch_stats=variables["batch_stats"],
+        batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(params),
-        centers=centers,
-        ema_params=params if use_ema else None,
+        ema_params=variables["params"] if use_ema else None,
     )
     return jax.tree.map(np.asarray, state)

@@ -7,14 +7,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from mros_jax import config as configs
 from mros_jax import parallel
 from mros_jax.data.datasets.splits import Dataset
 from mros_jax.evaluate import evaluate_features, extract_features
 from mros_jax.files import write_json
 from mros_jax.inference import Embedder, make_checkpoint_id
+from mros_jax.models.outputs import Network
 from mros_jax.retrieval import files
-from mros_jax.systems.mros import MROS
-from mros_jax.training import recipe
 from mros_jax.training.state import TrainState
 
 RANKS = (1, 5, 10)
@@ -27,12 +27,12 @@ class Evaluator:
     same, on its own devices.
     """
 
-    def __init__(self, config: ConfigDict, dataset: Dataset, model: MROS):
+    def __init__(self, config: ConfigDict, dataset: Dataset, network: Network):
         self._config, self._dataset = config, dataset
-        self._embedder = Embedder(model, {}, height=config.input.height, width=config.input.width)
+        self._embedder = Embedder(network, {}, height=config.input.height, width=config.input.width)
         progress = parallel.is_main_process()
-        self._query = recipe.load_images(config, dataset.query, progress=progress)
-        self._gallery = recipe.load_images(config, dataset.gallery, progress=progress)
+        self._query = configs.load_images(config, dataset.query, progress=progress)
+        self._gallery = configs.load_images(config, dataset.gallery, progress=progress)
 
     def run(
         self, state: TrainState, epoch: int, workdir: pathlib.Path | None = None
@@ -48,7 +48,7 @@ class Evaluator:
             mAP, mINP and rank1, rank5, rank10 without re-ranking, as fractions of 1.
         """
         config = self._config.eval
-        self._embedder.variables = jax.device_get(state.eval_variables)
+        self._embedder.replace_variables(jax.device_get(state.eval_variables))
         features = extract_features(
             functools.partial(
                 self._embedder.embed,
@@ -68,7 +68,7 @@ class Evaluator:
             ap=config.ap,
             flip_test=config.flip_test,
             keep_junk=config.keep_junk,
-            setting=self._config.model.setting,
+            system=self._config.name,
             seed=self._config.seed,
             step=int(state.step),
             epoch=epoch,

@@ -1,0 +1,299 @@
+"""What a network is trained for: named loss terms, each with its weight.
+
+A term says what it looks at by the names of the network's outputs (`on`). To add a loss, write its
+function in a file of this room, a term around it here, and its name in `TERMS`; a config then lists
+it with its fields as keyword arguments.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+from mros_jax.errors import UserError
+from mros_jax.losses.center import center_loss
+from mros_jax.losses.classification import smoothed_cross_entropy
+from mros_jax.losses.reduce import Reduction, Scalar, check_reduction
+from mros_jax.losses.triplet import batch_hard_triplet
+from mros_jax.models.outputs import Outputs
+
+Params = dict[str, Any]
+
+
+class Term(Protocol):
+    """A loss as part of an objective: a frozen dataclass whose fields a config sets.
+
+    Attributes:
+        weight: of the term in the total; its own parameters see it unweighted.
+        on: names of the outputs that it looks at.
+    """
+
+    @property
+    def weight(self) -> float: ...  # noqa: D102
+
+    @property
+    def on(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    def init(self, key: Any, outputs: Outputs, num_classes: int) -> Params:
+        """The term's own parameters, {} for most; of `outputs` only the shapes matter."""
+        ...
+
+    def __call__(
+        self, params: Params, outputs: Outputs, labels: Any, *, axis_name: str | None
+    ) -> Any:
+        """The unweighted loss of the global batch of all devices on the axis."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Base:
+    on: tuple[str, ...]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.on:
+            raise UserError(f"the loss {type(self).__name__} is on no output; name at least one")
+        if not self.weight > 0:
+            raise UserError(f"weight is {self.weight}; it must be above 0")
+
+    def init(self, key: Key[Array, ""], outputs: Outputs, num_classes: int) -> Params:
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Triplet(_Base):
+    """Batch-hard triplet loss, the mean over all vectors of the named outputs.
+
+    Attributes:
+        margin: of the hinge.
+        soft_margin: log(1 + exp(d_p - d_n)) in place of the hinge; `margin` is not looked at.
+        reduction: see `batch_hard_triplet`.
+    """
+
+    margin: float = 0.3
+    soft_margin: bool = False
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        check_reduction(self.reduction)
+        if self.margin < 0:
+            raise UserError(f"margin is {self.margin}; it must not be negative")
+
+    def __call__(
+        self,
+        params: Params,
+        outputs: Outputs,
+        labels: Int[Array, "B"],
+        *,
+        axis_name: str | None = None,
+    ) -> Scalar:
+        """Compute the unweighted loss."""
+        loss = functools.partial(
+            batch_hard_triplet,
+            labels=labels,
+            margin=None if self.soft_margin else self.margin,
+            reduction=self.reduction,
+            axis_name=axis_name,
+        )
+        return _mean_over_vectors(loss, [outputs.vectors(name) for name in self.on])
+
+
+@dataclasses.dataclass(frozen=True)
+class Center(_Base):
+    """Center loss, the mean over all vectors of the named outputs; each has centers of its own.
+
+    The centers start from N(0, 1) and are parameters, `objective/NAME/OUTPUT` (S, N, D).
+
+    Attributes:
+        reduction: see `center_loss`.
+    """
+
+    weight: float = 0.0005
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        check_reduction(self.reduction)
+
+    def init(self, key: Key[Array, ""], outputs: Outputs, num_classes: int) -> Params:
+        """Draw the centers."""
+        shapes = {}
+        for name in self.on:
+            _, count, size = outputs.vectors(name).shape
+            shapes[name] = (count, num_classes, size)
+        ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
+        drawn = jax.random.normal(key, (int(ends[-1]),), jnp.float32)
+        pieces = jnp.split(drawn, ends[:-1])
+        return {
+            name: piece.reshape(shape)
+            for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+        }
+
+    def __call__(
+        self,
+        params: Params,
+        outputs: Outputs,
+        labels: Int[Array, "B"],
+        *,
+        axis_name: str | None = None,
+    ) -> Scalar:
+        """Compute the unweighted loss."""
+        loss = functools.partial(center_loss, reduction=self.reduction, axis_name=axis_name)
+        return _mean_over_vectors(
+            lambda x, centers: loss(x, labels, centers),
+            [outputs.vectors(name) for name in self.on],
+            [params[name] for name in self.on],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy(_Base):
+    """Cross-entropy with label smoothing over all classifiers of the named outputs.
+
+    Attributes:
+        smoothing: eps, from 0 to 1.
+        heads: the "mean" over the classifiers, or their "sum".
+    """
+
+    smoothing: float = 0.1
+    heads: Literal["mean", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        if self.heads not in ("mean", "sum"):
+            raise UserError(f"heads is {self.heads!r}; it must be 'mean' or 'sum'")
+        if not 0 <= self.smoothing <= 1:
+            raise UserError(f"smoothing is {self.smoothing}; it must be from 0 to 1")
+
+    def __call__(
+        self,
+        params: Params,
+        outputs: Outputs,
+        labels: Int[Array, "B"],
+        *,
+        axis_name: str | None = None,
+    ) -> Scalar:
+        """Compute the unweighted loss."""
+        logits = jnp.concatenate([outputs.scores(name) for name in self.on], axis=1)  # (B, S, N)
+        loss = smoothed_cross_entropy(logits, labels, smoothing=self.smoothing, axis_name=axis_name)
+        return loss * logits.shape[1] if self.heads == "sum" else loss
+
+
+def _mean_over_vectors(loss: Any, vectors: list[Any], centers: list[Any] | None = None) -> Scalar:
+    """The mean of `loss` over the S vectors of all outputs, (B, S, D) each."""
+    values = []
+    for i, x in enumerate(vectors):
+        if centers is None:
+            values.append(jax.vmap(loss, in_axes=1)(x))
+        else:
+            values.append(jax.vmap(loss, in_axes=(1, 0))(x, centers[i]))
+    return jnp.mean(jnp.concatenate(values))
+
+
+# What `config.objective.NAME.loss` may say. The rest of the section are the term's fields.
+TERMS: dict[str, Any] = {
+    "center": Center,
+    "cross_entropy": CrossEntropy,
+    "triplet": Triplet,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The sum of weighted terms.
+
+    A term's own parameters (such as centers) see it unweighted, whatever it weighs for the network:
+    the public code of the center loss divides its gradient by the weight again for the same effect.
+    """
+
+    terms: Mapping[str, Term]
+
+    def init(self, key: Key[Array, ""], outputs: Outputs, num_classes: int) -> Params:
+        """The terms' own parameters by name of the term; terms without any are left out.
+
+        Args:
+            key: random key.
+            outputs: of the network, for one image or more; only their shapes matter.
+            num_classes: N.
+        """
+        made = {
+            name: term.init(jax.random.fold_in(key, i), outputs, num_classes)
+            for i, (name, term) in enumerate(sorted(self.terms.items()), start=1)
+        }
+        return {name: params for name, params in made.items() if params}
+
+    def __call__(
+        self,
+        params: Params,
+        outputs: Outputs,
+        labels: Int[Array, "B"],
+        *,
+        axis_name: str | None = None,
+    ) -> tuple[Scalar, dict[str, Scalar]]:
+        """The total, and the unweighted terms by name.
+
+        Args:
+            params: of `init`.
+            outputs: of the network.
+            labels: (B,) identities, 0..N-1.
+            axis_name: the terms see the global batch of all devices on this axis.
+
+        Raises:
+            UserError: a term is on an output that the network does not have.
+        """
+        total: Float[Array, ""] = jnp.zeros((), jnp.promote_types(outputs.descriptor.dtype, "f4"))
+        parts: dict[str, Any] = {}
+        for name, term in self.terms.items():
+            own = params.get(name, {})
+            parts[name] = term(lax.stop_gradient(own), outputs, labels, axis_name=axis_name)
+            total = total + term.weight * parts[name]
+            if own:
+                # Adds 0 to the total, and to the gradient that of the unweighted term.
+                seen = term(own, lax.stop_gradient(outputs), labels, axis_name=axis_name)
+                total = total + (seen - lax.stop_gradient(seen))
+        return total, parts
+
+
+def make_objective(sections: Mapping[str, Mapping[str, Any]]) -> Objective:
+    """The objective that a config's `objective` section describes.
+
+    Args:
+        sections: name of a term -> {"loss": a key of `TERMS`, and the term's fields}. A term of
+            weight 0 is left out.
+
+    Raises:
+        UserError: no term is left, an unknown loss or field, or a value out of range; names it.
+    """
+    terms = {}
+    for name, section in sections.items():
+        fields = dict(section)
+        kind = fields.pop("loss", None)
+        if kind not in TERMS:
+            raise UserError(
+                f"objective.{name}.loss is {kind!r}; expected one of {', '.join(TERMS)}"
+            )
+        if fields.get("weight") == 0:
+            continue
+        known = [field.name for field in dataclasses.fields(TERMS[kind])]
+        if unknown := sorted(set(fields) - set(known)):
+            raise UserError(
+                f"objective.{name} has no field {', '.join(unknown)}; {kind} has {', '.join(known)}"
+            )
+        try:
+            terms[name] = TERMS[kind](**{**fields, "on": tuple(fields.get("on", ()))})
+        except UserError as error:
+            raise UserError(f"objective.{name}: {error}") from error
+    if not terms:
+        raise UserError("the objective has no term of weight above 0")
+    return Objective(terms)

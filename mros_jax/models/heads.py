@@ -1,0 +1,110 @@
+"""What networks put on pooled features: classifiers, reductions, dropout."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from mros_jax.models.resnet import BatchNorm
+
+# As the BNNeck baseline (Luo et al., 2019) starts its classifiers.
+_classifier_init = nn.initializers.normal(0.001)
+
+
+class Classifiers(nn.Module):
+    """One linear layer for each of S vectors.
+
+    Attributes:
+        num_classes: N.
+        use_bias: with a bias, started at 0.
+    """
+
+    num_classes: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S N"]:
+        """Apply classifier s to vector s."""
+        shape = (*x.shape[1:], self.num_classes)
+        kernel = self.param("kernel", _classifier_init, shape, jnp.float32)
+        y = jnp.einsum("bsc,scn->bsn", x, kernel)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (shape[0], shape[2]), jnp.float32)
+        return y
+
+
+class Reduction(nn.Module):
+    """Linear layer, batch normalization and ReLU on each of S vectors.
+
+    Attributes:
+        features: numbers that come out, F.
+        shared: one layer for all vectors, its statistics over all of them; or one for each.
+        use_bias: of the linear layer.
+        kernel_init: of the linear layer.
+        scale_init: of the batch normalization's scale.
+        bn_axis_name: axis over which batch statistics are shared.
+        dtype: of the normalization's result.
+    """
+
+    features: int
+    shared: bool
+    use_bias: bool = False
+    kernel_init: Any = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+    scale_init: Any = nn.initializers.ones
+    bn_axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S C"], *, train: bool) -> Float[Array, "B S F"]:
+        """Reduce each vector."""
+        own = () if self.shared else (x.shape[1],)
+        kernel_init = self.kernel_init if self.shared else _each(self.kernel_init)
+        kernel = self.param("kernel", kernel_init, (*own, x.shape[2], self.features), jnp.float32)
+        y = jnp.einsum("bsc,cf->bsf" if self.shared else "bsc,scf->bsf", x, kernel)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (*own, self.features), jnp.float32)
+        norm = BatchNorm(
+            feature_axes=1 if self.shared else 2,
+            scale_init=self.scale_init,
+            axis_name=self.bn_axis_name,
+            dtype=self.dtype,
+            name="bn",
+        )
+        return nn.relu(norm(y, train=train))
+
+
+def _each(init: Any) -> Any:
+    """An initializer of S stacked layers from that of one: its fans are those of one layer."""
+
+    def stacked(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        keys = jax.random.split(key, shape[0])
+        return jax.vmap(lambda k: init(k, shape[1:], dtype))(keys)
+
+    return stacked
+
+
+def dropout(
+    x: Float[Array, "B *rest"], rate: float, keys: Key[Array, "B"] | None, salt: int = 0
+) -> Float[Array, "B *rest"]:
+    """Set each number to 0 with probability `rate`, and scale the others by 1 / (1 - rate).
+
+    Every example has a key of its own, so a batch is treated alike on any number of devices
+    (Srivastava et al., JMLR 2014).
+
+    Args:
+        x: (B, ...).
+        rate: from 0 to below 1; 0 changes nothing.
+        keys: (B,) of `mros_jax.data.augment.example_keys`; None changes nothing (evaluation).
+        salt: another number for each dropout of a network.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"the dropout rate is {rate}; it must be from 0 to below 1")
+    if rate == 0 or keys is None:
+        return x
+
+    def keep(key: Array) -> Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - rate, x.shape[1:])
+
+    return jnp.where(jax.vmap(keep)(keys), x / (1 - rate), 0)

@@ -1,0 +1,127 @@
+"""What every network returns, and what the rest of the library asks of a network."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Protocol
+
+import flax.struct
+import jax.numpy as jnp
+
+from mros_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
+
+    Tensor = jax.Array
+else:
+    # Trees of shapes, of gradients and of None pass through the same class.
+    Tensor = Any
+
+
+@flax.struct.dataclass
+class Outputs:
+    """Everything that a network computes, by name.
+
+    Attributes:
+        descriptor: (B, D), what is compared at test time; at least float32.
+        embeddings: name -> (B, S, D), S vectors of one kind, for metric losses; at least float32.
+        logits: name -> (B, S, N), S classifiers of one kind; at least float32.
+        maps: name -> feature maps or attention, to look at; never trained on.
+    """
+
+    descriptor: Tensor
+    embeddings: dict[str, Tensor]
+    logits: dict[str, Tensor]
+    maps: dict[str, Tensor]
+
+    def vectors(self, name: str) -> Tensor:
+        """The vectors (B, S, D) that a metric loss may look at: embeddings, or the descriptor.
+
+        Raises:
+            UserError: there is no such output; lists those that there are.
+        """
+        if name == "descriptor":
+            return self.descriptor[:, None]
+        if name not in self.embeddings:
+            there = ", ".join(("descriptor", *self.embeddings))
+            raise UserError(f"the network has no output {name!r} for a metric loss; it has {there}")
+        return self.embeddings[name]
+
+    def scores(self, name: str) -> Tensor:
+        """The logits (B, S, N) of a name.
+
+        Raises:
+            UserError: there are no such logits; lists those that there are.
+        """
+        if name not in self.logits:
+            there = ", ".join(self.logits) or "none"
+            raise UserError(f"the network has no logits {name!r}; it has {there}")
+        return self.logits[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A run of numbers in the descriptor, and the part of the image that it describes.
+
+    Attributes:
+        group: parts of one kind, such as "t4".
+        size: how many numbers of the descriptor.
+        top: upper edge as a share of the image's height.
+        bottom: lower edge; 1 is the bottom of the image.
+    """
+
+    group: str
+    size: int
+    top: float = 0.0
+    bottom: float = 1.0
+
+
+class Network(Protocol):
+    """What the library asks of a network, a Flax module; one file a paper, in `mros_jax.systems`.
+
+    Beside its own fields it has `num_classes`, `dtype` (of the computation; parameters, statistics
+    and outputs other than maps are at least float32) and `bn_axis_name` (axis over which batch
+    statistics are shared; None: every device its own).
+    """
+
+    init: Any
+    apply: Any
+
+    def __call__(self, images: Any, *, train: bool, keys: Any = None) -> Outputs:
+        """Compute all outputs.
+
+        Args:
+            images: (B, H, W, 3) float, normalized (see `mros_jax.data.augment`).
+            train: batch statistics (apply with `mutable=["batch_stats"]`) and dropout, or running
+                statistics and none.
+            keys: (B,) one random key an example, for dropout; None where `train` is False.
+        """
+        ...
+
+    def parts(self, height: int, width: int) -> tuple[Part, ...]:
+        """What the descriptor is made of, in its order; the sizes add up to its length."""
+        ...
+
+    def torchvision_name(self, path: tuple[str, ...]) -> str | None:
+        """The torchvision module whose ImageNet weights a module starts from, None: at random.
+
+        Args:
+            path: the names of the Flax modules, outermost first.
+        """
+        ...
+
+
+def check_images(images: Any) -> None:
+    """Refuse what is no batch of normalized images.
+
+    Raises:
+        UserError: another rank, channel number or type.
+    """
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise UserError(f"images have shape {images.shape}; expected (B, H, W, 3)")
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(
+            f"images are {images.dtype}; expected normalized floating point pixels "
+            "(mros_jax.data.augment.preprocess makes them from uint8)"
+        )
