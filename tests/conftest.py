@@ -10,10 +10,22 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import jaxtyping
+import pytest
 
 jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
-jaxtyping.install_import_hook("mros_jax", "beartype.beartype")
+# An int is good enough for a float.
+jaxtyping.install_import_hook(
+    "mros_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+)
+
+
+@pytest.fixture
+def unchecked():
+    """Without jaxtyping's run-time checks, as users run: our own errors must speak."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -4,14 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mros_jax import losses
-from mros_jax.systems.mros import MROSOutputs
 
 # Shapes stay the same in property tests, so that each function compiles once.
 B, D, N = 12, 5, 6
@@ -188,122 +186,8 @@ def test_labels_out_of_range_give_nan_and_a_clear_error_on_the_host(bad):
     losses.check_labels(np.arange(N), N)
 
 
-def test_nan_features_are_named():
-    x = np.zeros((3, 4), np.float32)
-    losses.check_finite(descriptor=x)
-    x[1, 2] = np.nan
-    with pytest.raises(ValueError, match=r"descriptor of shape \(3, 4\) has 1 .* \(1, 2\)"):
-        losses.check_finite(descriptor=x)
-
-
-def make_outputs(setting, rng, batch=B):
-    """Outputs of a network with t3 of 3 and t4 of 4 channels, 5 (or 6) stripes, N classes."""
-    stripes = 6 if setting == "I" else 5
-    levels = {"t3": 3, "t4": 4} if setting == "IV" else {"t4": 4}
-    g = {k: jnp.asarray(rng.standard_normal((batch, stripes, c))) for k, c in levels.items()}
-    logits = {k: jnp.asarray(rng.standard_normal((batch, stripes, N))) for k in levels}
-    descriptor = jnp.concatenate([v.reshape(batch, -1) for v in g.values()], axis=1)
-    return MROSOutputs(stages={}, g=g, h=g, logits=logits, descriptor=descriptor)
-
-
-@pytest.mark.parametrize("setting", ["I", "II", "III", "IV"])
-def test_total_loss_by_hand(setting):
-    outputs = make_outputs(setting, np.random.default_rng(6))
-    _, labels, _ = random_batch(6)
-    centers = losses.init_centers(jax.random.key(0), N, outputs, setting=setting)
-    local = setting in ("I", "II")
-    assert centers.shape == {
-        "I": (6, N, 4), "II": (5, N, 4), "III": (1, N, 20), "IV": (1, N, 35)
-    }[setting]  # fmt: skip
-    groups = np.moveaxis(np.asarray(outputs.g["t4"]), 1, 0) if local else outputs.descriptor[None]
-    expected_triplet = np.mean([triplet_by_hand(g, labels, 0.3, "mean") for g in groups])
-    expected_center = np.mean(
-        [
-            ((np.asarray(g) - np.asarray(c)[labels]) ** 2).sum(1).mean()
-            for g, c in zip(groups, centers, strict=True)
-        ]
-    )
-    heads = np.concatenate([np.asarray(v) for v in outputs.logits.values()], axis=1)
-    log_p = heads - np.log(np.exp(heads).sum(-1, keepdims=True))
-    target = 0.9 * np.eye(N)[labels] + 0.1 / N
-    expected_cross = -(target[:, None] * log_p).sum(-1).mean()
-
-    total, parts = losses.mros_loss(
-        outputs, jnp.asarray(labels), centers, setting=setting, beta=0.01
-    )
-    np.testing.assert_allclose(parts["triplet"], expected_triplet, rtol=1e-4)
-    np.testing.assert_allclose(parts["center"], expected_center, rtol=1e-4)
-    np.testing.assert_allclose(parts["cross_entropy"], expected_cross, rtol=1e-4)
-    expected = expected_triplet + 0.01 * expected_center + expected_cross
-    np.testing.assert_allclose(total, expected, rtol=1e-4)
-
-    gradient = losses.center_gradient(outputs, jnp.asarray(labels), centers, setting=setting)
-    i, c = 0, int(labels[0])
-    own = np.asarray(groups[i])[labels == c]
-    slope = 2 * (np.asarray(centers)[i, c] - own).sum(0) / B / len(groups)
-    np.testing.assert_allclose(gradient[i, c], slope, rtol=1e-4, atol=1e-6)
-    assert (gradient[:, 5] == 0).all()  # no image of class 5
-
-
-@pytest.mark.parametrize("setting", ["II", "IV"])
-def test_devices_see_the_global_batch(setting):
-    """Values, centre gradient and (by pmean) gradients equal those of one device; with a mask."""
-    rng = np.random.default_rng(7)
-    features = make_outputs(setting, rng, batch=16)
-    labels, mask = jnp.asarray(rng.integers(0, N, 16), jnp.int32), jnp.asarray(rng.random(16) < 0.8)
-    centers = losses.init_centers(jax.random.key(0), N, features, setting=setting)
-
-    def step(scale, outputs, labels, mask, axis_name=None):
-        """`scale` stands for parameters that all devices share."""
-
-        def loss(scale):
-            scaled = jax.tree.map(lambda x: x * scale, outputs)
-            total, parts = losses.mros_loss(
-                scaled, labels, centers, setting=setting, axis_name=axis_name, mask=mask
-            )
-            return total, parts
-
-        (total, parts), slope = jax.value_and_grad(loss, has_aux=True)(scale)
-        if axis_name is not None:
-            slope = jax.lax.pmean(slope, axis_name)
-        pull = losses.center_gradient(
-            outputs, labels, centers, setting=setting, axis_name=axis_name, mask=mask
-        )
-        return total, parts, slope, pull
-
-    expected = jax.jit(step)(jnp.float32(1.5), features, labels, mask)
-    split = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[1:]), (features, labels, mask))
-    found = jax.pmap(
-        functools.partial(step, axis_name="d"), axis_name="d", in_axes=(None, 0, 0, 0)
-    )(jnp.float32(1.5), *split)
-    for device in range(4):
-        jax.tree.map(
-            lambda a, b, i=device: np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=1e-6),
-            found,
-            expected,
-        )
-
-
-def test_initial_centers_are_standard_normal():
-    outputs = make_outputs("IV", np.random.default_rng(8))
-    centers = losses.init_centers(jax.random.key(1), 2000, outputs, setting="IV")
-    assert abs(float(centers.mean())) < 0.02
-    assert abs(float(centers.std()) - 1) < 0.02
-
-
-@pytest.fixture
-def unchecked():
-    """Without jaxtyping's run-time checks, as users run: our own errors must speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 def test_bad_shapes(unchecked):
     x, labels = jnp.zeros((4, 3)), jnp.zeros(4, jnp.int32)
-    outputs = make_outputs("III", np.random.default_rng(9))
-    many = jnp.zeros(B, jnp.int32)
-    centers = losses.init_centers(jax.random.key(0), N, outputs, setting="III")
     cases = {
         r"labels have shape \(3,\); expected \(4,\)": lambda: losses.batch_hard_triplet(
             x, labels[:3]
@@ -315,14 +199,6 @@ def test_bad_shapes(unchecked):
         "reduction is 'max'": lambda: losses.center_loss(x, labels, x, reduction="max"),
         r"expected \(N, 3\)": lambda: losses.center_loss(x, labels, jnp.zeros((4, 2))),
         "smoothing is 2": lambda: losses.smoothed_cross_entropy(x, labels, smoothing=2),
-        "setting IV needs levels": lambda: losses.mros_loss(outputs, many, centers, setting="IV"),
-        "setting is 'V'": lambda: losses.mros_loss(outputs, many, centers, setting="V"),
-        "6 classes and there are centers of 5": lambda: losses.mros_loss(
-            outputs, many, centers[:, :-1], setting="III"
-        ),
-        r"expected \(1, N, 20\)": lambda: losses.mros_loss(
-            outputs, many, centers[..., :-1], setting="III"
-        ),
     }
     for message, call in cases.items():
         with pytest.raises(ValueError, match=message):

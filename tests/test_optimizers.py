@@ -1,3 +1,5 @@
+"""Schedules against tables; groups of parameters against PyTorch's optimizers; bad input."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,14 @@ import optax
 import pytest
 import torch
 
-from mros_jax.training.optimizers import make_optimizer, make_schedule, update_centers
+from mros_jax.errors import UserError
+from mros_jax.training.optimizers import (
+    label_params,
+    make_groups,
+    make_optimizer,
+    make_schedule,
+    make_schedules,
+)
 
 
 def test_schedule_has_the_papers_numbers():
@@ -26,9 +35,11 @@ def test_warm_up_per_iteration():
 
 
 def test_schedule_options():
-    rate = make_schedule(lr=2, steps_per_epoch=1, warmup_epochs=0, milestones=(1, 3), decay=0.5)
+    rate = make_schedule(
+        lr=2, steps_per_epoch=1, warmup_epochs=0, decay_epochs=(1, 3), decay_factor=0.5
+    )
     assert [float(rate(step)) for step in range(5)] == [2, 1, 1, 0.5, 0.5]
-    constant = make_schedule(lr=3, steps_per_epoch=1, warmup_epochs=0, milestones=())
+    constant = make_schedule(lr=3, steps_per_epoch=1, warmup_epochs=0, decay_epochs=())
     assert float(constant(10**6)) == 3
 
 
@@ -37,25 +48,35 @@ def test_schedule_options():
     [
         ({"lr": 0}, "lr 0 must be above 0"),
         ({"steps_per_epoch": 0}, "steps_per_epoch 0"),
-        ({"milestones": (60, 30)}, r"milestones \(60, 30\) must be increasing"),
-        ({"decay": 10}, "decay 10"),
+        ({"decay_epochs": (60, 30)}, r"decay_epochs \(60, 30\) must be increasing"),
+        ({"decay_factor": 10}, "decay_factor 10"),
         ({"warmup_per": "step"}, "warmup_per is 'step'"),
     ],
 )
-def test_bad_schedules(options, message):
-    with pytest.raises(ValueError, match=message):
-        make_schedule.__wrapped__(**{"steps_per_epoch": 5, **options})
+def test_bad_schedules(options, message, unchecked):
+    with pytest.raises(UserError, match=message):
+        make_schedule(**{"steps_per_epoch": 5, **options})
 
 
 PARAMS = {
-    "conv": {"kernel": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)},
-    "bn": {"scale": np.ones(3, np.float32), "bias": np.full(3, 0.5, np.float32)},
+    "network": {
+        "trunk": {"conv": {"kernel": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)}},
+        "bn": {"scale": np.ones(3, np.float32), "bias": np.full(3, 0.5, np.float32)},
+    },
+    "objective": {"center": {"g": np.full((1, 2, 3), 0.25, np.float32)}},
 }
+SCHEDULE = {"warmup_epochs": 2, "warmup_per": "iteration", "decay_epochs": (3,)}
 
 
 def gradient(step):
     rng = np.random.default_rng(step)
     return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), PARAMS)
+
+
+def make(sections, **options):
+    groups = make_groups(sections)
+    schedules = make_schedules(groups, steps_per_epoch=3, **SCHEDULE)
+    return make_optimizer(groups, schedules, **options), schedules
 
 
 def run(optimizer, steps, gradients=gradient):
@@ -71,71 +92,172 @@ def run(optimizer, steps, gradients=gradient):
     return params
 
 
-def run_torch(kind, steps, rates, *, every=1, clip=None):
-    leaves, tree = jax.tree.flatten(PARAMS)
-    params = [torch.tensor(x, requires_grad=True) for x in leaves]
-    optimizer = kind(params, lr=1.0, weight_decay=0.05)
+def run_torch(groups, steps, *, every=1, clip=None):
+    """`groups`: (optimizer class, keyword arguments, rate by step, paths of its parameters)."""
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): torch.tensor(x, requires_grad=True)
+        for path, x in jax.tree_util.tree_leaves_with_path(PARAMS)
+    }
+    made = [
+        (kind([flat[path] for path in paths], lr=1.0, **options), rate)
+        for kind, options, rate, paths in groups
+    ]
     for step in range(steps):
-        for p, g in zip(params, jax.tree.leaves(gradient(step)), strict=True):
+        for p, g in zip(flat.values(), jax.tree.leaves(gradient(step)), strict=True):
             p.grad = torch.from_numpy(g) / every + (0 if p.grad is None else p.grad)
         if (step + 1) % every == 0:
             if clip:
-                torch.nn.utils.clip_grad_norm_(params, clip)
-            optimizer.param_groups[0]["lr"] = rates(step)
-            optimizer.step()
-            optimizer.zero_grad()
-    return tree.unflatten([p.detach().numpy() for p in params])
+                network = [p for path, p in flat.items() if path.startswith("network")]
+                torch.nn.utils.clip_grad_norm_(network, clip)
+            for optimizer, rate in made:
+                optimizer.param_groups[0]["lr"] = rate(step)
+                optimizer.step()
+            for p in flat.values():
+                p.grad = None
+    return jax.tree.unflatten(
+        jax.tree.structure(PARAMS), [p.detach().numpy() for p in flat.values()]
+    )
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)]
-)
-@pytest.mark.parametrize("options", [{}, {"every": 3}, {"clip": 0.7}, {"every": 2, "clip": 0.7}])
-def test_steps_equal_pytorchs(name, kind, options):
-    schedule = make_schedule(
-        lr=0.1, steps_per_epoch=3, warmup_epochs=2, warmup_per="iteration", milestones=(3,)
-    )
-    optimizer = make_optimizer(
-        schedule,
-        name=name,
-        weight_decay=0.05,
-        clip_norm=options.get("clip"),
-        accumulate_steps=options.get("every", 1),
-    )
-    ours = run(optimizer, 12)
-    theirs = run_torch(kind, 12, lambda step: float(schedule(step)), **options)
+def assert_close(ours, theirs):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_decay_of_kernels_only(name):
+NETWORK = ("network/bn/bias", "network/bn/scale", "network/trunk/conv/kernel")
+CENTERS = ("objective/center/g",)
+KINDS = {
+    "adam": (torch.optim.Adam, {"weight_decay": 0.05}, {}),
+    "adamw": (torch.optim.AdamW, {"weight_decay": 0.05}, {}),
+    "sgd": (torch.optim.SGD, {"weight_decay": 0.05, "momentum": 0.9}, {"momentum": 0.9}),
+    "nesterov": (
+        torch.optim.SGD,
+        {"weight_decay": 0.05, "momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "nesterov": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("options", [{}, {"every": 3}, {"clip": 0.7}, {"every": 2, "clip": 0.7}])
+def test_steps_equal_pytorchs(name, options):
+    kind, theirs_only, ours_only = KINDS[name]
+    optimizer, schedules = make(
+        {
+            "network": {
+                "params": ("network",),
+                "kind": "sgd" if name == "nesterov" else name,
+                "lr": 0.1,
+                "weight_decay": 0.05,
+                **ours_only,
+            },
+            "centers": {"params": ("objective",), "kind": "sgd", "lr": 0.5, "scheduled": False},
+        },
+        clip_norm=options.get("clip"),
+        accumulate_steps=options.get("every", 1),
+    )
+    theirs = run_torch(
+        [
+            (kind, theirs_only, lambda step: float(schedules["network"](step)), NETWORK),
+            (torch.optim.SGD, {}, lambda step: 0.5, CENTERS),
+        ],
+        12,
+        **options,
+    )
+    assert_close(run(optimizer, 12), theirs)
+
+
+def test_a_group_for_each_part_and_the_longest_path_wins():
+    sections = {
+        "rest": {"params": ("network",), "kind": "sgd", "lr": 0.1, "scheduled": False},
+        "trunk": {"params": ("network/trunk",), "kind": "sgd", "lr": 0.01, "scheduled": False},
+        "still": {"params": ("network/bn/scale", "objective"), "kind": "frozen"},
+    }
+    optimizer, schedules = make(sections)
+    assert schedules.keys() == {"rest", "trunk"}
+    theirs = run_torch(
+        [
+            (torch.optim.SGD, {}, lambda step: 0.1, ("network/bn/bias",)),
+            (torch.optim.SGD, {}, lambda step: 0.01, ("network/trunk/conv/kernel",)),
+        ],
+        5,
+    )
+    ours = run(optimizer, 5)
+    assert_close(ours, theirs)
+    for frozen in (lambda t: t["network"]["bn"]["scale"], lambda t: t["objective"]):
+        jax.tree.map(np.testing.assert_array_equal, frozen(ours), frozen(PARAMS))
+
+
+def test_frozen_means_that_nothing_moves():
+    """Not by decay, not by momentum."""
+    group = {"params": ("",), "kind": "frozen", "weight_decay": 0.1, "momentum": 0.9}
+    jax.tree.map(np.testing.assert_array_equal, run(make({"all": group})[0], 3), PARAMS)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
+def test_decay_of_kernels_only(kind):
     def zeros(_):
         return jax.tree.map(np.zeros_like, PARAMS)
 
-    rate = make_schedule(steps_per_epoch=1, warmup_epochs=0)
-    optimizer = make_optimizer(rate, name=name, decay_norm_and_bias=False)
-    params = run(optimizer, 2, zeros)
-    assert (params["conv"]["kernel"] != PARAMS["conv"]["kernel"]).any()
-    jax.tree.map(np.testing.assert_array_equal, params["bn"], PARAMS["bn"])
-    params = run(make_optimizer(rate, name=name), 2, zeros)
-    assert (params["bn"]["scale"] != 1).all()
+    group = {"params": ("",), "kind": kind, "lr": 0.1, "weight_decay": 0.05}
+    params = run(make({"all": {**group, "decay_norm_and_bias": False}})[0], 2, zeros)
+    assert (params["network"]["trunk"]["conv"]["kernel"] != PARAMS["network"]["trunk"]["conv"]
+            ["kernel"]).any()  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, params["network"]["bn"], PARAMS["network"]["bn"])
+    params = run(make({"all": group})[0], 2, zeros)
+    assert (params["network"]["bn"]["scale"] != 1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "lamb"}, "optimizer.all: kind is 'lamb'; expected 'adam'"),
+        ({"weight_decay": -1.0}, "weight_decay -1"),
+        ({"lr": 0.0}, "lr 0.0"),
+        ({"b1": 1.0}, "b1 1.0"),
+        ({"nesterov": True}, "nesterov needs a momentum"),
+        (
+            {"learning_rate": 1.0},
+            "optimizer.all has no field learning_rate; there are params, kind",
+        ),
+        ({"params": ()}, "params names no parameters"),
+    ],
+)
+def test_what_is_no_group(change, message, unchecked):
+    with pytest.raises(UserError, match=message):
+        make_groups({"all": {"params": ("",), **change}})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"a": ("network/trunk", "objective"), "b": ("network/bn/bias",)},
+            r"no group of the optimizer matches the parameter network/bn/scale; .*network/trunk",
+        ),
+        (
+            {"a": ("",), "b": ("network/backbone",)},
+            "no parameter belongs to 'network/backbone' of the optimizer's group b; there are "
+            "network/trunk, network/bn, objective/center",
+        ),
+        ({"a": ("network",), "b": ("network", "objective")}, "two groups .* same path"),
+    ],
+)
+def test_groups_that_do_not_fit_the_parameters(sections, message):
+    groups = make_groups({name: {"params": params} for name, params in sections.items()})
+    with pytest.raises(UserError, match=message):
+        label_params(PARAMS, groups)
+
+
+def test_objectives_without_parameters_need_no_group_and_may_have_one():
+    params = {"network": PARAMS["network"], "objective": {}}
+    groups = make_groups({"a": {"params": ("network",)}, "b": {"params": ("objective",)}})
+    assert set(jax.tree.leaves(label_params(params, groups))) == {"a"}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"name": "sgd"}, "optimizer name is 'sgd'"),
-        ({"weight_decay": -1}, "weight_decay -1"),
-        ({"clip_norm": 0}, "clip_norm 0 must be above 0"),
-        ({"accumulate_steps": 0}, "accumulate_steps is 0"),
-    ],
+    [({"clip_norm": 0.0}, "clip_norm is 0.0"), ({"accumulate_steps": 0}, "accumulate_steps is 0")],
 )
 def test_bad_optimizers(options, message):
-    with pytest.raises(ValueError, match=message):
-        make_optimizer.__wrapped__(make_schedule(steps_per_epoch=1), **options)
-
-
-def test_centers_take_a_plain_step():
-    centers, slope = jnp.ones((1, 2, 3)), jnp.full((1, 2, 3), 4.0)
-    np.testing.assert_array_equal(update_centers(centers, slope), -1)
-    np.testing.assert_array_equal(update_centers(centers, slope, lr=0.25), 0)
+    with pytest.raises(UserError, match=message):
+        make({"all": {"params": ("",)}}, **options)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from mros_jax.models.outputs import Outputs
 Params = dict[str, Any]
 
 
+@runtime_checkable
 class Term(Protocol):
     """A loss as part of an objective: a frozen dataclass whose fields a config sets.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax.numpy as jnp
@@ -77,6 +77,7 @@ class Part:
     bottom: float = 1.0
 
 
+@runtime_checkable
 class Network(Protocol):
     """What the library asks of a network, a Flax module; one file a paper, in `mros_jax.systems`.
 

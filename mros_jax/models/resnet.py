@@ -34,6 +34,7 @@ class TrunkSpec(NamedTuple):
 
     def stride(self, level: str, last_stride: int = 1) -> int:
         """Pixels of the image for one of a stage's map."""
+        check_last_stride(last_stride)
         return {"t1": 4, "t2": 8, "t3": 16, "t4": 16 * last_stride}[level]
 
     def make(self, **fields: Any) -> "ResNet":
@@ -60,6 +61,12 @@ def find_trunk(name: str) -> TrunkSpec:
     if name not in TRUNKS:
         raise UserError(f"trunk is {name!r}; it must be one of {', '.join(TRUNKS)}")
     return TRUNKS[name]
+
+
+def check_last_stride(last_stride: int) -> None:
+    """Refuse another stride of the last stage than 1 (re-identification) or 2 (ImageNet)."""
+    if last_stride not in (1, 2):
+        raise UserError(f"last_stride is {last_stride}; it must be 1 or 2")
 
 
 def torchvision_name(path: tuple[str, ...]) -> str:
@@ -220,8 +227,7 @@ class ResNet(nn.Module):
             `t1`..`t4`: the outputs of the four stages, (B, H/4, W/4, C) to
             (B, H/(16 last_stride), ...), in the compute dtype.
         """
-        if self.last_stride not in (1, 2):
-            raise UserError(f"last_stride is {self.last_stride}; it must be 1 or 2")
+        check_last_stride(self.last_stride)
         x = Conv(self.width, 7, 2, self.dtype, name="conv1")(images)
         bn = BatchNorm(axis_name=self.bn_axis_name, dtype=self.dtype, name="bn1")
         x = bn(x, train=train)

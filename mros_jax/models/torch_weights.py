@@ -23,7 +23,7 @@ from mros_jax.models.resnet import torchvision_name as module_name
 StateDict = dict[str, np.ndarray]
 _Path = tuple[str, ...]
 
-# Flax's name -> PyTorch's, by collection, for a batch normalisation and a convolution or linear.
+# Flax's name -> PyTorch's, by collection, for a batch normalization and a convolution or linear.
 _LEAVES = {
     ("params", "kernel"): "weight",
     ("params", "scale"): "weight",

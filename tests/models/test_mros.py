@@ -1,10 +1,13 @@
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mros_jax.models.resnet import BACKBONES, BatchNorm, Conv, ResNet
-from mros_jax.systems.mros import MROS, SETTINGS
+from mros_jax.config import make_network, read
+from mros_jax.errors import UserError
+from mros_jax.models.resnet import TRUNKS, BatchNorm, Conv
+from mros_jax.systems.mros import MROS
 
 apply = jax.jit(
     lambda model, variables, images: model.apply(variables, images, train=False), static_argnums=0
@@ -20,7 +23,7 @@ IMAGES = np.random.default_rng(0).standard_normal((4, 96, 32, 3)).astype(np.floa
 
 @pytest.fixture(scope="module")
 def tiny():
-    model = MROS(num_classes=5, backbone="tiny")
+    model = MROS(num_classes=5, trunk="tiny")
     return model, jax.jit(lambda x: model.init(jax.random.key(0), x, train=False))(IMAGES)
 
 
@@ -32,18 +35,30 @@ def shapes(model, height, width):
 
 def test_full_model_has_the_papers_sizes():
     _, outputs = shapes(MROS(num_classes=751), 384, 128)
-    assert outputs.stages["t3"].shape == (2, 24, 8, 1024)
-    assert outputs.stages["t4"].shape == (2, 24, 8, 2048)
-    assert outputs.g["t3"].shape == outputs.h["t3"].shape == (2, 5, 1024)
+    assert outputs.maps["t3"].shape == (2, 24, 8, 1024)
+    assert outputs.maps["t4"].shape == (2, 24, 8, 2048)
+    assert outputs.embeddings["g_t3"].shape == (2, 5, 1024)
+    assert outputs.embeddings["h_t3"].shape == (2, 5, 1024)
     assert outputs.logits["t4"].shape == (2, 5, 751)
-    assert outputs["descriptor"].shape == (2, 15_360)
+    assert outputs.descriptor.shape == (2, 15_360)
 
 
-@pytest.mark.parametrize(("setting", "size"), [("I", 6 * 2048), ("II", 10_240), ("III", 10_240)])
-def test_settings(setting, size):
-    _, outputs = shapes(MROS(num_classes=7, setting=setting), 384, 128)
+@pytest.mark.parametrize(
+    ("setting", "size", "levels"),
+    [("I", 6 * 2048, ["t4"]), ("II", 10_240, ["t4"]), ("III", 10_240, ["t4"])],
+)
+def test_settings(setting, size, levels):
+    model = make_network(read("configs/mros.py", setting), 7)
+    _, outputs = shapes(model, 384, 128)
     assert outputs.descriptor.shape == (2, size)
-    assert tuple(outputs.logits) == SETTINGS[setting].levels
+    assert list(outputs.logits) == levels
+
+
+def test_parts_are_the_stripes():
+    parts = MROS(num_classes=5, num_stripes=4).parts(384, 128)
+    assert [part.group for part in parts] == ["t3"] * 3 + ["t4"] * 3
+    assert [part.size for part in parts] == [1024] * 3 + [2048] * 3
+    assert [(part.top, part.bottom) for part in parts[:3]] == [(0, 0.5), (0.25, 0.75), (0.5, 1)]
 
 
 @pytest.mark.parametrize(
@@ -51,8 +66,8 @@ def test_settings(setting, size):
     [("resnet18", 11.177), ("resnet34", 21.285), ("resnet50", 23.508), ("resnet101", 42.500),
      ("resnet152", 58.144)],
 )  # fmt: skip
-def test_backbones_have_torchvisions_number_of_parameters(name, millions):
-    model = ResNet(**BACKBONES[name]._asdict())
+def test_trunks_have_torchvisions_number_of_parameters(name, millions):
+    model = TRUNKS[name].make()
     variables = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
     )
@@ -62,20 +77,20 @@ def test_backbones_have_torchvisions_number_of_parameters(name, millions):
 
 def test_last_stride():
     _, outputs = shapes(MROS(num_classes=7, last_stride=2), 384, 128)
-    assert outputs.stages["t4"].shape == (2, 12, 4, 2048)
+    assert outputs.maps["t4"].shape == (2, 12, 4, 2048)
 
 
 def test_descriptor_order(tiny):
     model, variables = tiny
     outputs = apply(model, variables, IMAGES)
-    parts = [outputs.g[level][:, i] for level in ("t3", "t4") for i in range(5)]
+    parts = [outputs.embeddings[f"g_{level}"][:, i] for level in ("t3", "t4") for i in range(5)]
     np.testing.assert_array_equal(outputs.descriptor, jnp.concatenate(parts, axis=1))
 
 
 def test_neck_bias_is_fixed_unless_asked_for(tiny):
     _, variables = tiny
     assert set(variables["params"]["neck_t3"]) == {"scale"}
-    model = MROS(num_classes=5, backbone="tiny", neck_bias=True)
+    model = MROS(num_classes=5, trunk="tiny", neck_bias=True)
     variables, _ = shapes(model, 96, 32)
     assert set(variables["params"]["neck_t3"]) == {"scale", "bias"}
 
@@ -84,8 +99,8 @@ def test_bfloat16_computes_in_half_and_keeps_float32(tiny):
     model, variables = tiny
     half = model.clone(dtype=jnp.bfloat16)
     outputs, updated = train(half, variables, IMAGES)
-    assert outputs.stages["t4"].dtype == jnp.bfloat16
-    for x in (*outputs.g.values(), *outputs.logits.values(), outputs.descriptor):
+    assert outputs.maps["t4"].dtype == jnp.bfloat16
+    for x in (*outputs.embeddings.values(), *outputs.logits.values(), outputs.descriptor):
         assert x.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(updated)} == {jnp.dtype("float32")}
     initial, _ = shapes(half, 96, 32)
@@ -142,34 +157,34 @@ def test_pointwise_convolution_is_a_convolution(stride):
         (np.zeros((2, 64, 32, 3), np.float32), r"height 96 \(multiples of 96\)"),
         (np.zeros((2, 96, 32, 1), np.float32), r"\(2, 96, 32, 1\); expected \(B, H, W, 3\)"),
         (np.zeros((96, 32, 3), np.float32), "expected"),
-        (np.zeros((2, 96, 32, 3), np.uint8), "uint8; expected normalised"),
+        (np.zeros((2, 96, 32, 3), np.uint8), "uint8; expected normalized"),
     ],
 )
 def test_wrong_images(tiny, images, message):
     model, variables = tiny
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         apply(model, variables, images)
 
 
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ({"setting": "V"}, "setting is 'V'"),
-        ({"backbone": "vgg"}, "backbone is 'vgg'"),
+        ({"levels": ("t2",)}, "levels are .*expected one or both"),
+        ({"trunk": "vgg"}, "trunk is 'vgg'; it must be one of tiny, resnet18"),
         ({"num_classes": 0}, "num_classes is 0"),
         ({"last_stride": 3}, "last_stride is 3"),
     ],
 )
 def test_wrong_fields(field, message):
-    model = MROS(**{"num_classes": 5, "backbone": "tiny", **field})
-    with pytest.raises(ValueError, match=message):
+    model = MROS(**{"num_classes": 5, "trunk": "tiny", **field})
+    with pytest.raises(UserError, match=message):
         jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
 
 
 def test_wrong_number_of_classes_is_an_error(tiny):
     _, variables = tiny
-    with pytest.raises(Exception, match=r"kernel.*\(5, 64, 6\).*\(5, 64, 5\)|shape"):
-        apply(MROS(num_classes=6, backbone="tiny"), variables, IMAGES)
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=r'"kernel" .*\(5, 64, 5\)'):
+        apply(MROS(num_classes=6, trunk="tiny"), variables, IMAGES)
 
 
 def test_one_image_has_no_batch_statistics(tiny):
