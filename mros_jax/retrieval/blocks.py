@@ -57,35 +57,44 @@ def take_rows(
 
 
 class BlockMap:
-    """Maps `function(*row_blocks, *shared)` over rows, split over devices.
+    """Maps functions over blocks of rows, split over devices.
 
-    The function is compiled once for a shape; `shared` arrays are copied to every device once.
+    `measure(first row array, *shared)` makes a block of distances, and `look(block, *other row
+    arrays)` makes the result of them; either may be left out. They are two programs: what is looked
+    at are numbers in memory. In one program a compiler may compute a distance anew, with another
+    rounding, in each place that uses it, and comparisons of a distance with itself go wrong.
+
+    Functions are compiled once for a shape; `shared` arrays are copied to every device once.
 
     Args:
-        function: jit-able; takes the row arrays, then the shared ones; returns arrays of as many
-            rows. Must be a module-level function or one that is made once (see `functools.cache`).
+        measure: jit-able, to an array of as many rows; None to look at the first row array itself.
+            Must be a module-level function or one that is made once (see `functools.cache`).
         shared: arrays that every device needs in full.
+        look: jit-able, to arrays of as many rows; None to return what was measured.
         devices: default all local devices.
     """
 
     def __init__(
         self,
-        function: Callable,
+        measure: Callable | None,
         shared: Sequence[Any] = (),
         *,
+        look: Callable | None = None,
         devices: Sequence[jax.Device] | None = None,
     ):
         devices = tuple(devices if devices is not None else jax.local_devices())
         self._num_devices = len(devices)
-        self._function = _compile(function, len(shared), devices)
+        self._measure = None if measure is None else _compile(measure, len(shared), devices)
+        self._look = None if look is None else _compile(look, 0, devices)
         mesh = Mesh(np.asarray(devices), (_AXIS,))
         self._split = NamedSharding(mesh, PartitionSpec(_AXIS))
         self._shared = [place_everywhere(array, devices) for array in shared]
 
     def __call__(self, *rows: Any) -> Any:
         """Start one block (rows divisible by the number of devices); returns without waiting."""
-        blocks = [jax.device_put(array, self._split) for array in rows]
-        return self._function(*blocks, *self._shared)
+        first, *others = (jax.device_put(array, self._split) for array in rows)
+        block = first if self._measure is None else self._measure(first, *self._shared)
+        return block if self._look is None else self._look(block, *others)
 
     def run(
         self,

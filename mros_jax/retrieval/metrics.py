@@ -6,7 +6,6 @@ computed needs O(block x gallery) memory and no sort of the gallery.
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -86,13 +85,14 @@ class Result:
 
 
 def count_ranks(
+    distance: Shaped[Array, "B G"],
     matches: Int[Array, "B M"],
     removed: Int[Array, "B R"],
-    distance: Shaped[Array, "B G"],
 ) -> Int[Array, "B M"]:
     """Rank (from 1) of each match among the kept gallery images; -1 in a list is padding.
 
-    Equal distances are ordered by gallery index, as a stable sort orders them.
+    Equal distances are ordered by gallery index, as a stable sort orders them. An image is never
+    before itself.
     """
     column = jnp.arange(distance.shape[1])
 
@@ -103,8 +103,12 @@ def count_ranks(
 
         def count_one(i: Array, ranks: Array) -> Array:
             at, index = d_match[:, i, None], match[:, i, None]
-            before = (d < at) | ((d == at) & (column < index))
-            gone_before = (gone >= 0) & ((d_gone < at) | ((d_gone == at) & (gone < index)))
+
+            def comes_before(d: Array, place: Array) -> Array:
+                return (place != index) & ((d < at) | ((d == at) & (place < index)))
+
+            before = comes_before(d, column)
+            gone_before = (gone >= 0) & comes_before(d_gone, gone)
             rank = 1 + before.sum(1, dtype=jnp.int32) - gone_before.sum(1, dtype=jnp.int32)
             return ranks.at[:, i].set(rank)
 
@@ -116,37 +120,26 @@ def count_ranks(
     return jax.lax.map(count_rows, tuple(groups)).reshape(matches.shape)
 
 
-@functools.cache
-def _make_count(kind: str) -> Callable:
-    def count(matches: Array, removed: Array, query: Array, gallery: Array, norms: Array) -> Array:
-        return count_ranks(matches, removed, distances.KINDS[kind].measure(query, gallery, norms))
-
-    return count
-
-
-def _count_given(matches: Array, removed: Array, distance: Array) -> tuple[Array, Array]:
+def _count_given(distance: Array, matches: Array, removed: Array) -> tuple[Array, Array]:
     """Ranks, and which rows hold NaN: that comes before nothing and would improve ranks, unseen."""
-    return count_ranks(matches, removed, distance), jnp.isnan(distance).any(1)
+    return count_ranks(distance, matches, removed), jnp.isnan(distance).any(1)
 
 
 def _rank_matches(
     rows_of: Callable[[np.ndarray], Any],
-    function: Callable,
-    shared: Sequence[Any],
+    mapped: blocks.BlockMap,
     labels: Labels,
     num_features: int,
     block_size: int | None,
-    devices: Sequence[jax.Device] | None,
 ) -> Int64[np.ndarray, "P"]:
     """Ranks of all matches, in the order of `labels.matches.indices`."""
     matches, removed = labels.matches, labels.removed
-    mapped = blocks.BlockMap(function, shared, devices=devices)
     # Queries with equally many matches go together: rows cost as much as the longest list of them.
     order = np.argsort(-matches.lengths, kind="stable")
     order = order[: np.count_nonzero(matches.lengths)]
 
     def get(rows: slice) -> tuple[Any, ...]:
-        return matches.pad(order[rows]), removed.pad(order[rows]), rows_of(order[rows])
+        return rows_of(order[rows]), matches.pad(order[rows]), removed.pad(order[rows])
 
     ranks = np.empty(len(matches.indices), np.int64)
     for rows, block in mapped.run(
@@ -268,7 +261,8 @@ def evaluate_distances(
         return matrix[rows][:, labels.kept] if labels.num_junk else matrix[rows]
 
     with jax.enable_x64(matrix.dtype == np.float64):
-        ranks = _rank_matches(rows_of, _count_given, (), labels, 1, block_size, devices)
+        mapped = blocks.BlockMap(None, look=_count_given, devices=devices)
+        ranks = _rank_matches(rows_of, mapped, labels, 1, block_size)
     described = {
         "metric": "given distances",
         "rerank": None,
@@ -373,15 +367,10 @@ def evaluate(
     if rerank is None:
         kind = distances.choose_kind(metric, normalize)
         shared = distances.place_gallery(gallery, kind, devices)
-        ranks = _rank_matches(
-            lambda rows: query[rows],
-            _make_count(kind),
-            shared,
-            labels,
-            query.shape[1],
-            block_size,
-            devices,
+        mapped = blocks.BlockMap(
+            distances.KINDS[kind].measure, shared, look=count_ranks, devices=devices
         )
+        ranks = _rank_matches(lambda rows: query[rows], mapped, labels, query.shape[1], block_size)
     else:
         prepare = reranking.METHODS[rerank]
         write = prepare(query, gallery, block_size=block_size, devices=devices, **options)
@@ -392,5 +381,6 @@ def evaluate(
             write(rows, block)
             return block[:, columns]
 
-        ranks = _rank_matches(rows_of, _count_given, (), labels, 1, block_size, devices)
+        mapped = blocks.BlockMap(None, look=_count_given, devices=devices)
+        ranks = _rank_matches(rows_of, mapped, labels, 1, block_size)
     return _summarise(ranks, labels, ap, max_rank, described | dict(protocol or {}))

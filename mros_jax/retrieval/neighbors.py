@@ -57,20 +57,14 @@ def _place(features: Any, devices: Sequence[jax.Device] | None) -> list[Array]:
 
 
 @functools.cache
-def _make_search(k: int) -> Callable:
-    def search(
-        index: Int[Array, "B"],
-        query: Float[Array, "B D"],
-        features: Float[Array, "N D"],
-        norms: Float[Array, "N"],
-    ) -> tuple[Array, Array, Array]:
-        similarity = distances.compute_similarity(query, features, norms)
+def _make_look(k: int) -> Callable:
+    def look(similarity: Float[Array, "B N"], index: Int[Array, "B"]) -> tuple[Array, Array, Array]:
         smallest = similarity.min(1)
         similarity = similarity.at[jnp.arange(len(index)), index].set(jnp.inf)
         top, indices = select_top(similarity, k)
         return indices, jnp.minimum(top, 1.0), smallest
 
-    return search
+    return look
 
 
 def search_neighbors(
@@ -89,12 +83,14 @@ def search_neighbors(
         devices: default all local devices.
     """
     num = len(features)
-    mapped = blocks.BlockMap(_make_search(k), _place(features, devices), devices=devices)
+    mapped = blocks.BlockMap(
+        distances.compute_similarity, _place(features, devices), look=_make_look(k), devices=devices
+    )
     indices, similarity = np.empty((num, k), np.int32), np.empty((num, k), np.float32)
     smallest = np.empty(num, np.float32)
 
     def get(rows: slice) -> tuple[Any, Any]:
-        return np.arange(rows.start, rows.stop, dtype=np.int32), features[rows]
+        return features[rows], np.arange(rows.start, rows.stop, dtype=np.int32)
 
     for rows, block in mapped.run(
         num, num, get, num_features=features.shape[1], block_size=block_size
@@ -104,13 +100,8 @@ def search_neighbors(
 
 
 @functools.cache
-def _make_gallery_search(k: int) -> Callable:
-    def search(
-        query: Float[Array, "B D"], gallery: Float[Array, "G D"], norms: Float[Array, "G"]
-    ) -> Array:
-        return select_top(distances.compute_similarity(query, gallery, norms), k)[1]
-
-    return search
+def _make_select(k: int) -> Callable:
+    return lambda similarity: select_top(similarity, k)[1]
 
 
 def search_gallery(
@@ -122,7 +113,12 @@ def search_gallery(
     devices: Sequence[jax.Device] | None = None,
 ) -> Int32[np.ndarray, "Q k"]:
     """The k gallery images nearest to each query by cosine, nearest first."""
-    mapped = blocks.BlockMap(_make_gallery_search(k), _place(gallery, devices), devices=devices)
+    mapped = blocks.BlockMap(
+        distances.compute_similarity,
+        _place(gallery, devices),
+        look=_make_select(k),
+        devices=devices,
+    )
     result = np.empty((len(query), k), np.int32)
     for rows, block in mapped.run(
         len(query),
