@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
-import hashlib
 import io
 import os
 import pathlib
@@ -19,14 +17,11 @@ import numpy as np
 import PIL.Image
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import UInt8
-from tqdm import tqdm
 
-from mros_jax.data import cache
+from mros_jax.data import cache, fingerprint
 from mros_jax.data.datasets.layouts import OnBadImage, check_choice, report_bad
 from mros_jax.data.datasets.splits import Split
 from mros_jax.data.prefetch import prefetch
-
-_CHUNK = 64  # images a thread takes at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +34,14 @@ class ImageStore:
         some were skipped. `split` is already reduced to them.
       split: the split with exactly these images.
       cached: the file that holds `images`, or None.
+      fingerprint: of the split as it was given, see `fingerprint_split`.
     """
 
     images: UInt8[np.ndarray, "N H W 3"]
     kept: np.ndarray
     split: Split
     cached: pathlib.Path | None
+    fingerprint: str
 
     def __len__(self) -> int:
         return len(self.images)
@@ -140,7 +137,9 @@ def load_store(
         raise ValueError(f"on_cache_error must be 'warn' or 'error', got {on_cache_error!r}")
     check_choice(on_bad_image)
     loader = _Loader(split, num_threads or os.cpu_count() or 1, progress)
-    digest = loader.digest() if use_cache else None
+    content = fingerprint.digest_images(split, num_threads=num_threads, progress=progress)
+    unnamed = split.pixels is not None and split.pixels_key is None
+    digest = content if use_cache and not unnamed else None
     directory = cache.directory(cache_dir)
     found = None
     if digest is not None:
@@ -168,7 +167,13 @@ def load_store(
     kept = np.setdiff1d(np.arange(len(split)), np.array(list(bad), np.int64))
     if not len(kept):
         raise ValueError(f"{split.name} split: none of {len(split)} images can be decoded")
-    return ImageStore(images, kept, split.select(kept) if bad else split, path)
+    return ImageStore(
+        images,
+        kept,
+        split.select(kept) if bad else split,
+        path,
+        fingerprint.combine(split, content),
+    )
 
 
 def place(
@@ -269,39 +274,8 @@ class _Loader:
 
     def _each(self, task: Callable[[int], Any], what: str) -> Iterable[Any]:
         """Yields `task(i)` for every image, in order, with a progress bar."""
-
-        def chunk(start: int) -> list[Any]:
-            return [task(i) for i in range(start, min(start + _CHUNK, len(self.split)))]
-
-        starts = range(0, len(self.split), _CHUNK)
-        bar = tqdm(
-            total=len(self.split),
-            desc=f"{what} {self.split.name}",
-            unit=" images",
-            disable=None if self.progress else True,
-        )
-        with bar, concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
-            for results in pool.map(chunk, starts):
-                bar.update(len(results))
-                yield from results
-
-    def digest(self) -> str | None:
-        """Returns a hash of all images in order, or None for rendered images without a key."""
-        total = hashlib.blake2b(digest_size=16)
-        if self.split.pixels is not None:
-            if self.split.pixels_key is None:
-                return None
-            total.update(b"pixels:" + self.split.pixels_key.encode())
-            return total.hexdigest()
-        for part in self._each(self._hash, "checking"):
-            total.update(part)
-        return total.hexdigest()
-
-    def _hash(self, i: int) -> bytes:
-        try:
-            return hashlib.blake2b(self.split.read(i), digest_size=16).digest()
-        except OSError as error:  # decoding meets it again and reports it
-            return str(error).encode()
+        text = f"{what} {self.split.name}"
+        return fingerprint.run_threaded(task, len(self.split), text, self.threads, self.progress)
 
     def decode(
         self, height: int, width: int
