@@ -1,10 +1,124 @@
-"""Messages of the command-line programs, in peace with their progress bars."""
+"""Where every program of this project meets its user: messages, progress bars, errors.
 
+if __name__ == "__main__":
+    sys.exit(console.run(main))
+"""
+
+import contextlib
+import errno
 import logging
+import os
+import re
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from absl import logging as absl_logging
 from tqdm import tqdm
+
+from mros_jax.errors import UserError
+
+MISUSE = 2  # what a user can mend; argparse ends with it, too
+INTERRUPTED = 128 + 2  # SIGINT, as shells count
+BROKEN_PIPE = 128 + 13  # SIGPIPE
+
+_LOG_INTERVAL = 30.0  # seconds between the lines of a progress bar that goes into a file
+
+# What a user can mend about a file. Another OSError, such as EBADF, is a bug.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MENDABLE = (
+    *_FULL,
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EMFILE, errno.ENFILE),
+    *(errno.EIO, errno.ESTALE, errno.ETXTBSY, errno.EBUSY),
+)
+# tensorstore, below orbax, raises a ValueError that quotes the system: "[OS error 28: ENOSPC ...".
+_QUOTED_ERROR = re.compile(r"OS error (\d+)")
+_QUOTED_PATH = re.compile(r'"(/[^"]+)"')
+
+
+def run(
+    main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
+) -> int:
+    """Run a program; the one place where errors end.
+
+    What a user can mend is one line on standard error. Everything else is a bug and keeps its
+    traceback, however long the program has run.
+
+    Args:
+        main: takes the arguments and returns the exit code, None for 0. It raises what is wrong.
+        argv: the arguments, without the program's name; None for those of the process.
+
+    Returns:
+        The exit code: that of `main`; 2 for what a user can mend; 130 after Ctrl-C; 141 where
+        nobody reads the output any more.
+    """
+    # Pictures are drawn into files. The name that a notebook's shell passes on may not be there.
+    os.environ["MPLBACKEND"] = "agg"
+    show_messages()
+    try:
+        code = main(argv)
+        sys.stdout.flush()
+        return code or 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _end_output()
+        return BROKEN_PIPE
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        with contextlib.suppress(OSError):
+            print(f"error: {message}", file=sys.stderr)
+        _end_output()
+        return MISUSE
+
+
+def _end_output() -> None:
+    """Drop what standard output does not take, which Python would try once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def explain(error: BaseException) -> str | None:
+    """What a user can do about an error, in one line (which a list may follow); None for a bug."""
+    for link in _chain(error):
+        if isinstance(link, UserError):
+            return str(link)
+        if isinstance(link, MemoryError):
+            detail = f" ({link})" if str(link) else ""
+            return f"out of memory{detail}; close other programs, or take smaller batches"
+        if isinstance(link, OSError) and link.errno in _MENDABLE:
+            return _explain_os_error(link.errno, link.filename)
+        if (quoted := _QUOTED_ERROR.search(str(link))) and int(quoted[1]) in _MENDABLE:
+            path = _QUOTED_PATH.search(str(link))
+            return _explain_os_error(int(quoted[1]), path[1] if path else None)
+    # Python names the first of two errors as the context of the second. Only a full disk is sure
+    # to be the cause of whatever comes after it.
+    for link in _chain(error, with_context=True):
+        if isinstance(link, OSError) and link.errno in _FULL:
+            return _explain_os_error(link.errno, link.filename)
+    return None
+
+
+def _explain_os_error(number: int, filename: Any) -> str:
+    name = os.fsdecode(filename) if isinstance(filename, str | bytes | os.PathLike) else "output"
+    advice = "; make room, then give the same command again" if number in _FULL else ""
+    return f"{name}: {os.strerror(number)}{advice}"
+
+
+def _chain(error: BaseException, with_context: bool = False) -> Iterator[BaseException]:
+    """An error, and those that it was raised from."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or (link.__context__ if with_context else None)
 
 
 class _Handler(logging.Handler):
@@ -13,14 +127,43 @@ class _Handler(logging.Handler):
 
 
 def show_messages() -> None:
-    """Shows this project's messages on standard error, above any progress bar."""
+    """Show the messages of this project and of JAX on standard error, above any progress bar."""
     absl_logging.set_verbosity(absl_logging.ERROR)  # orbax tells every file it touches
-    logger = logging.getLogger("mros_jax")
-    if not logger.handlers:
-        handler = _Handler()
-        handler.setFormatter(
-            logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S")
-        )
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    for name, level in (("mros_jax", logging.INFO), ("jax", logging.WARNING)):
+        logger = logging.getLogger(name)
+        if not any(isinstance(handler, _Handler) for handler in logger.handlers):
+            handler = _Handler()
+            form = logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S")
+            handler.setFormatter(form)
+            logger.addHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = False
+
+
+class _Lines:
+    """Standard error as tqdm sees it where that is a file: a line of its own for each state."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress(iterable: Any = None, **options: Any) -> Any:
+    """A `tqdm` progress bar; where standard error is no terminal, a line every half minute.
+
+    Args:
+        iterable: what is gone through, or None where the bar is moved by its `update`.
+        **options: of `tqdm.tqdm`.
+    """
+    if not sys.stderr.isatty():
+        options |= {
+            "file": _Lines(),
+            "ascii": True,
+            "delay": _LOG_INTERVAL,
+            "mininterval": _LOG_INTERVAL,
+            "maxinterval": _LOG_INTERVAL,
+        }
+    return tqdm(iterable, **options)
