@@ -14,21 +14,16 @@ class TorchMROS(nn.Module):
         super().__init__()
         self.num_stripes, self.overlap = num_stripes, setting != "I"
         self.levels = ("t3", "t4") if setting == "IV" else ("t4",)
-        self.backbone = ResNet(layout, last_stride)
+        self.trunk = ResNet(layout, last_stride)
         windows = num_stripes - 1 if self.overlap else num_stripes
-        dims = dict(zip(("t1", "t2", "t3", "t4"), self.backbone.channels, strict=True))
-        self.necks = nn.ModuleDict(
-            {k: nn.ModuleList(nn.BatchNorm1d(dims[k]) for _ in range(windows)) for k in self.levels}
-        )
-        self.classifiers = nn.ModuleDict(
-            {
-                k: nn.ModuleList(nn.Linear(dims[k], num_classes) for _ in range(windows))
-                for k in self.levels
-            }
-        )
-        for neck in self.necks.values():
-            for bn in neck:
+        dims = dict(zip(("t1", "t2", "t3", "t4"), self.trunk.channels, strict=True))
+        for k in self.levels:
+            norms = [nn.BatchNorm1d(dims[k]) for _ in range(windows)]
+            for bn in norms:
                 bn.bias.requires_grad_(False)  # BNNeck: fixed at 0
+            setattr(self, f"neck_{k}", nn.ModuleList(norms))
+            linear = [nn.Linear(dims[k], num_classes) for _ in range(windows)]
+            setattr(self, f"classifier_{k}", nn.ModuleList(linear))
 
     def windows(self, feature):
         """Global average pooling over each window of the map itself, one after another."""
@@ -38,13 +33,12 @@ class TorchMROS(nn.Module):
         return [feature[:, :, i * step : i * step + span].mean(dim=(2, 3)) for i in range(count)]
 
     def forward(self, x):
-        out = {"stages": self.backbone(x), "g": {}, "h": {}, "logits": {}}
+        out = {"stages": self.trunk(x), "g": {}, "h": {}, "logits": {}}
         for k in self.levels:
             out["g"][k] = self.windows(out["stages"][k])
-            out["h"][k] = [bn(g) for bn, g in zip(self.necks[k], out["g"][k], strict=True)]
-            out["logits"][k] = [
-                fc(h) for fc, h in zip(self.classifiers[k], out["h"][k], strict=True)
-            ]
+            necks, linear = getattr(self, f"neck_{k}"), getattr(self, f"classifier_{k}")
+            out["h"][k] = [bn(g) for bn, g in zip(necks, out["g"][k], strict=True)]
+            out["logits"][k] = [fc(h) for fc, h in zip(linear, out["h"][k], strict=True)]
         out["descriptor"] = torch.cat([g for k in self.levels for g in out["g"][k]], dim=1)
         return out
 
