@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from mros_jax import losses, parallel
+from mros_jax import config as configs
+from mros_jax import parallel
 from mros_jax.data import augment
 from mros_jax.training import recipe
 from mros_jax.training.feed import Feed
@@ -25,12 +26,11 @@ def cache_dir(tmp_path_factory):
 def _train(config, num_devices, steps=STEPS):
     """The state and the metrics of every step on `num_devices` devices."""
     devices = jax.local_devices()[:num_devices]
-    dataset = recipe.load_dataset(config)
+    dataset = configs.load_dataset(config)
     feed = Feed(config, dataset)
-    model = recipe.make_model(config.model, dataset.num_classes)
-    state, step = recipe.build(config, model, feed.sizes.steps_per_epoch)
-    step = parallel.MappedStep(step, devices)
-    state = parallel.replicate(state, devices)
+    parts = recipe.build(config, dataset.num_classes, feed.sizes.steps_per_epoch)
+    step = parallel.MappedStep(parts.step, devices)
+    state = parallel.replicate(parts.state, devices)
     data = parallel.replicate(jax.device_get(feed.data), devices)
     history = []
     for i in range(steps):
@@ -43,10 +43,10 @@ def _train(config, num_devices, steps=STEPS):
 
 @pytest.fixture(scope="module")
 def synchronised(cache_dir):
-    # A low rate: the test is of arithmetic, not of how training amplifies rounding.
-    return make_config(
-        cache_dir, **{"model.batch_norm": "synchronised", "optimizer.lr": 1e-5, "num_epochs": 12}
-    )
+    # A low rate: the test is of arithmetic, not of how training amplifies rounding. With seed 0 an
+    # input of a ReLU lies within rounding of its corner, where gradients jump.
+    values = {"batch_norm": "synchronised", "optimizer.network.lr": 1e-5, "seed": 1}
+    return make_config(cache_dir, **values, num_epochs=12)
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +61,18 @@ def test_synchronised_devices_equal_one(synchronised, one_device, num_devices):
         assert_close(here, there, 1e-5)
     assert_close(state.params, one_device[0].params, 1e-5)
     assert_close(state.batch_stats, one_device[0].batch_stats, 1e-5)
-    assert_close(state.centers, one_device[0].centers, 1e-5)
 
 
 def test_per_device_statistics_are_data_parallels(cache_dir):
     """DataParallel: each replica normalises its share by itself, losses see the whole batch, and
     the running statistics kept are the first replica's."""
-    config = make_config(cache_dir, **{"optimizer.lr": 1e-3, "optimizer.warmup_epochs": 0})
+    config = make_config(cache_dir, **{"optimizer.network.lr": 1e-3, "schedule.warmup_epochs": 0})
     after, (metrics,) = _train(config, 2, steps=1)
 
-    dataset = recipe.load_dataset(config)
+    dataset = configs.load_dataset(config)
     feed = Feed(config, dataset)
-    model = recipe.make_model(config.model, dataset.num_classes)
-    before, _ = recipe.build(config, model, feed.sizes.steps_per_epoch)
+    parts = recipe.build(config, dataset.num_classes, feed.sizes.steps_per_epoch)
+    before = parts.state
     indices = np.asarray(jax.device_get(next(feed.epoch(0))["indices"])).reshape(-1)
     data = jax.device_get(feed.data)
     labels = jnp.asarray(data["labels"][indices])
@@ -86,20 +85,16 @@ def test_per_device_statistics_are_data_parallels(cache_dir):
 
     def data_parallel_loss(params):
         variables = {"params": params, "batch_stats": before.batch_stats}
-        apply = functools.partial(model.apply, variables, train=True, mutable=["batch_stats"])
+        apply = functools.partial(
+            parts.network.apply, variables, train=True, mutable=["batch_stats"]
+        )
         replicas = [apply(share) for share in jnp.split(images, 2)]
         gathered = jax.tree.map(lambda *x: jnp.concatenate(x), *(out for out, _ in replicas))
-        total, _ = losses.mros_loss(
-            gathered,
-            labels,
-            jnp.asarray(before.centers),
-            setting=config.model.setting,
-            beta=config.loss.center_weight,
-        )
+        total, _ = parts.objective(before.params["objective"], gathered, labels)
         return total, replicas[0][1]["batch_stats"]
 
     (total, batch_stats), grads = jax.jit(jax.value_and_grad(data_parallel_loss, has_aux=True))(
-        before.params
+        before.params["network"]
     )
     assert metrics["loss"] == pytest.approx(float(total), rel=1e-5)
     assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
@@ -116,7 +111,7 @@ def test_images_from_host_memory_are_the_same(cache_dir):
     for fraction in (0.5, 0.0):
         with config.unlocked():
             config.dataset.device_fraction = fraction
-        feeds.append(Feed(config, recipe.load_dataset(config)))
+        feeds.append(Feed(config, configs.load_dataset(config)))
     resident, hosted = feeds
     assert resident.data is not None
     assert hosted.data is None

@@ -37,7 +37,7 @@ class Feed:
         images = configs.load_images(config, dataset.train, progress=parallel.is_main_process())
         self._labels = store.labels_of(images)
         losses.check_labels(self._labels, dataset.num_classes)
-        self._sampler = batches.make_sampler(config.batch)
+        self._sampler = batches.make_sampler(config.batch.to_dict())
         steps = batches.steps_per_epoch(len(images), self._sampler.size)
         self.sizes = Sizes(self._sampler.size, steps, config.num_epochs * steps)
         self._placed = store.place(

@@ -80,7 +80,7 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {value}; it must be from 0 {below}")
     if config.clip_norm < 0:
         raise UserError(f"config.clip_norm is {config.clip_norm}; it must be 0 (off) or more")
-    batch, devices = make_sampler(config.batch).size, jax.device_count()
+    batch, devices = make_sampler(config.batch.to_dict()).size, jax.device_count()
     if batch % devices:
         raise UserError(
             f"a batch of {batch} images cannot be split over {devices} devices; choose a multiple "
@@ -94,7 +94,7 @@ def check_fit(config: ConfigDict, dataset: Dataset) -> None:
     Raises:
         UserError: says which part, and what would work.
     """
-    sampler = make_sampler(config.batch)
+    sampler = make_sampler(config.batch.to_dict())
     if isinstance(sampler, Identities):
         doctor.check_cheap(dataset, identities=sampler.identities, images=sampler.images)
     else:
