@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mros_jax.models.outputs import Part
 from mros_jax.report import __main__ as command
 from mros_jax.report import ranking, write_report
 from mros_jax.retrieval import compute_distances
@@ -234,19 +235,19 @@ def test_shows_the_distances_of_the_metric(run, metric, normalize):
     np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_stripes_add_up_to_the_distance():
+def test_parts_add_up_to_the_distance():
     rng = np.random.default_rng(0)
-    shapes = {"t3": (5, 4), "t4": (5, 8)}
+    made = [Part("t3", 4)] * 5 + [Part("t4", 8)] * 5
     a, b = rng.normal(size=(2, 60))
-    parts = ranking.stripe_distances(a, b, shapes)
-    assert {level: p.shape for level, p in parts.items()} == {"t3": (5,), "t4": (5,)}
+    parts = ranking.split_distance(a, b, made)
+    assert {group: len(p) for group, p in parts.items()} == {"t3": 5, "t4": 5}
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-    assert sum(p.sum() for p in parts.values()) == pytest.approx(1 - cosine, abs=1e-12)
+    assert sum(map(sum, parts.values())) == pytest.approx(1 - cosine, abs=1e-12)
     unit = a / np.linalg.norm(a), b / np.linalg.norm(b)
     second = slice(4, 8)
     assert parts["t3"][1] == pytest.approx(((unit[0] - unit[1])[second] ** 2).sum() / 2)
     with pytest.raises(ValueError, match="60 numbers"):
-        ranking.stripe_distances(a, b, {"t4": (5, 8)})
+        ranking.split_distance(a, b, [Part("t4", 8)] * 5)
 
 
 def test_chooses_best_worst_and_random_queries():

@@ -54,22 +54,26 @@ class Term(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Base:
+class Base:
+    """What every term has: outputs, a weight, and no parameters unless it makes some."""
+
     on: tuple[str, ...]
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        """Check the fields."""
         if not self.on:
             raise UserError(f"the loss {type(self).__name__} is on no output; name at least one")
         if not self.weight > 0:
             raise UserError(f"weight is {self.weight}; it must be above 0")
 
     def init(self, key: Key[Array, ""], outputs: Outputs, num_classes: int) -> Params:
+        """No parameters."""
         return {}
 
 
 @dataclasses.dataclass(frozen=True)
-class Triplet(_Base):
+class Triplet(Base):
     """Batch-hard triplet loss, the mean over all vectors of the named outputs.
 
     Attributes:
@@ -109,7 +113,7 @@ class Triplet(_Base):
 
 
 @dataclasses.dataclass(frozen=True)
-class Center(_Base):
+class Center(Base):
     """Center loss, the mean over all vectors of the named outputs; each has centers of its own.
 
     The centers start from N(0, 1) and are parameters, `objective/NAME/OUTPUT` (S, N, D).
@@ -158,7 +162,7 @@ class Center(_Base):
 
 
 @dataclasses.dataclass(frozen=True)
-class CrossEntropy(_Base):
+class CrossEntropy(Base):
     """Cross-entropy with label smoothing over all classifiers of the named outputs.
 
     Attributes:

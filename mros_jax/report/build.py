@@ -18,8 +18,10 @@ from tqdm import tqdm
 from mros_jax import config as configs
 from mros_jax.data import store
 from mros_jax.data.datasets.splits import Split
+from mros_jax.losses import make_objective
+from mros_jax.models.outputs import Part
 from mros_jax.report import plots
-from mros_jax.report.ranking import Ranking, Scan, choose_queries, stripe_distances
+from mros_jax.report.ranking import Ranking, Scan, choose_queries, split_distance
 from mros_jax.runs.paper import METRICS, find_paper_rows
 from mros_jax.runs.run import Run, load_run
 
@@ -143,8 +145,8 @@ def _plot_training(run: Run) -> list[dict[str, str]]:
     epochs = [record["step"] / run.steps_per_epoch for record in run.train]
     if run.train:
         labels = {"loss": ("total", 1.0)}
-        for name, term in run.config["objective"].items():
-            weight, shown = term["weight"], name.replace("_", " ")
+        for name, term in make_objective(run.config["objective"]).terms.items():
+            weight, shown = term.weight, name.replace("_", " ")
             label = shown if weight == 1 else f"{weight:g} × {shown}"
             labels[f"loss/{name}"] = (label, weight)
         losses = {
@@ -260,7 +262,7 @@ def _describe_retrieval(
         "groups": _list_queries(run, rankings, names, scans, notes, queries, top, seed),
         "histograms": histograms,
         "cameras": cameras,
-        "stripe_shapes": _stripe_shapes(run),
+        "edges": _list_edges(_list_parts(run)),
     }
 
 
@@ -272,12 +274,18 @@ def _agree(run: Run, scans: Sequence[Scan]) -> bool:
     )
 
 
-def _stripe_shapes(run: Run) -> dict[str, tuple[int, int]]:
-    """Group -> (parts, numbers of each) of the run's descriptor, from the network itself."""
+def _list_parts(run: Run) -> tuple[Part, ...]:
+    """What the run's descriptor is made of, as the network says."""
     config = ConfigDict(run.config)
-    parts = configs.make_network(config, 2).parts(config.input.height, config.input.width)
-    groups = [part.group for part in parts]
-    return {part.group: (groups.count(part.group), part.size) for part in parts}
+    return configs.make_network(config, 2).parts(config.input.height, config.input.width)
+
+
+def _list_edges(parts: Sequence[Part]) -> dict[str, list[tuple[float, float]]]:
+    """Group -> top and bottom of its parts in the image, in order."""
+    edges: dict[str, list[tuple[float, float]]] = {}
+    for part in parts:
+        edges.setdefault(part.group, []).append((part.top, part.bottom))
+    return edges
 
 
 def _list_queries(
@@ -293,7 +301,7 @@ def _list_queries(
     """Ranked lists of the chosen queries, grouped as best, worst and random."""
     arrays = run.features
     assert arrays is not None
-    shapes = _stripe_shapes(run)
+    parts = _list_parts(run)
     chosen = choose_queries(run.rankings[0], queries, seed)
     indices = np.array([query for group in chosen.values() for query, _, _ in group])
     rows = [ranking.rows(indices) for ranking in rankings]
@@ -308,8 +316,8 @@ def _list_queries(
     pictures = _load_pictures(run, indices.tolist(), wanted, notes)
 
     def describe_entry(query: int, entry: Any) -> dict[str, Any]:
-        parts = stripe_distances(
-            arrays["query_features"][query], arrays["gallery_features"][entry.index], shapes
+        added = split_distance(
+            arrays["query_features"][query], arrays["gallery_features"][entry.index], parts
         )
         return {
             "picture": pictures["gallery"].get(entry.index),
@@ -319,7 +327,7 @@ def _list_queries(
             "rank": entry.rank,
             "distance": entry.distance,
             "status": entry.status,
-            "stripes": {level: np.round(p, 6).tolist() for level, p in parts.items()},
+            "parts": {group: np.round(x, 6).tolist() for group, x in added.items()},
         }
 
     def describe_query(query: int) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Ranked lists, distances and camera pairs, computed again from a run's descriptors."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from mros_jax.errors import UserError
+from mros_jax.models.outputs import Part
 from mros_jax.retrieval import compute_distances, rerank
 
 Status = Literal["match", "wrong", "distractor", "junk"]
@@ -227,34 +229,32 @@ def choose_queries(
     }
 
 
-def stripe_distances(
-    query: Shaped[np.ndarray, "D"],
-    gallery: Shaped[np.ndarray, "D"],
-    shapes: Mapping[str, tuple[int, int]],
-) -> dict[str, np.ndarray]:
-    """What each stripe adds to the cosine distance of two descriptors.
+def split_distance(
+    query: Shaped[np.ndarray, "D"], gallery: Shaped[np.ndarray, "D"], parts: Sequence[Part]
+) -> dict[str, list[float]]:
+    """What each part of the descriptor adds to the cosine distance of two of them.
 
     The cosine distance of unit vectors a and b is |a - b|^2 / 2, a sum over their entries, and the
-    descriptor is the concatenation of the stripes: the sum of the parts is the distance, exactly.
+    descriptor is the concatenation of its parts: the sum over the parts is the distance, exactly.
 
     Args:
-        query: descriptor G.
-        gallery: descriptor G.
-        shapes: level -> (stripes, channels), in the order of the descriptor.
+        query: a descriptor.
+        gallery: a descriptor.
+        parts: what they are made of, in order.
 
     Returns:
-        level -> (stripes,) parts, all >= 0.
+        group -> what its parts add, in order, all >= 0.
 
     Raises:
-        ValueError: the descriptor has another length than the levels together.
+        UserError: the descriptor has another length than the parts together.
     """
-    if sum(s * c for s, c in shapes.values()) != len(query):
-        raise ValueError(f"a descriptor of {len(query)} numbers does not consist of {dict(shapes)}")
+    if sum(part.size for part in parts) != len(query):
+        sizes = [part.size for part in parts]
+        raise UserError(f"a descriptor of {len(query)} numbers does not consist of parts {sizes}")
     a, b = (np.asarray(x, np.float64) for x in (query, gallery))
-    parts = np.square(a / np.linalg.norm(a) - b / np.linalg.norm(b)) / 2
-    result, start = {}, 0
-    for level, (stripes, channels) in shapes.items():
-        stop = start + stripes * channels
-        result[level] = parts[start:stop].reshape(stripes, channels).sum(1)
-        start = stop
+    entries = np.square(a / np.linalg.norm(a) - b / np.linalg.norm(b)) / 2
+    sums = np.add.reduceat(entries, np.cumsum([0, *(part.size for part in parts[:-1])]))
+    result: dict[str, list[float]] = {}
+    for part, value in zip(parts, sums, strict=True):
+        result.setdefault(part.group, []).append(float(value))
     return result

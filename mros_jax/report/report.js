@@ -1,51 +1,54 @@
 "use strict";
 (() => {
-  const overlapping = {{ (run.config.network.overlap) | tojson }};
+  const edges = {{ (edges if edges is defined else {}) | tojson }};  // group: top and bottom of its parts
 
-  // A basic stripe is shaded by the windows over it, on a scale of this pair.
-  function shade(face, stripes) {
-    const levels = Object.values(stripes);
-    const windows = levels[0].map((_, i) => levels.reduce((sum, parts) => sum + parts[i], 0));
-    const count = windows.length + (overlapping ? 1 : 0);
-    const heat = Array.from({ length: count }, (_, i) => {
-      const over = overlapping ? [windows[i - 1], windows[i]] : [windows[i]];
-      const there = over.filter((value) => value !== undefined);
-      return there.reduce((a, b) => a + b, 0) / there.length;
-    });
-    const least = Math.min(...heat);
-    const range = Math.max(...heat) - least || 1;
+  // A row of the image is shaded by the parts over it, on a scale of this pair.
+  function shade(face, parts) {
+    const cuts = [...new Set([0, 1, ...Object.values(edges).flat(2)])].sort((a, b) => a - b);
+    const bands = cuts.slice(1).map((bottom, i) => ({ top: cuts[i], bottom }));
+    for (const band of bands) {
+      const middle = (band.top + band.bottom) / 2;
+      band.heat = Object.entries(parts).reduce((sum, [group, values]) => {
+        const over = values.filter((_, i) => edges[group][i][0] < middle && middle < edges[group][i][1]);
+        return sum + over.reduce((a, b) => a + b, 0) / Math.max(over.length, 1);
+      }, 0);
+    }
+    const heats = bands.map((band) => band.heat);
+    const least = Math.min(...heats);
+    const range = Math.max(...heats) - least || 1;
     face.querySelectorAll("u").forEach((old) => old.remove());
-    heat.forEach((value, i) => {
+    for (const { top, bottom, heat } of bands) {
       const band = document.createElement("u");
-      band.style.top = `${(100 * i) / count}%`;
-      band.style.height = `${100 / count}%`;
-      band.style.opacity = (0.65 * (value - least)) / range;
+      band.style.top = `${100 * top}%`;
+      band.style.height = `${100 * (bottom - top)}%`;
+      band.style.opacity = (0.65 * (heat - least)) / range;
       face.append(band);
-    });
+    }
   }
 
   function fill(panel, query, button) {
-    const stripes = JSON.parse(button.dataset.stripes);
+    const parts = JSON.parse(button.dataset.parts);
     const find = (role) => panel.querySelector(`[data-role="${role}"]`);
     for (const [role, source] of [["query", query], ["gallery", button]]) {
       find(role).replaceChildren(source.querySelector("img, .absent").cloneNode(true));
     }
-    const all = Object.values(stripes).flat();
+    const all = Object.values(parts).flat();
     const most = Math.max(...all) || 1;
     const queryName = query.querySelector("img, .absent");
     find("names").textContent = `${queryName.alt || queryName.textContent} and ${button.dataset.name}`;
     find("caption").textContent = button.dataset.caption;
     find("total").textContent = all.reduce((a, b) => a + b, 0).toFixed(4);
-    find("levels").replaceChildren(...Object.entries(stripes).map(([level, parts]) => {
+    find("levels").replaceChildren(...Object.entries(parts).map(([group, values], index) => {
       const block = document.createElement("div");
       block.className = "level";
       const title = document.createElement("h4");
       const sum = document.createElement("span");
-      sum.textContent = parts.reduce((a, b) => a + b, 0).toFixed(4);
-      title.append(`${level.toUpperCase()} `, sum);
-      block.append(title, ...parts.map((part, i) => {
+      sum.textContent = values.reduce((a, b) => a + b, 0).toFixed(4);
+      title.append(`${group} `, sum);
+      block.append(title, ...values.map((part, i) => {
         const bar = document.createElement("div");
-        bar.className = `bar ${level}`;
+        bar.className = "bar";
+        bar.dataset.group = index;
         const [number, body, value] = ["span", "i", "em"].map((tag) => document.createElement(tag));
         number.textContent = i + 1;
         body.style.width = `${(85 * part) / most}%`;
@@ -55,11 +58,11 @@
       }));
       return block;
     }));
-    shade(find("gallery"), stripes);
+    shade(find("gallery"), parts);
   }
 
   for (const card of document.querySelectorAll(".pair-card")) {
-    shade(card.querySelector('[data-role="gallery"]'), JSON.parse(card.dataset.stripes));
+    shade(card.querySelector('[data-role="gallery"]'), JSON.parse(card.dataset.parts));
   }
   const dialog = document.getElementById("pair-dialog");
   const template = document.querySelector(".pair");
