@@ -103,7 +103,7 @@ def test_readme_commands(workspace):
     assert (workspace / "scores.json").read_text().startswith("{")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/adding.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/adding.md", "docs/exactness.md"])
 def test_python_examples(page, workspace, tmp_path):
     blocks = read_blocks(ROOT / page, "python")
     assert blocks
