@@ -1,0 +1,277 @@
+"""What every system keeps to, for every config and every variant that it offers.
+
+A new system gets these tests by its config alone: `VARIANTS`, of which the first is the default,
+and `NUM_PARAMETERS` of each, for 751 identities.
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from mros_jax import parallel, train
+from mros_jax.config import apply_overrides, make_network, parse_config, read, shrink
+from mros_jax.data.augment import augment_batch
+from mros_jax.data.batches import make_sampler
+from mros_jax.errors import UserError
+from mros_jax.losses import make_objective
+from mros_jax.models import torch_weights
+from mros_jax.models.resnet import TRUNKS
+from mros_jax.training import optimizers, recipe
+from mros_jax.training.state import make_state
+from mros_jax.training.step import make_train_step
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = {
+    path.stem: importlib.import_module(f"configs.{path.stem}")
+    for path in sorted((ROOT / "configs").glob("*.py"))
+    if path.stem != "demo"  # a small copy of one of the others
+}
+SYSTEMS = [(name, variant) for name, module in CONFIGS.items() for variant in module.VARIANTS]
+NUM_CLASSES = 751  # of Market-1501, for which parameters are counted
+BATCH = 8
+
+
+def get_config(name, variant):
+    return read(ROOT / "configs" / f"{name}.py", variant or None)
+
+
+def flatten(tree):
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+class System:
+    """A variant of a config; at full size only shapes are computed."""
+
+    def __init__(self, name, variant):
+        self.name, self.variant = name, variant
+        self.config = get_config(name, variant)
+
+    @functools.cached_property
+    def network(self):
+        return make_network(self.config, NUM_CLASSES)
+
+    @functools.cached_property
+    def full(self):
+        """Shapes of outputs and variables for two images."""
+        size = self.config.input
+        images = jax.ShapeDtypeStruct((2, size.height, size.width, 3), jnp.float32)
+        init = functools.partial(self.network.init_with_output, train=False)
+        return jax.eval_shape(init, jax.random.key(0), images)
+
+    @functools.cached_property
+    def tiny(self):
+        """A copy with a tiny trunk, small images, four identities and random numbers."""
+        return Tiny(shrink(get_config(self.name, self.variant).unlock()))
+
+
+class Tiny:
+    def __init__(self, config):
+        config.batch_norm = "synchronised"
+        self.groups = optimizers.make_groups(config.optimizer.to_dict())
+        self.network = make_network(config, num_classes=4)
+        self.objective = make_objective(config.objective.to_dict())
+        rng = np.random.default_rng(0)
+        size = (BATCH, config.input.height, config.input.width, 3)
+        self.images = rng.standard_normal(size, np.float32)
+        unsynchronised = self.network.clone(bn_axis_name=None)
+        init = functools.partial(unsynchronised.init_with_output, train=False)
+        outputs, shapes = jax.eval_shape(init, jax.random.key(0), self.images)
+        own = jax.eval_shape(
+            lambda: self.objective.init(
+                jax.random.key(0), jax.tree.map(lambda x: jnp.zeros(x.shape), outputs), 4
+            )
+        )
+        # Kernels are drawn and all else is 1: compiling the initializers would take longest.
+        self.variables, self.own = jax.tree.map(
+            lambda x: (
+                rng.standard_normal(x.shape, np.float32) * 0.1
+                if x.ndim > 1
+                else np.ones(x.shape, np.float32)
+            ),
+            (shapes, own),
+        )
+
+
+@functools.cache
+def get_system(name, variant):
+    return System(name, variant)
+
+
+@pytest.fixture(params=SYSTEMS, ids=lambda pair: "-".join(filter(None, pair)))
+def system(request):
+    return get_system(*request.param)
+
+
+def test_every_config_states_its_variants():
+    assert CONFIGS
+    for name, module in CONFIGS.items():
+        assert get_config(name, None) == get_config(name, module.VARIANTS[0])
+        assert set(module.NUM_PARAMETERS) == set(module.VARIANTS)
+        names = [get_config(name, variant).name for variant in module.VARIANTS]
+        assert len(set(names)) == len(names)
+
+
+def test_outputs(system):
+    outputs, _ = system.full
+    batch, length = outputs.descriptor.shape
+    assert batch == 2
+    parts = system.network.parts(**system.config.input)
+    assert sum(part.size for part in parts) == length
+    assert all(0 <= part.top < part.bottom <= 1 and part.group for part in parts)
+    assert outputs.logits
+    for vectors in outputs.embeddings.values():
+        assert vectors.shape[0] == 2
+        assert len(vectors.shape) == 3
+    for logits in outputs.logits.values():
+        assert logits.shape == (2, logits.shape[1], NUM_CLASSES)
+    assert outputs.maps
+    for shape in outputs.maps.values():
+        assert shape.shape[0] == 2
+    compared = (outputs.descriptor, *outputs.embeddings.values(), *outputs.logits.values())
+    assert {x.dtype for x in compared} == {jnp.dtype("float32")}
+
+
+def test_number_of_parameters(system):
+    _, variables = system.full
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
+    assert count == CONFIGS[system.name].NUM_PARAMETERS[system.variant]
+    assert f"{count:,}" in CONFIGS[system.name].__doc__ or system.variant != (
+        CONFIGS[system.name].VARIANTS[0]
+    )
+
+
+def torchvision_state(stage_sizes, width, bottleneck):
+    """Name -> shape of a torchvision ResNet."""
+    shapes = {"conv1.weight": (width, 3, 7, 7), "fc.weight": (1000, 0), "fc.bias": (1000,)}
+    norms = {"bn1": width}
+    channels = width
+    for stage, size in enumerate(stage_sizes, start=1):
+        planes = width * 2 ** (stage - 1)
+        out = planes * (4 if bottleneck else 1)
+        for i in range(size):
+            block = f"layer{stage}.{i}"
+            kernels = (
+                [(planes, channels, 1), (planes, planes, 3), (out, planes, 1)]
+                if bottleneck
+                else [(planes, channels, 3), (planes, planes, 3)]
+            )
+            for j, (outer, inner, kernel) in enumerate(kernels, start=1):
+                shapes[f"{block}.conv{j}.weight"] = (outer, inner, kernel, kernel)
+                norms[f"{block}.bn{j}"] = outer
+            if i == 0 and (stage > 1 or out != channels):
+                shapes[f"{block}.downsample.0.weight"] = (out, channels, 1, 1)
+                norms[f"{block}.downsample.1"] = out
+            channels = out
+    for name, size in norms.items():
+        leaves = ("weight", "bias", "running_mean", "running_var")
+        shapes |= {f"{name}.{leaf}": (size,) for leaf in leaves}
+        shapes[f"{name}.num_batches_tracked"] = ()
+    return shapes | {"fc.weight": (1000, channels)}
+
+
+def test_torchvision_weights(system, monkeypatch):
+    """All tensors of a torchvision ResNet-50 are used, in all that has a name there."""
+    shapes = torchvision_state((3, 4, 6, 3), 64, bottleneck=True)
+    assert len(shapes) == 320  # as in the published file
+    numbers = {name: np.float32(i) for i, name in enumerate(shapes)}
+    state = {name: np.broadcast_to(numbers[name], shape) for name, shape in shapes.items()}
+    monkeypatch.setattr(torch_weights, "read_state_dict", lambda path: state)
+    _, variables = system.full
+    name_of = system.network.torchvision_name
+    filled = flatten(torch_weights.load_imagenet("resnet50.pth", variables, name_of))
+    used = set()
+    for path, value in filled.items():
+        module = name_of(tuple(path.split("/")[1:-1]))
+        assert isinstance(value, np.ndarray) == (module is not None), path
+        if module is not None:
+            used.add(value.flat[0])
+    left_out = {n for n in shapes if n.startswith("fc.") or n.endswith("num_batches_tracked")}
+    assert used == {number for name, number in numbers.items() if name not in left_out}
+
+
+def take_gradients(tiny, num_devices):
+    """One step through all that training runs; its optimizer moves nothing and keeps gradients."""
+    keep = optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda gradients, state, params=None: (
+            jax.tree.map(jnp.zeros_like, gradients),
+            gradients,
+        ),
+    )
+    step = make_train_step(
+        tiny.network, tiny.objective, keep, augment=lambda images, keys: images, seed=0
+    )
+    devices = jax.devices()[:num_devices]
+    state = parallel.replicate(make_state(tiny.variables, tiny.own, keep), devices)
+    labels = np.repeat(np.arange(4, dtype=np.int32), BATCH // 4)
+    batch = parallel.split({"images": tiny.images, "labels": labels}, devices)
+    return jax.device_get(parallel.MappedStep(step, devices)(state, None, batch))
+
+
+def test_one_training_step(system):
+    """Every parameter has a gradient or is frozen; two devices do as one does."""
+    (one, metrics), (two, metrics_of_two) = (take_gradients(system.tiny, n) for n in (1, 2))
+    labels = flatten(optimizers.label_params(one.params, system.tiny.groups))
+    gradients, gradients_of_two = flatten(one.opt_state), flatten(two.opt_state)
+    largest = max(np.abs(gradient).max() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        frozen = system.tiny.groups[labels[name]].kind == "frozen"
+        assert frozen or np.any(gradient), f"{name} has no gradient"
+        # Before a batch normalization a bias has no gradient but rounding.
+        bound = 1e-4 * max(np.abs(gradient).max(), 1e-2 * largest)
+        np.testing.assert_allclose(gradients_of_two[name], gradient, atol=bound, err_msg=name)
+    before, after = flatten(system.tiny.variables["batch_stats"]), flatten(two.batch_stats)
+    for name, value in flatten(one.batch_stats).items():
+        np.testing.assert_allclose(after[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+        assert not np.array_equal(value, before[name]), name
+    assert set(metrics) >= {"loss", *(f"loss/{name}" for name in system.tiny.objective.terms)}
+    for name, value in metrics.items():
+        np.testing.assert_allclose(metrics_of_two[name], value, rtol=1e-4, err_msg=name)
+        assert np.isfinite(value)
+
+
+def test_export_to_pytorch_and_back(system):
+    rng = np.random.default_rng(0)
+    draw = functools.partial(rng.standard_normal, dtype=np.float32)
+    variables = jax.tree.map(lambda x: draw(x.shape), system.tiny.variables)
+    named = torch_weights.to_torch_state_dict(variables)
+    again = torch_weights.from_torch_state_dict(named, variables)
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
+
+
+def test_config_survives_json(system):
+    again = ConfigDict(json.loads(system.config.to_json()))
+    assert make_network(again, NUM_CLASSES) == system.network
+    objective, groups = again.objective.to_dict(), again.optimizer.to_dict()
+    assert make_objective(objective) == make_objective(system.config.objective.to_dict())
+    assert optimizers.make_groups(groups) == optimizers.make_groups(
+        system.config.optimizer.to_dict()
+    )
+    assert make_sampler(again.batch.to_dict()) == make_sampler(system.config.batch.to_dict())
+    ours, theirs = (recipe.make_schedules(c, steps_per_epoch=1) for c in (again, system.config))
+    for name, schedule in ours.items():
+        assert float(schedule(50)) == float(theirs[name](50))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_unknown_word_after_the_colon(name):
+    with pytest.raises(UserError, match="'nonsense'.*expected a variant.*dukemtmc"):
+        parse_config([f"--config={ROOT / 'configs' / name}.py:nonsense"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_data_set_after_the_colon(name):
+    config, _ = parse_config([f"--config={ROOT / 'configs' / name}.py:duke"])
+    assert config.dataset.name == "dukemtmc"
