@@ -1,6 +1,6 @@
 """PCB: part-based convolutional baseline (Sun et al., ECCV 2018, arXiv 1711.09349)."""
 
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class PCB(nn.Module):
     reduced: int = 256
     shared_embedding: bool = True
     embedding_bias: bool = False
-    descriptor: Literal["g", "h"] = "g"
+    descriptor: str = "g"
     dtype: Any = jnp.float32
     bn_axis_name: str | None = None
 
@@ -84,9 +84,7 @@ class PCB(nn.Module):
         logits = Classifiers(self.num_classes, name="classifier")(h)
         # (B, S, C) -> (B, S * C)
         described = to_unit_length(g) if self.descriptor == "g" else h
-        return Outputs(
-            described.reshape(len(images), -1), {"g": g, "h": h}, {"h": logits}, maps
-        )
+        return Outputs(described.reshape(len(images), -1), {"g": g, "h": h}, {"h": logits}, maps)
 
     def parts(self, height: int, width: int) -> tuple[Part, ...]:
         """The stripes."""

@@ -61,9 +61,7 @@ class StrongBaseline(nn.Module):
         )
         maps = trunk(jnp.asarray(images), train=train)
         f_t = pool_stripes(maps["t4"], 1, overlap=False)
-        neck = BatchNorm(
-            use_bias=False, axis_name=self.bn_axis_name, dtype=f_t.dtype, name="neck"
-        )
+        neck = BatchNorm(use_bias=False, axis_name=self.bn_axis_name, dtype=f_t.dtype, name="neck")
         f_i = neck(f_t, train=train)
         logits = Classifiers(self.num_classes, use_bias=False, name="classifier")(f_i)
         return Outputs(f_i[:, 0], {"f_t": f_t, "f_i": f_i}, {"f_i": logits}, maps)

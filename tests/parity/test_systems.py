@@ -6,7 +6,8 @@ a schedule in PyTorch on the other.
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,7 @@ class Case(NamedTuple):
     loss: Callable
     optimizers: Callable
     rate: Callable[[int], float]
-    changes: dict[str, Any] = {}
+    changes: Mapping[str, Any] = MappingProxyType({})
     finish: Callable[[dict], None] = lambda own: None
 
 

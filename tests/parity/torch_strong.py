@@ -1,4 +1,4 @@
-"""Strong baseline (bag of tricks) in PyTorch, written from the paper; shares no code with `mros_jax`.
+"""Strong baseline in PyTorch, written from the paper alone; shares no code with `mros_jax`.
 
 Luo et al., "Bag of Tricks and a Strong Baseline for Deep Person Re-identification", CVPRW 2019.
 """
