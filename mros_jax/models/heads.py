@@ -1,12 +1,14 @@
-"""What networks put on pooled features: classifiers, reductions, dropout."""
+"""What networks put on pooled features: classifiers, reductions, dropout, unit length."""
 
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
+from mros_jax.errors import UserError
 from mros_jax.models.resnet import BatchNorm
 
 # As the BNNeck baseline (Luo et al., 2019) starts its classifiers.
@@ -86,9 +88,14 @@ def _each(init: Any) -> Any:
 
 
 def dropout(
-    x: Float[Array, "B *rest"], rate: float, keys: Key[Array, "B"] | None, salt: int = 0
+    x: Float[Array, "B *rest"],
+    rate: float,
+    keys: Key[Array, "B"] | None,
+    *,
+    train: bool,
+    salt: int = 0,
 ) -> Float[Array, "B *rest"]:
-    """Set each number to 0 with probability `rate`, and scale the others by 1 / (1 - rate).
+    """In training, set each number to 0 with probability `rate`; scale the others by 1/(1 - rate).
 
     Every example has a key of its own, so a batch is treated alike on any number of devices
     (Srivastava et al., JMLR 2014).
@@ -96,15 +103,30 @@ def dropout(
     Args:
         x: (B, ...).
         rate: from 0 to below 1; 0 changes nothing.
-        keys: (B,) of `mros_jax.data.augment.example_keys`; None changes nothing (evaluation).
+        keys: (B,) random keys; needed only where something is dropped.
+        train: False changes nothing.
         salt: another number for each dropout of a network.
+
+    Raises:
+        UserError: the rate is out of range.
+        ValueError: no keys in training.
     """
     if not 0 <= rate < 1:
-        raise ValueError(f"the dropout rate is {rate}; it must be from 0 to below 1")
-    if rate == 0 or keys is None:
+        raise UserError(f"the dropout rate is {rate}; it must be from 0 to below 1")
+    if not train or rate == 0:
         return x
+    if keys is None:
+        raise ValueError(f"a dropout of {rate} in training needs keys, one an example; got None")
+
+    chance = np.float32(1 - rate)  # a float64 would draw other numbers
 
     def keep(key: Array) -> Array:
-        return jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - rate, x.shape[1:])
+        return jax.random.bernoulli(jax.random.fold_in(key, salt), chance, x.shape[1:])
 
     return jnp.where(jax.vmap(keep)(keys), x / (1 - rate), 0)
+
+
+def to_unit_length(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    """Divide each vector by its Euclidean norm; a zero vector stays zero, with a gradient."""
+    squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))

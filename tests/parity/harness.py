@@ -9,11 +9,11 @@ NUM_CLASSES = 7
 LABELS = np.repeat(np.arange(4), 4).astype(np.int32) + 1
 
 
-def difference(a, b):
-    """max |a - b| / max |b|."""
+def difference(a, b, floor=1e-30):
+    """max |a - b| / max |b|, or / `floor` where that is more."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert a.shape == b.shape
-    return np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)
+    return np.abs(a - b).max() / max(np.abs(b).max(), floor)
 
 
 def to_numpy(tensor):

@@ -1,0 +1,77 @@
+"""Strong baseline with a bag of tricks (Luo et al., 2019, arXiv 1903.07071)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, Shaped
+
+from mros_jax.models.heads import Classifiers
+from mros_jax.models.outputs import Outputs, Part, check_images
+from mros_jax.models.resnet import BatchNorm, find_trunk, torchvision_name
+from mros_jax.models.stripes import pool_stripes
+
+
+class StrongBaseline(nn.Module):
+    """ResNet, global average pooling, BNNeck (Section 3.5) and one classifier.
+
+    Attributes:
+        num_classes: identities of the training set, N.
+        trunk: a name in `mros_jax.models.resnet.TRUNKS`.
+        last_stride: stride of the trunk's last stage, 1 or 2.
+        stem_relu: with the ReLU after the trunk's first batch normalization; the authors' code,
+            and so every number of the paper, is without it.
+        dtype: compute dtype of the trunk; what follows, parameters and statistics are float32.
+        bn_axis_name: axis of synchronised batch statistics (None: every device its own).
+
+    Outputs:
+        embeddings: "f_t" and "f_i", (B, 1, C): the pooled feature before and after its batch
+            normalization. logits: "f_i". maps: "t1" to "t4". descriptor: f_i; 2,048 numbers with
+            ResNet-50.
+    """
+
+    num_classes: int
+    trunk: str = "resnet50"
+    last_stride: int = 1
+    stem_relu: bool = True
+    dtype: Any = jnp.float32
+    bn_axis_name: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        images: Shaped[np.ndarray | Array, "..."],
+        *,
+        train: bool = False,
+        keys: Key[Array, "B"] | None = None,
+    ) -> Outputs:
+        """Compute all outputs; see `mros_jax.models.outputs.Network`.
+
+        Raises:
+            UserError: an unknown trunk; images of another rank, channel number or type.
+        """
+        check_images(images)
+        trunk = find_trunk(self.trunk).make(
+            last_stride=self.last_stride,
+            stem_relu=self.stem_relu,
+            dtype=self.dtype,
+            bn_axis_name=self.bn_axis_name,
+            name="trunk",
+        )
+        maps = trunk(jnp.asarray(images), train=train)
+        f_t = pool_stripes(maps["t4"], 1, overlap=False)
+        neck = BatchNorm(
+            use_bias=False, axis_name=self.bn_axis_name, dtype=f_t.dtype, name="neck"
+        )
+        f_i = neck(f_t, train=train)
+        logits = Classifiers(self.num_classes, use_bias=False, name="classifier")(f_i)
+        return Outputs(f_i[:, 0], {"f_t": f_t, "f_i": f_i}, {"f_i": logits}, maps)
+
+    def parts(self, height: int, width: int) -> tuple[Part, ...]:
+        """One part, the whole image."""
+        return (Part("f_i", find_trunk(self.trunk).channels("t4")),)
+
+    def torchvision_name(self, path: tuple[str, ...]) -> str | None:
+        """All of the trunk starts from ImageNet weights."""
+        return torchvision_name(path[1:]) if path[0] == "trunk" else None

@@ -1,0 +1,345 @@
+"""Every system against a PyTorch network of its own, with the same weights.
+
+A system is entered in `CASES`: what its config says on our side; a network, a loss, optimizers and
+a schedule in PyTorch on the other.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import torch_pcb
+import torch_strong
+from flax import traverse_util
+from harness import (
+    LABELS,
+    NUM_CLASSES,
+    difference,
+    make_images,
+    randomise,
+    to_numpy,
+    widen_gaps,
+)
+
+from mros_jax.config import make_network, read
+from mros_jax.data.augment import example_keys
+from mros_jax.losses import make_objective
+from mros_jax.models import torch_weights
+from mros_jax.models.heads import dropout
+from mros_jax.parallel import AXIS
+from mros_jax.training.optimizers import make_groups, make_optimizer, make_schedules
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+HEIGHT, WIDTH = 96, 32
+
+
+class Case(NamedTuple):
+    """A variant of a config, and the same in PyTorch.
+
+    `changes` are fields of the network that differ from the config: dropout is tested by itself.
+    `finish` is called between gradients and updates.
+    """
+
+    file: str
+    variant: str
+    theirs: Callable[[str], torch.nn.Module]
+    loss: Callable
+    optimizers: Callable
+    rate: Callable[[int], float]
+    changes: dict[str, Any] = {}
+    finish: Callable[[dict], None] = lambda own: None
+
+
+def _strong(variant, rate):
+    return Case(
+        "strong",
+        variant,
+        lambda layout: torch_strong.TorchStrong(NUM_CLASSES, layout, variant != "authors"),
+        torch_strong.total_loss,
+        torch_strong.make_optimizers,
+        rate,
+        finish=torch_strong.undo_weight,
+    )
+
+
+def _pcb(variant):
+    return Case(
+        "pcb",
+        variant,
+        lambda layout: torch_pcb.TorchPCB(NUM_CLASSES, layout, own=variant == "own"),
+        torch_pcb.total_loss,
+        torch_pcb.make_optimizers,
+        torch_pcb.rate,
+        changes={"dropout": 0.0},
+    )
+
+
+CASES = {
+    "strong": _strong("", torch_strong.rate),
+    "strong-authors": _strong("authors", torch_strong.rate_of_authors),
+    "pcb": _pcb(""),
+    "pcb-own": _pcb("own"),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+class Pair(NamedTuple):
+    """One network in both frameworks, with the same weights, images and parameters of the loss."""
+
+    case: Case
+    config: Any
+    theirs: torch.nn.Module
+    ours: Any
+    objective: Any
+    variables: dict
+    own: dict
+    images: np.ndarray
+
+    def torch_own(self, dtype):
+        flat = traverse_util.flatten_dict(self.own, sep="/")
+        return {k: torch.tensor(v, dtype=dtype, requires_grad=True) for k, v in flat.items()}
+
+    def to_float64(self):
+        wide = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
+        return self._replace(
+            theirs=self.theirs.double(),
+            ours=self.ours.clone(dtype=jnp.float64),
+            variables=wide(self.variables),
+            own=wide(self.own),
+            images=wide(self.images),
+        )
+
+
+def to_torch(images):
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def make_pair(case, layout="tiny", *, monkeypatch=None):
+    """Give both frameworks one network; with `monkeypatch`, after `widen_gaps`."""
+    theirs = randomise(case.theirs(layout))
+    config = read(CONFIGS / f"{case.file}.py", case.variant or None)
+    config.network.update({"trunk": layout, **case.changes})
+    ours = make_network(config, NUM_CLASSES)
+    objective = make_objective(config.objective.to_dict())
+    images = make_images(len(LABELS), HEIGHT, WIDTH)
+    if monkeypatch is not None:
+        widen_gaps(theirs, to_torch(images), monkeypatch)
+    init = functools.partial(ours.init_with_output, train=False)
+    outputs, shapes = jax.eval_shape(init, jax.random.key(0), images)
+    state = {name: value.numpy() for name, value in theirs.state_dict().items()}
+    variables = torch_weights.from_torch_state_dict(state, shapes)
+    own = jax.tree.map(np.asarray, objective.init(jax.random.key(1), outputs, NUM_CLASSES))
+    return Pair(case, config, theirs, ours, objective, variables, own, images)
+
+
+def check_outputs(ours, theirs, tolerance=1e-5):
+    assert set(ours.maps) == set(theirs["maps"])
+    for name, expected in theirs["maps"].items():
+        assert difference(ours.maps[name].transpose(0, 3, 1, 2), to_numpy(expected)) <= tolerance
+    for kind in ("embeddings", "logits"):
+        assert set(getattr(ours, kind)) == set(theirs[kind])
+        for name, vectors in theirs[kind].items():
+            expected = to_numpy(torch.stack(tuple(vectors), dim=1))
+            assert difference(getattr(ours, kind)[name], expected) <= tolerance, (kind, name)
+    assert difference(ours.descriptor, to_numpy(theirs["descriptor"])) <= tolerance
+
+
+def differentiate(network, objective, variables, own, images, keys=None):
+    """((total, (terms, outputs, new statistics)), gradients by parameters of both)."""
+
+    def loss(params, own):
+        outputs, updated = network.apply(
+            {**variables, "params": params}, images, train=True, keys=keys, mutable=["batch_stats"]
+        )
+        total, terms = objective(own, outputs, jnp.asarray(LABELS))
+        return total, (terms, outputs, updated["batch_stats"])
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], own)
+
+
+def check_training(pair, tolerance, gradient_tolerance, dtype, keys=None, dropped=None):
+    """One step in train mode: outputs, running statistics, losses and every gradient by name."""
+    model, own = pair.theirs.train(), pair.torch_own(dtype)
+    out = model(to_torch(pair.images), *([] if dropped is None else [dropped]))
+    total, terms = pair.case.loss(out, torch.from_numpy(LABELS).long(), own)
+    total.backward()
+    pair.case.finish(own)
+
+    run = jax.jit(functools.partial(differentiate, pair.ours, pair.objective))
+    (our_total, (our_terms, outputs, stats)), (grads, own_grads) = run(
+        pair.variables, pair.own, pair.images, keys
+    )
+    check_outputs(outputs, out, tolerance)
+    named = torch_weights.to_torch_state_dict({"params": grads, "batch_stats": stats})
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            assert difference(named[name], to_numpy(buffer)) <= tolerance, name
+    assert difference(our_total, to_numpy(total)) <= gradient_tolerance
+    assert set(our_terms) == set(terms)
+    for name, term in terms.items():
+        assert difference(our_terms[name], to_numpy(term)) <= gradient_tolerance, name
+    theirs = {n: to_numpy(p.grad) for n, p in model.named_parameters() if p.requires_grad}
+    for name, expected in theirs.items():
+        # A bias before a batch normalization has gradient 0, and rounding in its place.
+        weight = theirs[name.removesuffix("bias") + "weight"] if name.endswith("bias") else expected
+        error = difference(named[name], expected, 0.01 * np.abs(weight).max())
+        assert error <= gradient_tolerance, (name, error)
+    assert len(theirs) > 20
+    flat = traverse_util.flatten_dict(own_grads, sep="/")
+    assert set(flat) == set(own)
+    for name, tensor in own.items():
+        assert difference(flat[name], to_numpy(tensor.grad)) <= gradient_tolerance, name
+
+
+@each_case
+def test_evaluation(case):
+    pair = make_pair(case)
+    with torch.no_grad():
+        expected = pair.theirs.eval()(to_torch(pair.images))
+    ours = jax.jit(functools.partial(pair.ours.apply, train=False))(pair.variables, pair.images)
+    check_outputs(ours, expected)
+    parts = pair.ours.parts(HEIGHT, WIDTH)
+    assert sum(part.size for part in parts) == ours.descriptor.shape[1]
+
+
+@each_case
+def test_training_step(case, monkeypatch):
+    check_training(make_pair(case, monkeypatch=monkeypatch), 1e-5, 1e-4, torch.float32)
+
+
+@each_case
+def test_training_step_in_float64(case):
+    """Without rounding at the ReLUs' corners nothing is left but arithmetic."""
+    with jax.enable_x64(True):
+        check_training(make_pair(case).to_float64(), 1e-9, 1e-9, torch.float64)
+
+
+@each_case
+def test_resnet50(case):
+    """The full-size trunk, with weights that went out to PyTorch's names and in again."""
+    pair = make_pair(case, "resnet50")
+    named = torch_weights.to_torch_state_dict(pair.variables)
+    pair.theirs.load_state_dict({k: torch.from_numpy(v) for k, v in named.items()}, strict=True)
+    with torch.no_grad():
+        expected = pair.theirs.eval()(to_torch(pair.images[:2]))
+    apply = jax.jit(functools.partial(pair.ours.apply, train=False))
+    check_outputs(apply(pair.variables, pair.images[:2]), expected)
+
+
+@each_case
+def test_schedule(case):
+    config = read(CONFIGS / f"{case.file}.py", case.variant or None)
+    groups = make_groups(config.optimizer.to_dict())
+    schedules = make_schedules(groups, steps_per_epoch=7, **config.schedule)
+    steps = 7 * np.arange(config.num_epochs)
+    for name, group in groups.items():
+        factors = [case.rate(e) if group.scheduled else 1.0 for e in range(config.num_epochs)]
+        rates = [schedules[name](int(step)) for step in steps]
+        np.testing.assert_allclose(rates, group.lr * np.array(factors), rtol=1e-6, err_msg=name)
+
+
+def train_theirs(pair, batches, labels):
+    model, own = pair.theirs.train(), pair.torch_own(torch.float64)
+    optimizers = pair.case.optimizers(model, own)
+    rates = [[group["lr"] for group in kind.param_groups] for kind, _ in optimizers]
+    for epoch, images in enumerate(batches):
+        for (optimizer, scheduled), bases in zip(optimizers, rates, strict=True):
+            optimizer.zero_grad()
+            for group, base in zip(optimizer.param_groups, bases, strict=True):
+                group["lr"] = base * (pair.case.rate(epoch) if scheduled else 1.0)
+        total, _ = pair.case.loss(model(to_torch(images)), labels, own)
+        total.backward()
+        pair.case.finish(own)
+        for optimizer, _ in optimizers:
+            optimizer.step()
+    return {name: to_numpy(tensor) for name, tensor in own.items()}
+
+
+def train_ours(pair, batches):
+    groups = make_groups(pair.config.optimizer.to_dict())
+    schedules = make_schedules(groups, steps_per_epoch=1, **pair.config.schedule)
+    optimizer = make_optimizer(groups, schedules)
+
+    @jax.jit
+    def step(variables, own, opt_state, images):
+        (_, (_, _, stats)), (grads, own_grads) = differentiate(
+            pair.ours, pair.objective, variables, own, images
+        )
+        params = {"network": variables["params"], "objective": own}
+        gradients = {"network": grads, "objective": own_grads}
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        variables = {"params": params["network"], "batch_stats": stats}
+        return variables, params["objective"], opt_state
+
+    variables, own = pair.variables, pair.own
+    opt_state = optimizer.init({"network": variables["params"], "objective": own})
+    for images in batches:
+        variables, own, opt_state = step(variables, own, opt_state, images)
+    return variables, traverse_util.flatten_dict(jax.tree.map(np.asarray, own), sep="/")
+
+
+@each_case
+def test_five_steps(case):
+    """Parameters and running statistics change alike; only the rates are float32 on our side."""
+    with jax.enable_x64(True):
+        pair = make_pair(case).to_float64()
+        before = torch_weights.to_torch_state_dict(pair.variables)
+        own_before = traverse_util.flatten_dict(pair.own, sep="/")
+        batches = [
+            make_images(len(LABELS), HEIGHT, WIDTH, seed=i).astype(np.float64) for i in range(5)
+        ]
+        expected_own = train_theirs(pair, batches, torch.from_numpy(LABELS).long())
+        variables, own = train_ours(pair, batches)
+    after = torch_weights.to_torch_state_dict(variables)
+    for name, value in pair.theirs.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            start = before[name]
+            error = difference(after[name] - start, to_numpy(value) - start)
+            assert error <= 1e-4, (name, error)
+    assert set(own) == set(expected_own)
+    for name, value in expected_own.items():
+        start = own_before[name]
+        assert difference(own[name] - start, value - start) <= 1e-4, name
+
+
+def test_dropout_with_the_same_mask():
+    """PyTorch gets the mask that our keys draw."""
+    pair = make_pair(CASES["pcb"]._replace(changes={"dropout": 0.5}))
+    keys = example_keys(3, 5, jnp.arange(len(LABELS)))
+    channels = pair.variables["params"]["embedding"]["kernel"].shape[0]
+    ones = jnp.ones((len(LABELS), 6, channels))
+    mask = np.array(dropout(ones, 0.5, keys, train=True))
+    assert set(np.unique(mask)) == {0.0, 2.0}
+    assert abs(mask.mean() - 1) < 0.03
+    with jax.enable_x64(True):
+        dropped = torch.from_numpy(mask).double()
+        check_training(pair.to_float64(), 1e-9, 1e-9, torch.float64, keys, dropped)
+
+
+def test_dropout_on_one_and_on_four_devices():
+    x = np.ones((8, 6, 16), np.float32)
+
+    def drop(x):
+        positions = jax.lax.axis_index(AXIS) * len(x) + jnp.arange(len(x))
+        return dropout(x, 0.5, example_keys(0, 9, positions), train=True)
+
+    one, four = (
+        jax.pmap(drop, AXIS, devices=jax.devices()[:n])(x.reshape(n, -1, 6, 16)) for n in (1, 4)
+    )
+    np.testing.assert_array_equal(one.reshape(x.shape), four.reshape(x.shape))
+    assert len(np.unique(np.asarray(one[0]).reshape(8, -1), axis=0)) == 8  # one mask an example
+
+
+def test_parts_of_pcb_have_unit_length():
+    pair = make_pair(CASES["pcb"])
+    out = jax.jit(functools.partial(pair.ours.apply, train=False))(pair.variables, pair.images)
+    norms = np.linalg.norm(out.descriptor.reshape(len(LABELS), 6, -1), axis=2)
+    np.testing.assert_allclose(norms, 1, rtol=1e-6)
