@@ -141,9 +141,7 @@ def test_training_step(layout, variant, monkeypatch):
     check_training(make_pair(layout, variant, monkeypatch=monkeypatch), 1e-5, 1e-4)
 
 
-@pytest.mark.parametrize(
-    ("layout", "variant"), [("tiny", ""), ("tiny", "public")]
-)
+@pytest.mark.parametrize(("layout", "variant"), [("tiny", ""), ("tiny", "public")])
 def test_training_step_in_float64(layout, variant):
     with jax.enable_x64(True):
         check_training(make_pair(layout, variant).to_float64(), 1e-9, 1e-9)
