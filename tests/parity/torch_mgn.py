@@ -23,7 +23,9 @@ class Start(nn.Module):
 
     def forward(self, x):
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
-        return self.layer3(self.layer2(self.layer1(x)))
+        t1 = self.layer1(x)
+        t2 = self.layer2(t1)
+        return {"t1": t1, "t2": t2, "shared": self.layer3(t2)}
 
 
 class Rest(nn.Module):
@@ -70,22 +72,22 @@ class TorchMGN(nn.Module):
             self.add_module(f"classifier_{name}", nn.ModuleList(heads))
 
     def forward(self, images):
-        shared = self.trunk(images)
-        maps = {
-            "global": self.tail_global(shared),
-            "part2": self.tail_part2(shared),
-            "part3": self.tail_part3(shared),
+        maps = self.trunk(images)
+        t4 = {
+            "global": self.tail_global(maps["shared"]),
+            "part2": self.tail_part2(maps["shared"]),
+            "part3": self.tail_part3(maps["shared"]),
         }
-        rows, columns = maps["part2"].shape[2:]
+        rows, columns = t4["part2"].shape[2:]
 
         def stripes(x, count):
             pooled = F.max_pool2d(x, (rows // count, columns))
             return list(pooled.squeeze(3).unbind(2))
 
         z = {
-            "global": [F.max_pool2d(x, x.shape[2:]).flatten(1) for x in maps.values()],
-            "part2": stripes(maps["part2"], 2),
-            "part3": stripes(maps["part3"], 3),
+            "global": [F.max_pool2d(x, x.shape[2:]).flatten(1) for x in t4.values()],
+            "part2": stripes(t4["part2"], 2),
+            "part3": stripes(t4["part3"], 3),
         }
         f, logits = {}, {}
         for name, vectors in z.items():
@@ -94,26 +96,35 @@ class TorchMGN(nn.Module):
             heads = getattr(self, f"classifier_{name}")
             logits[name] = [head(x) for head, x in zip(heads, seen, strict=True)]
         return {
-            "maps": {"shared": shared, **{f"t4_{name}": x for name, x in maps.items()}},
-            "z": z,
-            "f": f,
-            "logits": logits,
             "descriptor": torch.cat(f["global"] + f["part2"] + f["part3"], dim=1),
+            "embeddings": {f"z_{k}": v for k, v in z.items()} | {f"f_{k}": v for k, v in f.items()},
+            "logits": logits,
+            "maps": maps | {f"t4_{name}": x for name, x in t4.items()},
         }
 
 
-def total_loss(out, labels, public=False):
+def total_loss(out, labels, own, triplet_weight=1):
     """3 triplet losses and 8 cross-entropies."""
-    triplets = [triplet_loss(x, labels, margin=1.2) for x in out["f"]["global"]]
+    triplets = [triplet_loss(x, labels, margin=1.2) for x in out["embeddings"]["f_global"]]
     heads = [x for logits in out["logits"].values() for x in logits]
     crosses = [F.cross_entropy(x, labels) for x in heads]
     assert (len(triplets), len(crosses)) == (3, 8)
-    triplet, cross = sum(triplets) / 3, sum(crosses) / 8
-    parts = {"triplet": triplet, "cross_entropy": cross}
-    return cross + (2 if public else 1) * triplet, parts
+    terms = {"triplet": sum(triplets) / 3, "cross_entropy": sum(crosses) / 8}
+    return terms["cross_entropy"] + triplet_weight * terms["triplet"], terms
 
 
-def make_optimizer(parameters, public=False):
-    if public:
-        return torch.optim.Adam(parameters, lr=2e-4, weight_decay=5e-4, amsgrad=True)
-    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
+def make_optimizers(model, own):
+    """One optimizer, which follows the schedule."""
+    if model.public:
+        adam = torch.optim.Adam(model.parameters(), lr=2e-4, weight_decay=5e-4, amsgrad=True)
+        return [(adam, True)]
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    return [(sgd, True)]
+
+
+def rate(epoch):
+    return 0.1 ** ((epoch >= 40) + (epoch >= 60))
+
+
+def rate_of_public(epoch):
+    return 0.1 ** ((epoch >= 75) + (epoch >= 88))
