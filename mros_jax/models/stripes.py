@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mros_jax.errors import UserError
+from mros_jax.models.layers import widen
 
 
 def pool_stripes(
@@ -50,15 +51,16 @@ def pool_stripes(
             f"heights that work are its multiples, here {' or '.join(map(str, nearest))}"
         )
     shape = (*features.shape[:-3], num_stripes, height // num_stripes * width, channels)
-    wide = jnp.promote_types(features.dtype, jnp.float32)
+    pixels = features.reshape(shape)
     if kind == "max":
-        stripes = jnp.max(features.reshape(shape), axis=-2).astype(wide)  # (..., s, C)
+        stripes = widen(jnp.max(pixels, axis=-2))  # (..., s, C)
     else:
-        stripes = jnp.mean(features.reshape(shape), axis=-2, dtype=wide)
+        wide = jnp.promote_types(features.dtype, jnp.float32)
+        stripes = jnp.mean(pixels, axis=-2, dtype=wide)
     if not overlap:
         return stripes
-    above, below = stripes[..., :-1, :], stripes[..., 1:, :]  # (..., s - 1, C)
-    return jnp.maximum(above, below) if kind == "max" else (above + below) / 2
+    first, second = stripes[..., :-1, :], stripes[..., 1:, :]  # (..., s - 1, C)
+    return jnp.maximum(first, second) if kind == "max" else (first + second) / 2
 
 
 def stripe_edges(num_stripes: int, overlap: bool) -> list[tuple[float, float]]:

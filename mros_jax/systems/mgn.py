@@ -81,7 +81,8 @@ class MGN(nn.Module):
         shared = trunk(jnp.asarray(images), train=train)
         maps = {"t1": shared["t1"], "t2": shared["t2"], "shared": shared["t3"]}
 
-        whole, pooled = [], {}
+        whole: list[Array] = []
+        pooled: dict[str, Array] = {}
         for branch, count in self._branches().items():
             tail = self._make_piece(
                 spec,
@@ -97,7 +98,8 @@ class MGN(nn.Module):
                 pooled[branch] = pool_stripes(t4, count, overlap=False, kind="max")
         pooled = {"global": jnp.concatenate(whole, axis=1), **pooled}  # (B, S, C) each
 
-        embeddings, logits = {}, {}
+        embeddings: dict[str, Array] = {}
+        logits: dict[str, Array] = {}
         for kind, z in pooled.items():
             f = Reduction(
                 self.reduced,
