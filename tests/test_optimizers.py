@@ -92,7 +92,7 @@ def run(optimizer, steps, gradients=gradient):
     return params
 
 
-def run_torch(groups, steps, *, every=1, clip=None):
+def run_torch(groups, steps, gradients=gradient, *, every=1, clip=None):
     """`groups`: (optimizer class, keyword arguments, rate by step, paths of its parameters)."""
     flat = {
         jax.tree_util.keystr(path, simple=True, separator="/"): torch.tensor(x, requires_grad=True)
@@ -103,7 +103,7 @@ def run_torch(groups, steps, *, every=1, clip=None):
         for kind, options, rate, paths in groups
     ]
     for step in range(steps):
-        for p, g in zip(flat.values(), jax.tree.leaves(gradient(step)), strict=True):
+        for p, g in zip(flat.values(), jax.tree.leaves(gradients(step)), strict=True):
             p.grad = torch.from_numpy(g) / every + (0 if p.grad is None else p.grad)
         if (step + 1) % every == 0:
             if clip:
@@ -193,6 +193,26 @@ def test_frozen_means_that_nothing_moves():
     jax.tree.map(np.testing.assert_array_equal, run(make({"all": group})[0], 3), PARAMS)
 
 
+@pytest.mark.parametrize(
+    ("kind", "theirs"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)]
+)
+def test_amsgrad_is_pytorchs(kind, theirs):
+    """Gradients that shrink, so that the largest second moment is not the last."""
+
+    def shrinking(step):
+        return jax.tree.map(lambda x: x * np.float32(0.7**step), gradient(step))
+
+    group = {"params": ("",), "kind": kind, "lr": 0.1, "weight_decay": 0.05, "b2": 0.9}
+    options = {"weight_decay": 0.05, "betas": (0.9, 0.9), "amsgrad": True}
+    optimizer, schedules = make({"all": {**group, "amsgrad": True}})
+    rate = schedules["all"]
+    every = (*NETWORK, *CENTERS)
+    expected = run_torch([(theirs, options, lambda step: float(rate(step)), every)], 20, shrinking)
+    assert_close(run(optimizer, 20, shrinking), expected)
+    plain = run(make({"all": group})[0], 20, shrinking)
+    assert np.abs(plain["network"]["bn"]["bias"] - expected["network"]["bn"]["bias"]).max() > 0.01
+
+
 @pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
 def test_decay_of_kernels_only(kind):
     def zeros(_):
@@ -215,6 +235,7 @@ def test_decay_of_kernels_only(kind):
         ({"lr": 0.0}, "lr 0.0"),
         ({"b1": 1.0}, "b1 1.0"),
         ({"nesterov": True}, "nesterov needs a momentum"),
+        ({"kind": "sgd", "amsgrad": True}, "amsgrad is for kind 'adam' and 'adamw'; .* 'sgd'"),
         (
             {"learning_rate": 1.0},
             "optimizer.all has no field learning_rate; there are params, kind",

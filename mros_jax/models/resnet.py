@@ -37,9 +37,17 @@ class TrunkSpec(NamedTuple):
         check_last_stride(last_stride)
         return {"t1": 4, "t2": 8, "t3": 16, "t4": 16 * last_stride}[level]
 
+    def blocks(self) -> tuple[str, ...]:
+        """The residual blocks in order, "layer1_0" to "layer4_2" for ResNet-50."""
+        return tuple(
+            f"layer{stage}_{i}"
+            for stage, size in enumerate(self.stage_sizes, start=1)
+            for i in range(size)
+        )
+
     def make(self, **fields: Any) -> "ResNet":
-        """The module; `fields` are the others of `ResNet`."""
-        return ResNet(**self._asdict(), **fields)
+        """The module, all blocks unless told otherwise; `fields` are the others of `ResNet`."""
+        return ResNet(**{"blocks": self.blocks(), **fields}, width=self.width, block=self.block)
 
 
 TRUNKS: dict[str, TrunkSpec] = {
@@ -193,10 +201,12 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A ResNet trunk without its classifier.
+    """A ResNet trunk without its classifier, or a piece of one; `TrunkSpec.make` makes it.
 
     Attributes:
-        stage_sizes: number of residual blocks in each of the four stages.
+        blocks: names of the residual blocks, a run of `TrunkSpec.blocks`.
+        stem: begin with the layers before the first block; without them the input is the map that
+            the block before `blocks` gives.
         width: channels of the first stage's 3x3 convolutions; they double with every stage.
         block: "basic" (18, 34) or "bottleneck" (50, 101, 152).
         last_stride: stride of the fourth stage, 1 (usual in re-identification) or 2 (ImageNet).
@@ -205,7 +215,8 @@ class ResNet(nn.Module):
         bn_axis_name: axis over which batch statistics are shared; None = each device its own.
     """
 
-    stage_sizes: Sequence[int] = (3, 4, 6, 3)
+    blocks: Sequence[str]
+    stem: bool = True
     width: int = 64
     block: Block = "bottleneck"
     last_stride: int = 1
@@ -215,34 +226,34 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "B H W 3"], *, train: bool
+        self, x: Float[Array, "B H W C"], *, train: bool
     ) -> dict[str, Float[Array, "B _ _ _"]]:
         """Compute the stages.
 
         Args:
-            images: normalised, channels last.
+            x: normalized images, channels last; or a map (see `stem`).
             train: batch statistics (True) or running statistics (False).
 
         Returns:
-            `t1`..`t4`: the outputs of the four stages, (B, H/4, W/4, C) to
-            (B, H/(16 last_stride), ...), in the compute dtype.
+            The last output of each stage that `blocks` has, of `t1`..`t4`: (B, H/4, W/4, C) to
+            (B, H/(16 last_stride), ...) for images, in the compute dtype.
         """
         check_last_stride(self.last_stride)
-        x = Conv(self.width, 7, 2, self.dtype, name="conv1")(images)
-        bn = BatchNorm(axis_name=self.bn_axis_name, dtype=self.dtype, name="bn1")
-        x = bn(x, train=train)
-        x = max_pool(nn.relu(x) if self.stem_relu else x)
+        if self.stem:
+            x = Conv(self.width, 7, 2, self.dtype, name="conv1")(x)
+            bn = BatchNorm(axis_name=self.bn_axis_name, dtype=self.dtype, name="bn1")
+            x = bn(x, train=train)
+            x = max_pool(nn.relu(x) if self.stem_relu else x)
         stages: dict[str, jax.Array] = {}
-        for i, size in enumerate(self.stage_sizes):
-            for j in range(size):
-                stride = (1, 2, 2, self.last_stride)[i] if j == 0 else 1
-                x = ResidualBlock(
-                    self.width * 2**i,
-                    self.block,
-                    stride,
-                    self.dtype,
-                    self.bn_axis_name,
-                    name=f"layer{i + 1}_{j}",
-                )(x, train=train)
-            stages[f"t{i + 1}"] = x
+        for name in self.blocks:
+            stage, place = (int(number) for number in name.removeprefix("layer").split("_"))
+            x = ResidualBlock(
+                self.width * 2 ** (stage - 1),
+                self.block,
+                (1, 2, 2, self.last_stride)[stage - 1] if place == 0 else 1,
+                self.dtype,
+                self.bn_axis_name,
+                name=name,
+            )(x, train=train)
+            stages[f"t{stage}"] = x
         return stages

@@ -1,15 +1,21 @@
-"""Overlapping stripe pooling: the paper's g_j^l (Section 3, Figure 2)."""
+"""Pooling over horizontal stripes, which may overlap (MROS, Section 3, Figure 2)."""
+
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mros_jax.errors import UserError
+from mros_jax.models.layers import widen
 
 
 def pool_stripes(
-    features: Float[Array, "*batch H W C"], num_stripes: int = 6, overlap: bool = True
+    features: Float[Array, "*batch H W C"],
+    num_stripes: int = 6,
+    overlap: bool = True,
+    kind: Literal["mean", "max"] = "mean",
 ) -> Float[Array, "*batch S C"]:
-    """Average a feature map over horizontal stripes, or over pairs of adjacent stripes.
+    """Pool a feature map over horizontal stripes, or over pairs of adjacent stripes.
 
     The map is cut into `num_stripes` equal stripes. With `overlap`, window l is stripes l and
     l + 1 together; since both have the same size its mean is the mean of the two stripe means.
@@ -18,13 +24,17 @@ def pool_stripes(
         features: (..., H, W, C) feature map.
         num_stripes: s; H must be a multiple of it.
         overlap: pairs of adjacent stripes (S = s - 1) or single stripes (S = s).
+        kind: the "mean" or the "max" of each channel in each window; the gradient of a maximum is
+            shared by all values that are equal to it.
 
     Returns:
         (..., S, C), at least float32, from the top of the image to the bottom.
 
     Raises:
-        UserError: H is not a multiple of s, or s is too small for a window.
+        UserError: H is not a multiple of s, s is too small for a window, or another kind.
     """
+    if kind not in ("mean", "max"):
+        raise UserError(f"kind of pooling is {kind!r}; it must be 'mean' or 'max'")
     if features.ndim < 3:
         raise UserError(f"features have shape {features.shape}; expected (..., H, W, C)")
     height, width, channels = features.shape[-3:]
@@ -41,11 +51,16 @@ def pool_stripes(
             f"heights that work are its multiples, here {' or '.join(map(str, nearest))}"
         )
     shape = (*features.shape[:-3], num_stripes, height // num_stripes * width, channels)
-    wide = jnp.promote_types(features.dtype, jnp.float32)
-    stripes = jnp.mean(features.reshape(shape), axis=-2, dtype=wide)  # (..., s, C)
+    pixels = features.reshape(shape)
+    if kind == "max":
+        stripes = widen(jnp.max(pixels, axis=-2))  # (..., s, C)
+    else:
+        wide = jnp.promote_types(features.dtype, jnp.float32)
+        stripes = jnp.mean(pixels, axis=-2, dtype=wide)
     if not overlap:
         return stripes
-    return (stripes[..., :-1, :] + stripes[..., 1:, :]) / 2  # (..., s - 1, C)
+    first, second = stripes[..., :-1, :], stripes[..., 1:, :]  # (..., s - 1, C)
+    return jnp.maximum(first, second) if kind == "max" else (first + second) / 2
 
 
 def stripe_edges(num_stripes: int, overlap: bool) -> list[tuple[float, float]]:

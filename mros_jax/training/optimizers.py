@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +98,8 @@ class Group:
         b1: decay of the first moment of "adam" and "adamw".
         b2: decay of their second moment.
         eps: added to the root of their second moment.
+        amsgrad: they divide by the root of the largest second moment so far (Reddi et al., 2018),
+            in PyTorch's variant, see `scale_by_amsgrad`.
     """
 
     params: tuple[str, ...]
@@ -111,6 +113,7 @@ class Group:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    amsgrad: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -129,6 +132,8 @@ class Group:
             )
         if self.nesterov and not self.momentum:
             raise UserError("nesterov needs a momentum above 0")
+        if self.amsgrad and self.kind not in ("adam", "adamw"):
+            raise UserError(f"amsgrad is for kind 'adam' and 'adamw'; kind is {self.kind!r}")
 
     def make(self, rate: Schedule | None) -> optax.GradientTransformation:
         """The optax chain; `rate` by the number of updates so far, None where frozen."""
@@ -141,9 +146,48 @@ class Group:
             if self.momentum:
                 chain.append(optax.trace(float(self.momentum), nesterov=self.nesterov))
         else:
-            adam = optax.scale_by_adam(b1=float(self.b1), b2=float(self.b2), eps=float(self.eps))
+            scale = scale_by_amsgrad if self.amsgrad else optax.scale_by_adam
+            adam = scale(b1=float(self.b1), b2=float(self.b2), eps=float(self.eps))
             chain = [*chain, adam] if self.kind == "adam" else [adam, *chain]
         return optax.chain(*chain, optax.scale_by_learning_rate(rate))
+
+
+class AmsgradState(NamedTuple):
+    """State of `scale_by_amsgrad`: number of updates, both moments, the largest second moment."""
+
+    count: Any
+    mu: Any
+    nu: Any
+    nu_max: Any
+
+
+def scale_by_amsgrad(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Rescale updates as PyTorch's `Adam(amsgrad=True)` does.
+
+    It takes the maximum of the second moment first and corrects its bias then. optax's own corrects
+    first, which lets the uncertain first steps dominate the maximum, or does not correct at all.
+
+    Args:
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+    """
+
+    def init(params: Any) -> AmsgradState:
+        mu, nu, nu_max = (optax.tree.zeros_like(params) for _ in range(3))
+        return AmsgradState(jnp.zeros((), jnp.int32), mu, nu, nu_max)
+
+    def update(updates: Any, state: AmsgradState, params: Any = None) -> tuple[Any, AmsgradState]:
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment(updates, state.nu, b2, 2)
+        nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu)
+        first = optax.tree.bias_correction(mu, b1, count)
+        second = optax.tree.bias_correction(nu_max, b2, count)
+        scaled = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), first, second)
+        return scaled, AmsgradState(count, mu, nu, nu_max)
+
+    return optax.GradientTransformation(init, update)
 
 
 def make_groups(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Group]:

@@ -2,19 +2,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mros_jax.errors import UserError
 from mros_jax.models.stripes import pool_stripes
 
 
-def by_hand(x, num_stripes, overlap):
-    """The mean of each window itself, one after another, in float64."""
+def by_hand(x, num_stripes, overlap, kind="mean"):
+    """The mean or maximum of each window itself, one after another, in float64."""
     x = np.asarray(x, np.float64)
     step = x.shape[-3] // num_stripes
     span, count = (2 * step, num_stripes - 1) if overlap else (step, num_stripes)
-    windows = [x[..., i * step : i * step + span, :, :].mean((-3, -2)) for i in range(count)]
-    return np.stack(windows, axis=-2)
+    windows = [x[..., i * step : i * step + span, :, :] for i in range(count)]
+    return np.stack([getattr(window, kind)((-3, -2)) for window in windows], axis=-2)
 
 
 @settings(deadline=None, max_examples=8)
@@ -23,12 +25,13 @@ def by_hand(x, num_stripes, overlap):
     step=st.integers(1, 3),
     overlap=st.booleans(),
     batch=st.sampled_from([(), (2,), (2, 3)]),
+    kind=st.sampled_from(["mean", "max"]),
 )
-def test_windows(num_stripes, step, overlap, batch):
+def test_windows(num_stripes, step, overlap, batch, kind):
     shape = (*batch, num_stripes * step, 3, 4)
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    expected = by_hand(x, num_stripes, overlap)
-    pooled = pool_stripes(jnp.asarray(x), num_stripes, overlap)
+    expected = by_hand(x, num_stripes, overlap, kind)
+    pooled = pool_stripes(jnp.asarray(x), num_stripes, overlap, kind)
     np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -42,6 +45,22 @@ def test_composes_with_transformations():
     expected = np.full(12, 2 / 8)
     expected[:2] = expected[-2:] = 1 / 8
     np.testing.assert_allclose(gradient, np.broadcast_to(expected[:, None, None], x.shape))
+
+
+def test_maxima_and_their_gradients_are_pytorchs():
+    x = jax.random.normal(jax.random.key(0), (3, 12, 2, 4))
+    theirs = torch.tensor(np.asarray(x), requires_grad=True)
+    pooled = torch.nn.functional.max_pool2d(theirs.permute(0, 3, 1, 2), (4, 2)).squeeze(3)
+    (pooled**2).sum().backward()
+
+    def pool(y):
+        return pool_stripes(y, 3, overlap=False, kind="max")
+
+    np.testing.assert_array_equal(pool(x), pooled.detach().permute(0, 2, 1))
+    gradient = jax.grad(lambda y: (pool(y) ** 2).sum())(x)
+    np.testing.assert_allclose(gradient, theirs.grad, rtol=1e-6)
+    whole = pool_stripes(x, 1, overlap=False, kind="max")
+    np.testing.assert_array_equal(pool(x).max(axis=1, keepdims=True), whole)
 
 
 def test_half_precision_is_summed_in_float32():
@@ -64,3 +83,8 @@ def test_half_precision_is_summed_in_float32():
 def test_bad_input(shape, num_stripes, overlap, message, unchecked):
     with pytest.raises(ValueError, match=message):
         pool_stripes(jnp.zeros(shape), num_stripes, overlap)
+
+
+def test_another_kind_of_pooling(unchecked):
+    with pytest.raises(UserError, match="kind of pooling is 'sum'; it must be 'mean' or 'max'"):
+        pool_stripes(jnp.zeros((1, 6, 2, 3)), kind="sum")
