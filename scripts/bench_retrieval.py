@@ -1,9 +1,9 @@
 """Times evaluation and re-ranking against other ways of computing the same.
 
-    python scripts/bench_retrieval.py --quick                     # a smoke test, seconds
-    python scripts/bench_retrieval.py                             # about five minutes
-    python scripts/bench_retrieval.py --growth --plot docs/images/retrieval_growth.png
-    python scripts/bench_retrieval.py --slow --peer_python PEERS/bin/python
+    python -m scripts.bench_retrieval --quick                     # a smoke test, seconds
+    python -m scripts.bench_retrieval                             # about five minutes
+    python -m scripts.bench_retrieval --growth --plot docs/images/retrieval_growth.png
+    python -m scripts.bench_retrieval --slow --peer_python PEERS/bin/python
 
 Descriptors are random with Market-1501's shape: 3,368 queries of 750 people, six cameras. Every
 case runs in a process of its own, which reports the time of the best of its repeats (without

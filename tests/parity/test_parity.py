@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from harness import (
+from tests.parity.harness import (
     LABELS,
     NUM_CLASSES,
     difference,
@@ -21,7 +21,7 @@ from harness import (
     widen_gaps,
 )
 from safetensors.torch import load_file
-from torch_mros import TorchMROS, center_loss, total_loss, triplet_loss
+from tests.parity.torch_mros import TorchMROS, center_loss, total_loss, triplet_loss
 
 from mros_jax import config as configs
 from mros_jax import losses, parallel
