@@ -164,7 +164,7 @@ def bench_augment(config: ConfigDict, batch: list[bytes], workers: int, repeats:
 
 def bench_plan(config: ConfigDict, big: int, repeats: int) -> Rows:
     rows: Rows = []
-    sampler = batches.make_sampler(config.batch)
+    sampler = batches.make_sampler(config.batch.to_dict())
     rng = np.random.default_rng(0)
     market = np.repeat(np.arange(751), rng.multinomial(12_936 - 751 * 2, np.ones(751) / 751) + 2)
     large = np.repeat(np.arange(big), rng.integers(1, 9, big))
@@ -182,12 +182,13 @@ def bench_plan(config: ConfigDict, big: int, repeats: int) -> Rows:
 
 
 def bench_step(config: ConfigDict, files: list[bytes], repeats: int) -> Rows:
-    """Time the step that training runs, with the pictures ready and with the data path before it."""
-    sampler = batches.make_sampler(config.batch)
+    """Time the step that training runs, with pictures that are ready and with the data path."""
+    sampler = batches.make_sampler(config.batch.to_dict())
     pixels = np.stack([store.decode_image(data)[0] for data in files])
     labels = (np.arange(len(files)) // 4).astype(np.int32)
     indices = sampler.plan(labels, seed=config.seed, epoch=0)[0]
     devices = jax.devices()[:1]
+    looked_up = parallel.split({"indices": indices}, devices)
     data = parallel.replicate({"images": pixels, "labels": labels}, devices)
     ready = np.asarray(augment.preprocess(pixels[indices], **config.input.to_dict()))
     num_classes = max(751, int(labels[-1]) + 1)
@@ -209,11 +210,7 @@ def bench_step(config: ConfigDict, files: list[bytes], repeats: int) -> Rows:
             devices=devices,
         ),
         "the same with look-up, resize and augmentation": common.make_step(
-            config,
-            num_classes,
-            data,
-            parallel.split({"indices": indices}, devices),
-            devices=devices,
+            config, num_classes, data, looked_up, devices=devices
         ),
         "look-up, resize and augmentation alone": lambda: look_up(data["images"], indices),
     }
@@ -251,9 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = args.part.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    size = batches.make_sampler(config.batch).size
+    size = batches.make_sampler(config.batch.to_dict()).size
     files = read_jpegs(args.root, max(args.images, size))
-    per_image = ("", "images/s", "time")
+    per_image: tuple[str, ...] = ("", "images/s", "time")
     what = common.describe_config(config)
     sections = [f"{what}; {common.describe_machine('pillow')}"]
     for part in parts:

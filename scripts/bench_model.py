@@ -27,14 +27,14 @@ from mros_jax.errors import UserError
 from mros_jax.training import recipe
 from scripts import common
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 Steps = Mapping[str, Step]
 HEADER = ("framework", "what", "images/s", "range", "CPU s/image")
 
 
 def make_batch(config: ConfigDict, num_classes: int) -> dict[str, np.ndarray]:
     """Normalized images of noise, and labels as the config's sampler draws them."""
-    sampler = make_sampler(config.batch)
+    sampler = make_sampler(config.batch.to_dict())
     people = np.arange(max(8 * num_classes, sampler.size), dtype=np.int32) % num_classes
     labels = people[sampler.plan(people, seed=config.seed, epoch=0)[0]]
     shape = (sampler.size, config.input.height, config.input.width, 3)
@@ -74,6 +74,8 @@ def make_torch_mros(config: ConfigDict, num_classes: int) -> Any:
 
     fields = config.network
     settings = {(False, 1): "I", (True, 1): "III", (True, 2): "IV"}
+    if (fields.overlap, len(fields.levels)) not in settings:
+        raise UserError("only settings I to IV of MROS are in PyTorch; --no_torch leaves it out")
     setting = settings[fields.overlap, len(fields.levels)]
     network = TorchMROS(
         num_classes, setting, fields.trunk, fields.num_stripes, last_stride=fields.last_stride
@@ -91,7 +93,10 @@ TORCH_NETWORKS: dict[str, Callable[[ConfigDict, int], Any]] = {"mros": make_torc
 
 
 def make_torch_loss(config: ConfigDict, centers: Mapping[str, Any], name_vectors: Any) -> Any:
-    """The config's objective in PyTorch: (outputs, labels) -> total."""
+    """The config's objective in PyTorch: (outputs, labels) -> total.
+
+    Options that take no time, such as a loss's reduction, are left out.
+    """
     import torch
     from torch.nn import functional as F
 
@@ -123,7 +128,7 @@ def make_torch_loss(config: ConfigDict, centers: Mapping[str, Any], name_vectors
                     for x, own in zip(vectors, centers[name], strict=True)
                 ]
             else:
-                raise UserError(f"objective.{name}: no {term.loss} in PyTorch; see --no_torch")
+                raise UserError(f"no loss {term.loss!r} for PyTorch here; --no_torch leaves it out")
             mean = sum(values) / (1 if term.get("heads") == "sum" else len(values))
             total = total + term.weight * mean
         return total
@@ -200,7 +205,8 @@ def make_torch_optimizers(
     """
     import torch
 
-    group = next(g for g in config.optimizer.values() if g.params[0].startswith("network"))
+    groups = (g for g in config.optimizer.values() if g.params[0].startswith("network"))
+    group = next(g for g in groups if g.kind != "frozen")
     weights = [p for p in network.parameters() if p.requires_grad]
     options = {"lr": group.lr, "weight_decay": group.get("weight_decay", 0.0)}
     if group.kind == "sgd":
@@ -213,6 +219,8 @@ def make_torch_optimizers(
         "adamw": torch.optim.AdamW,
         "sgd": torch.optim.SGD,
     }
+    if group.kind not in kinds:
+        raise UserError(f"no optimizer {group.kind!r} for PyTorch here; --no_torch leaves it out")
     made = [kinds[group.kind](weights, **options)]
     if own := [center for of_term in centers.values() for center in of_term]:
         made.append(torch.optim.SGD(own, lr=0.5))
@@ -260,7 +268,7 @@ def make_rows(
     measured: Sequence[tuple[str, str, list[float], list[float]]], batch: int
 ) -> list[tuple[str, ...]]:
     """The cells of `HEADER`."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, what, walls, cpus in measured:
         speed, low, high = (batch / x for x in (statistics.median(walls), max(walls), min(walls)))
         cpu = f"{statistics.median(cpus) / batch:.3f}"
@@ -292,7 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 config, args.classes, channels_last=channels_last, compiled=compiled
             )
     measured = measure(steps, args.repeats, args.calls)
-    table = common.format_table(HEADER, make_rows(measured, make_sampler(config.batch).size))
+    table = common.format_table(
+        HEADER, make_rows(measured, make_sampler(config.batch.to_dict()).size)
+    )
     common.publish(f"{describe(config, with_torch)}\n\n{table}", args.markdown)
     return 0
 

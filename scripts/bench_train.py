@@ -67,9 +67,7 @@ def time_steps(config: ConfigDict, dataset: Dataset, repeats: int, *, with_data:
     """
     feed = Feed(config, dataset)
     if feed.data is None:
-        raise UserError(
-            "the images do not fit on the device; raise --config.dataset.device_fraction"
-        )
+        raise UserError("the images stay in host memory; raise --config.dataset.device_fraction")
     batch, augment_batch, data = next(feed.epoch(0)), None, feed.data
     if not with_data:
         augment_batch = common.keep_images
@@ -102,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         time_steps(config, dataset, args.repeats, with_data=with_data)
         for with_data in (True, False)
     )
-    size = make_sampler(config.batch).size
+    size = make_sampler(config.batch.to_dict()).size
     rows += [
         ("training step", f"{1e3 * whole:.1f} ms, {size / whole:.0f} images/s"),
         ("the same without the data path", f"{1e3 * bare:.1f} ms, {size / bare:.0f} images/s"),

@@ -108,7 +108,7 @@ def describe_machine(*packages: str) -> str:
 
 def describe_config(config: ConfigDict) -> str:
     """One sentence part for a table: system, input, batch and precision."""
-    sampler = make_sampler(config.batch)
+    sampler = make_sampler(config.batch.to_dict())
     return (
         f"{config.name}, {config.network.get('trunk', config.network.name)}, "
         f"{config.input.height} x {config.input.width}, batch {sampler.size}, {config.dtype}"
@@ -128,7 +128,7 @@ def make_step(
     *,
     augment_batch: Augment | None = None,
     devices: Sequence[jax.Device] | None = None,
-) -> Callable[[], None]:
+) -> Callable[[], dict[str, jax.Array]]:
     """The step that training runs, from random weights, on one batch over and over.
 
     Args:
@@ -140,7 +140,7 @@ def make_step(
         devices: to run on; None: all.
 
     Returns:
-        A function that takes one step and waits for its end.
+        A function that takes one step, waits for its end and returns its metrics.
     """
     config = config.copy_and_resolve_references()
     config.weights = "none"
@@ -148,9 +148,10 @@ def make_step(
     mapped_step = parallel.MappedStep(parts.step, devices)
     state = parallel.replicate(parts.state, devices)
 
-    def step() -> None:
+    def step() -> dict[str, jax.Array]:
         nonlocal state
         state, metrics = mapped_step(state, data, batch)
         jax.block_until_ready((state, metrics))
+        return metrics
 
     return step

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--step is {args.step}; steps are counted from 0")
     recipe.check_config(config)
     images = configs.load_images(config, configs.load_dataset(config).train)
-    sampler = batches.make_sampler(config.batch)
+    sampler = batches.make_sampler(config.batch.to_dict())
     epoch, step = divmod(args.step, batches.steps_per_epoch(len(images), sampler.size))
     plan = sampler.plan(labels_of(images), seed=config.seed, epoch=epoch)
     stored = images.images[plan[step]]

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -168,7 +168,7 @@ def make_schedules(config: ConfigDict, steps_per_epoch: int) -> Mapping[str, opt
     return optimizers.make_schedules(groups, steps_per_epoch=steps_per_epoch, **config.schedule)
 
 
-def make_augment(config: ConfigDict) -> Augment:
+def make_augment(config: ConfigDict) -> Callable[..., jax.Array]:
     """What a training step does with the images of its batch: (images, keys) -> network's input."""
     return functools.partial(
         augment.augment_batch, **config.input.to_dict(), **config.augment.to_dict()

@@ -6,6 +6,7 @@ Okay et al., "Multi-Resolution Overlapping Stripes Network for Person Re-Identif
 import torch
 from torch import nn
 from torch.nn import functional as F
+
 from tests.parity.torch_resnet import ResNet
 
 
