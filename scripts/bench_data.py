@@ -249,7 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     size = batches.make_sampler(config.batch.to_dict()).size
-    files = read_jpegs(args.root, max(args.images, size))
+    num_step = max(256, 4 * size)
+    files = read_jpegs(args.root, max(args.images, num_step))
     per_image: tuple[str, ...] = ("", "images/s", "time")
     what = common.describe_config(config)
     sections = [f"{what}; {common.describe_machine('pillow')}"]
@@ -265,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = bench_plan(config, args.big, args.repeats)
             title, header = "Epoch plan", ("", "images", "steps", "seconds", "peak MB")
         else:
-            rows = bench_step(config, files[: max(256, 4 * size)], args.repeats)
+            rows = bench_step(config, files[:num_step], args.repeats)
             title, header = "Training step", ("", "ms", "of the step without data")
         sections.append(f"### {title}\n\n{common.format_table(header, rows)}")
     common.publish("\n\n".join(sections), args.markdown)

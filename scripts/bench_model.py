@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config.weights = "none"  # they take no other time
     with_torch = not args.no_torch and config.network.name in TORCH_NETWORKS
     if not args.no_torch and not with_torch:
-        print(f"tests/parity has no {config.network.name} here: JAX alone", file=sys.stderr)
+        print(f"tests/parity has no {config.network.name}: JAX alone", file=sys.stderr)
 
     steps = {"JAX": make_jax_steps(config, args.classes)}
     if with_torch:

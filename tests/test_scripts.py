@@ -1,6 +1,7 @@
 """The scripts: by their `main`, and in a process of their own where they start others."""
 
 import csv
+import functools
 import importlib
 import json
 import subprocess
@@ -18,7 +19,8 @@ from mros_jax.models.torch_weights import to_torch_state_dict
 from mros_jax.training import recipe
 from mros_jax.training.feed import Feed
 from scripts import ablation, bench_model, bench_train, common, plot_schedule, show_batch
-from tests.training import ROOT, TINY, make_config
+from tests.least import write_config
+from tests.training import ROOT, TINY
 
 WORDS = ["--config=configs/demo.py", *(f"--config.{name}={value}" for name, value in TINY.items())]
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if "__main__" in p.read_text())
@@ -34,6 +36,11 @@ def environment(monkeypatch, tmp_path):
 @pytest.fixture
 def words(tmp_path):
     return [*WORDS, f"--config.dataset.cache_dir={tmp_path / 'cache'}"]
+
+
+@pytest.fixture
+def least(tmp_path, monkeypatch):
+    return write_config(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -128,17 +135,16 @@ def test_schedule_has_a_line_for_each_group(tmp_path, words, monkeypatch):
         assert picture.width > 1000
 
 
-def test_show_batch_draws_what_the_step_is_given(tmp_path, words):
+def test_show_batch_draws_what_the_step_is_given(tmp_path, least):
     """The right half of each pair is what the run's own step sees, at any step."""
     out = tmp_path / "batch.png"
     step = 11
     options = [f"--step={step}", "--rows=2", f"--out={out}"]
-    assert show_batch.main([*words, *options]) == 0
+    assert show_batch.main([*least, *options]) == 0
     with Image.open(out) as picture:
         sheet = np.asarray(picture)
     assert sheet.shape == (2 * (96 + 4), 4 * (32 + 4), 3)
-    config = make_config(tmp_path / "cache")
-    seen = see_batch(config, step)
+    seen = see_batch(configs.parse_config(least)[0], step)
     for i in range(4):
         row, column = divmod(i, 2)
         top, left = row * 100 + 4, (2 * column + 1) * 36 + 4
@@ -211,11 +217,10 @@ def test_training_benchmark_tells_why_the_training_stopped(tmp_path):
         bench_train.time_to_first_step(tmp_path / "xla", tmp_path / "run", words)
 
 
-@pytest.mark.parametrize("setting", ["I", "IV"])
-def test_both_frameworks_of_the_model_benchmark_compute_the_same(setting, words):
-    """Descriptor and loss from the same weights, so that the same work is timed."""
+def test_both_frameworks_of_the_model_benchmark_compute_the_same(words):
+    """The loss of every term from the same weights, so that the same work is timed."""
     torch = pytest.importorskip("torch")
-    words[0] += f":{setting}"
+    words[0] += ":I"  # many vectors and many centers
     config, _ = configs.parse_config(words)
     num_classes = 12
     batch = bench_model.make_batch(config, num_classes)
@@ -237,16 +242,8 @@ def test_both_frameworks_of_the_model_benchmark_compute_the_same(setting, words)
     assert float(metrics["loss"]) == pytest.approx(theirs.item(), rel=1e-4)
 
 
-def test_model_benchmark(words, capsys):
-    assert bench_model.main([*words, "--classes=12", "--repeats=1"]) == 0
-    printed = capsys.readouterr().out
-    assert "mros-IV, tiny, 96 x 32, batch 8, float32" in printed
-    for framework in ("JAX", "PyTorch", "PyTorch, channels last"):
-        assert printed.count(f"| {framework} |") == 2
-
-
-def test_a_step_is_taken_each_time(words):
-    config, _ = configs.parse_config(words)
+def test_a_step_is_taken_each_time(least):
+    config, _ = configs.parse_config(least)
     devices = jax.devices()[:1]
     batch = parallel.split(bench_model.make_batch(config, 12), devices)
     step = common.make_step(
@@ -254,3 +251,30 @@ def test_a_step_is_taken_each_time(words):
     )
     first, second = step(), step()
     assert float(first["loss"]) != float(second["loss"])
+
+
+def test_a_network_without_a_pytorch_network(least, capsys):
+    assert bench_model.main([*least, "--classes=12", "--repeats=1"]) == 0
+    printed = capsys.readouterr()
+    assert "tests/parity has no mean: JAX alone" in printed.err
+    assert "mean, mean, 96 x 32, batch 8, float32" in printed.out
+    assert "PyTorch" not in printed.out
+
+
+def test_model_benchmark_in_turns():
+    """Every framework takes the first turn of every repeat before the next repeat."""
+    order = []
+    steps = {
+        name: {what: functools.partial(order.append, name) for what in ("forward", "training step")}
+        for name in ("a", "b")
+    }
+    rows = bench_model.measure(steps, repeats=2, calls=1)
+    assert order == 2 * ["a", "b", "a", "b", "a", "b"]  # the first of each compiles
+    assert [(name, what, len(walls)) for name, what, walls, _ in rows] == [
+        ("a", "forward", 2),
+        ("b", "forward", 2),
+        ("a", "training step", 2),
+        ("b", "training step", 2),
+    ]
+    [row] = bench_model.make_rows([("a", "forward", [0.5, 0.25, 1.0], [0.8, 0.4, 1.6])], 8)
+    assert row == ("a", "forward", "16.0", "8.0-32.0", "0.100")
