@@ -10,10 +10,11 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from mros_jax.config import read, shrink
+from mros_jax.config import read, read_variants, shrink
 
 # The neighbouring file, wherever the command is run from.
 _MROS = pathlib.Path(__file__).with_name("mros.py")
+VARIANTS = read_variants(_MROS)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

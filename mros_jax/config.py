@@ -242,6 +242,16 @@ def get_field(config: ConfigDict, name: str) -> Any:
     return functools.reduce(lambda section, word: section[word], name.split("."), config)
 
 
+def read_variants(path: str | pathlib.Path) -> tuple[str, ...]:
+    """What a config file offers as `VARIANTS`, the default first; ("",) where it has no such list.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UserError: the file is no config.
+    """
+    return tuple(getattr(_load_module(path), "VARIANTS", ("",)))
+
+
 def read(path: str | pathlib.Path, arg: str | None = None) -> ConfigDict:
     """Read a config file: what its `get_config(arg)` returns, locked.
 
@@ -253,6 +263,13 @@ def read(path: str | pathlib.Path, arg: str | None = None) -> ConfigDict:
         NotFoundError: there is no such file.
         UserError: the file is no config, or does not know `arg`.
     """
+    config = _load_module(path).get_config(arg)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config {path}: get_config() returned no ConfigDict but {config!r}")
+    return config.lock()
+
+
+def _load_module(path: str | pathlib.Path) -> Any:
     path = pathlib.Path(path)
     if not path.is_file():
         raise NotFoundError(f"config {path} does not exist; configs/ holds those of this project")
@@ -268,10 +285,7 @@ def read(path: str | pathlib.Path, arg: str | None = None) -> ConfigDict:
         raise UserError(f"config {path} is no Python: {error}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"config {path} has no function get_config()")
-    config = module.get_config(arg)
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"config {path}: get_config() returned no ConfigDict but {config!r}")
-    return config.lock()
+    return module
 
 
 def parse_config(argv: Sequence[str]) -> tuple[ConfigDict | None, list[str]]:

@@ -4,6 +4,7 @@ if __name__ == "__main__":
     sys.exit(console.run(main))
 """
 
+import argparse
 import contextlib
 import errno
 import logging
@@ -124,6 +125,14 @@ def _chain(error: BaseException, with_context: bool = False) -> Iterator[BaseExc
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+def count(text: str) -> int:
+    """A number of things on a command line, at least 1: a `type` of argparse's."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
 
 
 def show_messages() -> None:

@@ -1,16 +1,17 @@
-"""Trains the settings of the paper's Table 1 over several seeds, one after another, and compares.
+"""Train the variants of a config over several seeds, one after another, and compare.
 
-    python scripts/ablation.py --config configs/demo.py --seeds 0,1,2 --out runs/ablation
-    python scripts/ablation.py --config configs/mros.py:duke --out runs/duke -- \
-        --config.dataset.root=PATH
+    python -m scripts.ablation --config configs/demo.py --variants I,II,III,IV --seeds 0,1,2 \
+        --out runs/ablation
+    python -m scripts.ablation --config configs/mros.py:duke --config.dataset.root=PATH \
+        --out runs/duke
 
-Writes `ablation.txt`, `ablation.csv` and `ablation.png` to the directory of the runs. Started
-again it goes on where it was stopped; finished runs are not repeated. What follows `--` is given to
-every training.
+A config file names its variants in `VARIANTS`; for MROS they are the settings of the paper's Table
+1. `--config.FIELD=VALUE` is given to every training. Writes `ablation.txt`, `ablation.csv` and
+`ablation.png` to the directory of the runs. Started again it goes on where it was stopped; finished
+runs are not repeated.
 """
 
 import csv
-import json
 import logging
 import pathlib
 import statistics
@@ -19,126 +20,155 @@ import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 
-from absl import app, flags
+from mros_jax import compare, console
+from mros_jax.config import parse_config, read_variants
+from mros_jax.errors import UserError
+from mros_jax.files import read_json, write_atomically
+from scripts import common
 
-from mros_jax import console
-
-_CONFIG = flags.DEFINE_string("config", "configs/mros.py", "Config file, with arguments or not.")
-_SETTINGS = flags.DEFINE_list("settings", ["I", "II", "III", "IV"], "Settings to train.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of every setting.")
-_OUT = flags.DEFINE_string("out", "runs/ablation", "Directory of the runs and the tables.")
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-METRICS = ("mAP", "Rank-1")
+METRICS = {"mAP": "mAP", "Rank-1": "rank1"}  # as shown: in the paper's tables
 log = logging.getLogger("mros_jax.ablation")
 
-# setting -> ranking ("plain", "ecn") -> metric -> one score per seed, in percent
+# system -> ranking ("plain", "ecn") -> metric -> one score a seed, in percent
 Scores = Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
+# system -> metric -> score in percent, without re-ranking
+Paper = Mapping[str, Mapping[str, float]]
 
 
-def train(config: str, setting: str, seed: int, workdir: pathlib.Path, extra: list[str]) -> None:
-    """Trains one setting with one seed, in a process of its own."""
-    argument = f"{config},{setting}" if ":" in config else f"{config}:{setting}"
-    command = [sys.executable, "-m", "mros_jax.train", f"--config={argument}"]
-    command += [f"--config.seed={seed}", f"--workdir={workdir}", *extra]
-    status = subprocess.run(command, cwd=ROOT).returncode
+def train(config: str, overrides: Sequence[str], seed: int, workdir: pathlib.Path) -> None:
+    """Train one variant with one seed, in a process of its own.
+
+    Raises:
+        UserError: the training did not come to its end.
+    """
+    command = [sys.executable, "-m", "mros_jax.train", f"--config={config}", *overrides]
+    command += [f"--config.seed={seed}", f"--workdir={workdir}"]
+    status = subprocess.run(command).returncode
     if status or not (workdir / "results.json").exists():
-        raise SystemExit(f"training of setting {setting}, seed {seed} stopped; see above")
+        raise UserError(f"the training of {workdir} stopped; see above")
 
 
 def read_scores(workdirs: Mapping[str, Iterable[pathlib.Path]]) -> Scores:
-    """The scores of finished runs, grouped by setting."""
+    """The scores of finished runs, grouped by system."""
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for setting, runs in workdirs.items():
+    for system, runs in workdirs.items():
         for run in runs:
-            for result in json.loads((run / "results.json").read_text())["results"]:
-                of_ranking = scores.setdefault(setting, {}).setdefault(result["name"], {})
+            for result in read_json(run / "results.json")["results"]:
+                of_ranking = scores.setdefault(system, {}).setdefault(result["name"], {})
                 for metric, value in zip(METRICS, (result["mAP"], result["cmc"][0]), strict=True):
                     of_ranking.setdefault(metric, []).append(100 * value)
     return scores
 
 
-def read_paper() -> dict[str, dict[str, float]]:
-    """The paper's Table 1, in percent: setting -> metric -> score."""
-    paper = tomllib.loads((ROOT / "third_party" / "paper_results.toml").read_text())
-    rows = next(table["row"] for table in paper["table"] if table["number"] == 1)
-    return {row["setting"]: {"mAP": row["mAP"], "Rank-1": row["rank1"]} for row in rows}
+def read_paper() -> Paper:
+    """The paper's scores of each system, without re-ranking."""
+    tables = tomllib.loads(compare.PAPER.read_text())["table"]
+    return {
+        row["system"]: {metric: row[key] for metric, key in METRICS.items() if key in row}
+        for table in tables
+        if "rerank" not in table
+        for row in table["row"]
+        if "system" in row
+    }
 
 
-def make_rows(scores: Scores, paper: Mapping[str, Mapping[str, float]]) -> list[dict[str, object]]:
-    """One row per setting and ranking: seeds, mean and standard deviation, the paper's score."""
+def make_rows(scores: Scores, paper: Paper) -> list[dict[str, object]]:
+    """One row a system and ranking: seeds, mean and standard deviation, the paper's score."""
     rows = []
-    for setting, rankings in scores.items():
+    for system, rankings in scores.items():
         for ranking, metrics in rankings.items():
-            row: dict[str, object] = {"setting": setting, "ranking": ranking}
+            theirs = paper.get(system, {}) if ranking == "plain" else {}
+            row: dict[str, object] = {"system": system, "ranking": ranking}
             for metric, values in metrics.items():
                 row["seeds"] = len(values)
                 row[metric] = round(statistics.mean(values), 2)
                 row[f"{metric} std"] = round(statistics.stdev(values), 2) if values[1:] else ""
-                row[f"{metric} paper"] = paper[setting][metric] if ranking == "plain" else ""
+                row[f"{metric} paper"] = theirs.get(metric, "")
             rows.append(row)
     return rows
 
 
-def format_rows(rows: Sequence[Mapping[str, object]]) -> str:
-    """The rows as a Markdown table."""
-    header = list(rows[0])
-    cells = [header, ["---"] * len(header), *([str(row[h]) for h in header] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    lines = (
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in cells
-    )
-    return "\n".join(lines) + "\n"
-
-
-def plot(scores: Scores, paper: Mapping[str, Mapping[str, float]], path: pathlib.Path) -> None:
-    """Mean, standard deviation and every seed by setting, beside the paper's Market-1501 scores."""
-    from matplotlib.figure import Figure
+def plot(scores: Scores, paper: Paper, path: pathlib.Path) -> None:
+    """Mean, standard deviation and every seed by system, beside the paper's Market-1501 scores."""
+    from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    settings = list(scores)
+    systems = list(scores)
     for axes, metric in zip(figure.subplots(1, 2), METRICS, strict=True):
         for ranking in next(iter(scores.values())):
-            values = [scores[s][ranking][metric] for s in settings]
+            values = [scores[system][ranking][metric] for system in systems]
             means = [statistics.mean(v) for v in values]
             spread = [statistics.stdev(v) if v[1:] else 0.0 for v in values]
-            axes.errorbar(settings, means, spread, marker="o", capsize=4, label=f"ours, {ranking}")
-            for setting, of_setting in zip(settings, values, strict=True):
-                axes.plot([setting] * len(of_setting), of_setting, ".", color="grey", alpha=0.5)
-        axes.plot(settings, [paper[s][metric] for s in settings], "k--", label="paper, Market-1501")
-        axes.set(title=f"{metric} (%)", xlabel="setting")
+            axes.errorbar(systems, means, spread, marker="o", capsize=4, label=f"ours, {ranking}")
+            for system, of_system in zip(systems, values, strict=True):
+                axes.plot([system] * len(of_system), of_system, ".", color="grey", alpha=0.5)
+        if known := [system for system in systems if metric in paper.get(system, {})]:
+            theirs = [paper[system][metric] for system in known]
+            axes.plot(known, theirs, "k--", marker="x", label="paper, Market-1501")
+        axes.set(title=f"{metric} (%)")
         axes.legend()
-    figure.savefig(path, dpi=150)
+    with write_atomically(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
-def main(argv: list[str]) -> None:
-    """Command line."""
-    console.show_messages()
-    out = pathlib.Path(_OUT.value).absolute()
-    paper = read_paper()
-    unknown = set(_SETTINGS.value) - paper.keys()
-    if unknown:
-        raise app.UsageError(f"unknown settings {sorted(unknown)}; the paper has {sorted(paper)}")
+def name_systems(config: str, variants: Sequence[str], overrides: Sequence[str]) -> dict[str, str]:
+    """Read every variant's config before the first training.
+
+    Returns:
+        Name of the system -> its `--config`.
+
+    Raises:
+        UserError: the config cannot be read; two variants of one name.
+    """
+    systems: dict[str, str] = {}
+    path, _, argument = config.partition(":")
+    for variant in variants:
+        text = ":".join(filter(None, (path, ",".join(filter(None, (argument, variant))))))
+        parsed, _ = parse_config([f"--config={text}", *overrides])
+        assert parsed is not None
+        if parsed.name in systems:
+            raise UserError(f"{systems[parsed.name]} and {text} are both named {parsed.name}")
+        systems[parsed.name] = text
+    return systems
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--variants", metavar="A,B", help="of the config (default: all it has)")
+    parser.add_argument("--seeds", metavar="A,B", default="0,1,2", help="of every variant")
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, help="directory of the runs and the tables"
+    )
+    _, args = common.parse_with_config(parser, argv)
+    overrides = args.config_words[1:]
+    offered = read_variants(args.config.partition(":")[0])
+    variants = offered if args.variants is None else args.variants.split(",")
+    if unknown := [variant for variant in variants if variant not in offered]:
+        parser.error(f"no variants {', '.join(unknown)}; there are {', '.join(offered)}")
+    try:
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+    except ValueError:
+        parser.error(f"--seeds {args.seeds} are not numbers with commas between them")
     workdirs: dict[str, list[pathlib.Path]] = {}
-    for setting in _SETTINGS.value:
-        for seed in map(int, _SEEDS.value):
-            workdir = out / f"{setting}-seed{seed}"
-            log.info("Setting %s, seed %d: %s", setting, seed, workdir)
-            train(_CONFIG.value, setting, seed, workdir, argv[1:])
-            workdirs.setdefault(setting, []).append(workdir)
-    scores = read_scores(workdirs)
+    for system, config in name_systems(args.config, variants, overrides).items():
+        for seed in seeds:
+            workdir = args.out.absolute() / f"{system}-seed{seed}"
+            log.info("%s, seed %d: %s", system, seed, workdir)
+            train(config, overrides, seed, workdir)
+            workdirs.setdefault(system, []).append(workdir)
+    scores, paper = read_scores(workdirs), read_paper()
     rows = make_rows(scores, paper)
-    table = format_rows(rows)
-    (out / "ablation.txt").write_text(table)
-    with (out / "ablation.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+    table = common.format_table(list(rows[0]), [list(row.values()) for row in rows])
+    with write_atomically(args.out / "ablation.txt") as file:
+        file.write(table + "\n")
+    with write_atomically(args.out / "ablation.csv") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    plot(scores, paper, out / "ablation.png")
+    plot(scores, paper, args.out / "ablation.png")
     print(table)
-    log.info("Wrote ablation.txt, ablation.csv and ablation.png to %s", out)
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(console.run(main))

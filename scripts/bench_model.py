@@ -1,115 +1,170 @@
-"""Speed of MROS: forward and training step, JAX beside the same model in PyTorch, in one run.
+"""Time a config's network and training step, beside the same network in PyTorch, in one run.
 
-    python scripts/bench_model.py                                  # ResNet-50, 384x128, float32
-    python scripts/bench_model.py --batch 128 --dtype bfloat16     # on a GPU
-    python scripts/bench_model.py --markdown table.md
+    python -m scripts.bench_model --config configs/mros.py --config.batch.identities=2
+    python -m scripts.bench_model --config configs/mros.py --config.dtype=bfloat16    # on a GPU
 
-The training step is the whole recipe's: forward, losses, backward, Adam with L2, centre update.
-PyTorch runs the model of the parity tests, eagerly with both memory layouts and, on a GPU or with
-`--compile`, compiled. Frameworks take turns; a row is the median of its rounds.
+JAX takes the step that training runs, on one device and on images that are ready: forward, losses,
+backward, optimizer. PyTorch takes the network of the parity tests, where there is one, with the
+config's loss terms and optimizer; eagerly with both memory layouts and, on a GPU or with
+`--compile`, compiled. Frameworks take turns; a row is the median of its repeats.
 """
 
-import argparse
 import os
-import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from mros_jax import losses
-from mros_jax.runs import provenance
-from mros_jax.systems.mros import MROS
-from mros_jax.training import optimizers
+from mros_jax import config as configs
+from mros_jax import console, parallel
+from mros_jax.data.batches import make_sampler
+from mros_jax.errors import UserError
+from mros_jax.training import recipe
+from scripts import common
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "parity"))
-
-Step = Callable[[], None]
+Step = Callable[[], object]
+Steps = Mapping[str, Step]
 HEADER = ("framework", "what", "images/s", "range", "CPU s/image")
 
 
-def make_batch(arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    shape = (arguments.batch, arguments.height, arguments.width, 3)
+def make_batch(config: ConfigDict, num_classes: int) -> dict[str, np.ndarray]:
+    """Normalized images of noise, and labels as the config's sampler draws them."""
+    sampler = make_sampler(config.batch.to_dict())
+    people = np.arange(max(8 * num_classes, sampler.size), dtype=np.int32) % num_classes
+    labels = people[sampler.plan(people, seed=config.seed, epoch=0)[0]]
+    shape = (sampler.size, config.input.height, config.input.width, 3)
     images = np.random.default_rng(0).standard_normal(shape, np.float32)
-    return images, (np.arange(arguments.batch) // 4).astype(np.int32)
+    return {"images": images, "labels": labels}
 
 
-def make_jax_steps(arguments: argparse.Namespace) -> dict[str, Step]:
-    images, labels = (jnp.asarray(x) for x in make_batch(arguments))
-    model = MROS(
-        arguments.classes, arguments.setting, arguments.backbone, dtype=jnp.dtype(arguments.dtype)
-    )
-    variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(0))
-    shapes = jax.eval_shape(lambda: model.apply(variables, images, train=False))
-    centers = losses.init_centers(
-        jax.random.key(1), arguments.classes, shapes, setting=arguments.setting
-    )
-    optimizer = optimizers.make_optimizer(optimizers.make_schedule(steps_per_epoch=100))
-    # The training step gives its buffers away; forward keeps its own.
-    own = jax.tree.map(jnp.copy, variables)
-    state = [own, centers, optimizer.init(own["params"])]
+def make_jax_steps(config: ConfigDict, num_classes: int) -> Steps:
+    """Forward pass and training step in JAX."""
+    batch = make_batch(config, num_classes)
+    network = configs.make_network(config, num_classes)
+    variables = recipe.init_variables(network, config)
+    images = jax.device_put(batch["images"])
+    devices = jax.devices()[:1]
 
     @jax.jit
     def forward(variables: Any, images: jax.Array) -> jax.Array:
-        outputs: Any = model.apply(variables, images, train=False)
-        return outputs.descriptor
+        return network.apply(variables, images, train=False).descriptor
 
-    def step(
-        variables: Any, centers: jax.Array, moments: Any, images: jax.Array, labels: jax.Array
-    ) -> tuple[Any, jax.Array, Any]:
-        def loss(params: Any) -> Any:
-            outputs, updated = model.apply(
-                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
-            )
-            total, _ = losses.mros_loss(outputs, labels, centers, setting=arguments.setting)
-            return total, (outputs, updated["batch_stats"])
-
-        gradients, (outputs, stats) = jax.grad(loss, has_aux=True)(variables["params"])
-        updates, moments = optimizer.update(gradients, moments, variables["params"])
-        params = jax.tree.map(jnp.add, variables["params"], updates)
-        slope = losses.center_gradient(outputs, labels, centers, setting=arguments.setting)
-        centers = optimizers.update_centers(centers, slope)
-        return {"params": params, "batch_stats": stats}, centers, moments
-
-    compiled_step = jax.jit(step, donate_argnums=(0, 1, 2))
-
-    def train() -> None:
-        state[:] = compiled_step(*state, images, labels)
-        jax.block_until_ready(state)
-
+    train = common.make_step(
+        config,
+        num_classes,
+        None,
+        parallel.split(batch, devices),
+        augment_batch=common.keep_images,
+        devices=devices,
+    )
     return {
         "forward": lambda: jax.block_until_ready(forward(variables, images)),
         "training step": train,
     }
 
 
-def make_torch_steps(
-    arguments: argparse.Namespace, *, channels_last: bool, compiled: bool
-) -> dict[str, Step]:
+def make_torch_mros(config: ConfigDict, num_classes: int) -> Any:
+    """MROS, and how the config's names are found in what it returns."""
+    from tests.parity.torch_mros import TorchMROS
+
+    fields = config.network
+    settings = {(False, 1): "I", (True, 1): "III", (True, 2): "IV"}
+    if (fields.overlap, len(fields.levels)) not in settings:
+        raise UserError("only settings I to IV of MROS are in PyTorch; --no_torch leaves it out")
+    setting = settings[fields.overlap, len(fields.levels)]
+    network = TorchMROS(
+        num_classes, setting, fields.trunk, fields.num_stripes, last_stride=fields.last_stride
+    )
+
+    def name_vectors(out: Any) -> dict[str, Any]:
+        return {f"{kind}_{level}": out[kind][level] for kind in "gh" for level in out[kind]}
+
+    return network, name_vectors
+
+
+# Networks of tests/parity by config.network.name: (config, classes) -> module, and its outputs ->
+# name -> list of (B, D).
+TORCH_NETWORKS: dict[str, Callable[[ConfigDict, int], Any]] = {"mros": make_torch_mros}
+
+
+def make_torch_loss(config: ConfigDict, centers: Mapping[str, Any], name_vectors: Any) -> Any:
+    """The config's objective in PyTorch: (outputs, labels) -> total.
+
+    Options that take no time, such as a loss's reduction, are left out.
+    """
     import torch
     from torch.nn import functional as F
-    from torch_mros import TorchMROS
+
+    def triplet(x: Any, labels: Any, margin: float) -> Any:
+        same = labels[:, None] == labels[None]
+        eye = torch.eye(len(labels), dtype=torch.bool, device=x.device)
+        distances = torch.cdist(x, x)
+        positive = distances.masked_fill(~same | eye, -torch.inf).amax(1)
+        negative = distances.masked_fill(same, torch.inf).amin(1)
+        return F.relu(positive - negative + margin).mean()
+
+    def loss(out: Any, labels: Any) -> Any:
+        named = {"descriptor": [out["descriptor"]], **name_vectors(out)}
+        total = torch.zeros((), device=labels.device)
+        for name, term in config.objective.items():
+            if not term.weight:
+                continue
+            if term.loss == "cross_entropy":
+                heads = [z.float() for key in term.on for z in out["logits"][key]]
+                smoothing = term.smoothing
+                values = [F.cross_entropy(z, labels, label_smoothing=smoothing) for z in heads]
+            elif term.loss == "triplet":
+                vectors = [x.float() for key in term.on for x in named[key]]
+                values = [triplet(x, labels, term.margin) for x in vectors]
+            elif term.loss == "center":
+                vectors = [x.float() for key in term.on for x in named[key]]
+                values = [
+                    (x - own[labels]).square().sum(1).mean()
+                    for x, own in zip(vectors, centers[name], strict=True)
+                ]
+            else:
+                raise UserError(f"no loss {term.loss!r} for PyTorch here; --no_torch leaves it out")
+            mean = sum(values) / (1 if term.get("heads") == "sum" else len(values))
+            total = total + term.weight * mean
+        return total
+
+    return loss
+
+
+def make_torch_steps(
+    config: ConfigDict, num_classes: int, *, channels_last: bool, compiled: bool
+) -> Steps:
+    """Forward pass and training step of the same network in PyTorch."""
+    import torch
 
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = TorchMROS(arguments.classes, arguments.setting, arguments.backbone)
-    model = model.to(device, memory_format=layout)
-    images, labels = (torch.from_numpy(x).to(device) for x in make_batch(arguments))
-    images = images.permute(0, 3, 1, 2).contiguous(memory_format=layout)
-    labels = labels.long()
-    dtype = getattr(torch, arguments.dtype)
-    # Same-size stand-in per metric group, as in the JAX step.
+    network, name_vectors = TORCH_NETWORKS[config.network.name](config, num_classes)
+    network = network.to(device, memory_format=layout)
+    batch = {k: torch.from_numpy(v).to(device) for k, v in make_batch(config, num_classes).items()}
+    images = batch["images"].permute(0, 3, 1, 2).contiguous(memory_format=layout)
+    labels = batch["labels"].long()
+    dtype = getattr(torch, config.dtype)
     with torch.no_grad():
-        groups = _torch_groups(model.eval()(images[:2]), arguments.setting)
-    centers = torch.randn(len(groups), arguments.classes, groups[0].shape[1], device=device)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(weights, lr=1e-3, weight_decay=5e-4)
-    call = torch.compile(model) if compiled else model
+        out = network.eval()(images[:2])
+    named = {"descriptor": [out["descriptor"]], **name_vectors(out)}
+    centers = {
+        name: [
+            torch.randn(num_classes, x.shape[1], device=device, requires_grad=True)
+            for key in term.on
+            for x in named[key]
+        ]
+        for name, term in config.objective.items()
+        if term.loss == "center" and term.weight
+    }
+    loss = make_torch_loss(config, centers, name_vectors)
+    optimizers = make_torch_optimizers(config, network, centers)
+    call = torch.compile(network) if compiled else network
 
     def wait() -> None:
         if device == "cuda":
@@ -120,58 +175,69 @@ def make_torch_steps(
             return call(images)
 
     def forward() -> None:
-        model.eval()
+        network.eval()
         with torch.inference_mode():
             run()
         wait()
 
     def train() -> None:
-        model.train()
-        out = run()
-        same = labels[:, None] == labels[None]
-        eye = torch.eye(len(labels), dtype=torch.bool, device=device)
-        triplet, center = torch.zeros((), device=device), torch.zeros((), device=device)
-        gradient = torch.empty_like(centers)
-        for i, group in enumerate(groups_of(out)):
-            d = torch.cdist(group, group)
-            positive = d.masked_fill(~same | eye, -torch.inf).amax(1)
-            negative = d.masked_fill(same, torch.inf).amin(1)
-            triplet = triplet + F.relu(positive - negative + 0.3).mean()
-            difference = group - centers[i][labels]
-            center = center + difference.square().sum(1).mean()
-            with torch.no_grad():
-                gradient[i] = 0
-                gradient[i].index_add_(0, labels, -2 * difference / len(labels))
-        heads = [z.float() for level in out["logits"].values() for z in level]
-        cross = sum(F.cross_entropy(z, labels, label_smoothing=0.1) for z in heads) / len(heads)
-        optimizer.zero_grad()
-        (triplet / len(centers) + 0.0005 * center / len(centers) + cross).backward()
-        optimizer.step()
-        with torch.no_grad():
-            centers.sub_(gradient, alpha=0.5 / len(centers))
+        network.train()
+        total = loss(run(), labels)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        total.backward()
+        for name, own in centers.items():
+            for center in own:
+                center.grad /= config.objective[name].weight  # they see the term unweighted
+        for optimizer in optimizers:
+            optimizer.step()
         wait()
-
-    def groups_of(out: Any) -> list[Any]:
-        return [x.float() for x in _torch_groups(out, arguments.setting)]
 
     return {"forward": forward, "training step": train}
 
 
-def _torch_groups(out: Any, setting: str) -> list[Any]:
-    return [out["descriptor"]] if setting in ("III", "IV") else out["g"]["t4"]
+def make_torch_optimizers(
+    config: ConfigDict, network: Any, centers: Mapping[str, Sequence[Any]]
+) -> list[Any]:
+    """One optimizer of the network, of the kind of its first group, and SGD of the centers.
+
+    Groups that differ in numbers only take the same time.
+    """
+    import torch
+
+    groups = (g for g in config.optimizer.values() if g.params[0].startswith("network"))
+    group = next(g for g in groups if g.kind != "frozen")
+    weights = [p for p in network.parameters() if p.requires_grad]
+    options = {"lr": group.lr, "weight_decay": group.get("weight_decay", 0.0)}
+    if group.kind == "sgd":
+        options |= {
+            "momentum": group.get("momentum", 0.0),
+            "nesterov": group.get("nesterov", False),
+        }
+    kinds: dict[str, Any] = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "sgd": torch.optim.SGD,
+    }
+    if group.kind not in kinds:
+        raise UserError(f"no optimizer {group.kind!r} for PyTorch here; --no_torch leaves it out")
+    made = [kinds[group.kind](weights, **options)]
+    if own := [center for of_term in centers.values() for center in of_term]:
+        made.append(torch.optim.SGD(own, lr=0.5))
+    return made
 
 
 def measure(
-    steps: dict[str, dict[str, Step]], rounds: int, calls: int
+    steps: Mapping[str, Steps], repeats: int, calls: int
 ) -> list[tuple[str, str, list[float], list[float]]]:
-    """Wall and CPU seconds of each framework's steps; frameworks take turns in every round."""
+    """Wall and CPU seconds of each framework's steps; frameworks take turns in every repeat."""
     rows = []
     for what in ("forward", "training step"):
         walls: dict[str, list[float]] = {name: [] for name in steps}
         cpus: dict[str, list[float]] = {name: [] for name in steps}
         for name in steps:
             steps[name][what]()  # compilation, caches
-        for _ in range(rounds):
+        for _ in range(repeats):
             for name in steps:
                 wall, cpu = time.perf_counter(), time.process_time()
                 for _ in range(calls):
@@ -182,7 +248,8 @@ def measure(
     return rows
 
 
-def describe(arguments: argparse.Namespace, with_torch: bool) -> str:
+def describe(config: ConfigDict, with_torch: bool) -> str:
+    """What is measured, and on what."""
     packages = ["flax"]
     threads = ""
     if with_torch:
@@ -192,61 +259,53 @@ def describe(arguments: argparse.Namespace, with_torch: bool) -> str:
         threads = f" ({torch.get_num_threads()} threads)"
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
     return (
-        f"MROS {arguments.setting}, {arguments.backbone}, {arguments.height}x{arguments.width}, "
-        f"batch {arguments.batch}, {arguments.dtype}; "
-        f"{provenance.describe_machine(*packages)}{threads}{load}; "
+        f"{common.describe_config(config)}; {common.describe_machine(*packages)}{threads}{load}; "
         f"XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r}"
     )
 
 
-def render(rows: list[tuple[str, str, list[float], list[float]]], batch: int) -> str:
-    lines = ["| " + " | ".join(HEADER) + " |", "|---|---|---|---|---|"]
-    for name, what, walls, cpus in rows:
+def make_rows(
+    measured: Sequence[tuple[str, str, list[float], list[float]]], batch: int
+) -> list[tuple[str, ...]]:
+    """The cells of `HEADER`."""
+    rows: list[tuple[str, ...]] = []
+    for name, what, walls, cpus in measured:
         speed, low, high = (batch / x for x in (statistics.median(walls), max(walls), min(walls)))
-        lines.append(
-            f"| {name} | {what} | {speed:.1f} | {low:.1f}-{high:.1f} | "
-            f"{statistics.median(cpus) / batch:.3f} |"
-        )
-    return "\n".join(lines)
+        cpu = f"{statistics.median(cpus) / batch:.3f}"
+        rows.append((name, what, f"{speed:.1f}", f"{low:.1f}-{high:.1f}", cpu))
+    return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--height", type=int, default=384)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--setting", default="IV", choices=("I", "II", "III", "IV"))
-    parser.add_argument("--backbone", default="resnet50", choices=("tiny", "resnet18", "resnet50"))
-    parser.add_argument("--classes", type=int, default=751)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each framework")
-    parser.add_argument("--calls", type=int, default=1, help="steps in a turn")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--classes", type=console.count, default=751, help="identities")
+    common.add_repeats(parser, 5)
+    parser.add_argument("--calls", type=console.count, default=1, help="steps in a repeat")
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU as well")
-    parser.add_argument("--no-torch", action="store_true")
-    parser.add_argument("--markdown", type=pathlib.Path, help="also write the table to this file")
-    arguments = parser.parse_args()
-    if arguments.batch < 8 or arguments.batch % 4:
-        parser.error("--batch must be a multiple of 4 and at least 8 (identities x 4 images)")
+    parser.add_argument("--no_torch", action="store_true", help="JAX alone")
+    common.add_markdown(parser)
+    config, args = common.parse_with_config(parser, argv)
+    config.weights = "none"  # they take no other time
+    with_torch = not args.no_torch and config.network.name in TORCH_NETWORKS
+    if not args.no_torch and not with_torch:
+        print(f"tests/parity has no {config.network.name}: JAX alone", file=sys.stderr)
 
-    steps = {"JAX": make_jax_steps(arguments)}
-    if not arguments.no_torch:
-        eager: dict[str, Any] = {"compiled": False}
-        steps["PyTorch"] = make_torch_steps(arguments, channels_last=False, **eager)
-        steps["PyTorch, channels last"] = make_torch_steps(arguments, channels_last=True, **eager)
-        if arguments.compile or jax.default_backend() == "gpu":
-            steps["PyTorch, channels last, compiled"] = make_torch_steps(
-                arguments, channels_last=True, compiled=True
+    steps = {"JAX": make_jax_steps(config, args.classes)}
+    if with_torch:
+        variants = {"PyTorch": (False, False), "PyTorch, channels last": (True, False)}
+        if args.compile or jax.default_backend() == "gpu":
+            variants["PyTorch, channels last, compiled"] = (True, True)
+        for name, (channels_last, compiled) in variants.items():
+            steps[name] = make_torch_steps(
+                config, args.classes, channels_last=channels_last, compiled=compiled
             )
-    rows = measure(steps, arguments.rounds, arguments.calls)
-    text = f"{describe(arguments, not arguments.no_torch)}\n\n{render(rows, arguments.batch)}\n"
-    print(text)
-    if arguments.markdown:
-        temporary = arguments.markdown.with_name(arguments.markdown.name + ".tmp")
-        temporary.write_text(text)
-        temporary.replace(arguments.markdown)
+    measured = measure(steps, args.repeats, args.calls)
+    table = common.format_table(
+        HEADER, make_rows(measured, make_sampler(config.batch.to_dict()).size)
+    )
+    common.publish(f"{describe(config, with_torch)}\n\n{table}", args.markdown)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main))

@@ -1,9 +1,9 @@
 """Times evaluation and re-ranking against other ways of computing the same.
 
-    python scripts/bench_retrieval.py --quick                     # a smoke test, seconds
-    python scripts/bench_retrieval.py                             # about five minutes
-    python scripts/bench_retrieval.py --growth --plot docs/images/retrieval_growth.png
-    python scripts/bench_retrieval.py --slow --peer_python PEERS/bin/python
+    python -m scripts.bench_retrieval --quick                     # a smoke test, seconds
+    python -m scripts.bench_retrieval                             # about five minutes
+    python -m scripts.bench_retrieval --growth --plot docs/images/retrieval_growth.png
+    python -m scripts.bench_retrieval --slow --peer_python PEERS/bin/python
 
 Descriptors are random with Market-1501's shape: 3,368 queries of 750 people, six cameras. Every
 case runs in a process of its own, which reports the time of the best of its repeats (without
@@ -25,7 +25,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -352,12 +352,10 @@ def spawn(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any] | N
 
 
 def format_table(results: dict[str, dict[str, Any]], cases: dict[str, Case]) -> str:
-    from mros_jax.runs import (
-        provenance,
-    )
+    from scripts import common  # which the interpreter of the peers does not have
 
     lines = [
-        f"Measured by `scripts/bench_retrieval.py` on {provenance.describe_machine()}. "
+        f"Measured by `scripts/bench_retrieval.py` on {common.describe_machine()}. "
         f"{QUERIES:,} queries; seconds without compiling (in brackets: the first call), "
         "peak memory of the process.",
         "",
@@ -394,7 +392,7 @@ def plot_growth(results: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -406,11 +404,11 @@ def main() -> None:
     parser.add_argument("--plot", type=pathlib.Path, help="where --growth draws its picture")
     parser.add_argument("--markdown", type=pathlib.Path, help="also write the table to a file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     cases = CASES | GROWTH
     if args.child:
         print(json.dumps(measure(cases[args.child], args.quick)))
-        return
+        return 0
     if args.only:
         unknown = set(args.only.split(",")) - set(cases)
         if unknown:
@@ -427,15 +425,17 @@ def main() -> None:
         if got is not None:
             results[name] = got
             print(f"{name}: {got['seconds']:.2f} s, {got['peak_gb']:.2f} GB", file=sys.stderr)
-    table = format_table(results, cases)
-    print(table)
-    if args.markdown:
-        temporary = args.markdown.with_suffix(".tmp")
-        temporary.write_text(table + "\n")
-        os.replace(temporary, args.markdown)
+    from scripts import common  # which the interpreter of the peers does not have
+
+    common.publish(format_table(results, cases), args.markdown)
     if args.plot:
         plot_growth({n: r for n, r in results.items() if n in GROWTH}, args.plot)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    if "--child" in sys.argv:  # perhaps by the interpreter of the peers, without this library
+        sys.exit(main())
+    from mros_jax import console
+
+    sys.exit(console.run(main))

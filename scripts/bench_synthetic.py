@@ -1,32 +1,36 @@
-"""How fast synthetic pictures are rendered and written.
+"""Time how fast synthetic pictures are rendered and written.
 
-python scripts/bench_synthetic.py --markdown bench_synthetic.md
+python -m scripts.bench_synthetic --markdown bench_synthetic.md
 
 Rendering is timed for what a store asks for: a whole split, from compiled code. CPU time per image
 says what other programs on the machine cannot distort.
 """
 
-import pathlib
+import argparse
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 import numpy as np
-from absl import app, flags
 
+from mros_jax import console
 from mros_jax.data.synthetic import dataset as synthetic
-from mros_jax.runs import provenance
+from scripts import common
 
-_PRESET = flags.DEFINE_enum(
-    "preset", "demo", sorted(synthetic.PRESETS), "Data set whose gallery is rendered."
+HEADER = (
+    "size",
+    "images",
+    "images/s, best",
+    "images/s, median",
+    "CPU ms per image",
+    "first chunk, s",
+    "written as JPEG, images/s",
 )
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs; the best and the median are shown.")
-_SIZES = flags.DEFINE_list("sizes", ["128x64", "256x128"], "Picture sizes, HEIGHTxWIDTH.")
-_MARKDOWN = flags.DEFINE_string("markdown", None, "File to write the table to as well.")
 
 
-def measure(size: str) -> list[str]:
-    height, width = map(int, size.split("x"))
-    preset = synthetic.PRESETS[_PRESET.value]
+def measure(height: int, width: int, preset: dict[str, int], repeats: int) -> list[str]:
+    """The cells of `HEADER`."""
     dataset = synthetic.make_dataset(**{**preset, "height": height, "width": width})
     renderer = dataset.gallery.pixels
     assert isinstance(renderer, synthetic.Renderer)
@@ -34,7 +38,7 @@ def measure(size: str) -> list[str]:
     next(renderer.chunks())
     compiling = time.perf_counter() - start
     walls, cpus = [], []
-    for _ in range(_REPEATS.value):
+    for _ in range(repeats):
         start, cpu = time.perf_counter(), time.process_time()
         images = renderer()
         walls.append(time.perf_counter() - start)
@@ -45,7 +49,7 @@ def measure(size: str) -> list[str]:
         written = sum(map(len, dataset.splits)) / (time.perf_counter() - start)
     count = len(images)
     return [
-        size,
+        f"{height} x {width}",
         f"{count:,}",
         f"{count / min(walls):,.0f}",
         f"{count / np.median(walls):,.0f}",
@@ -55,25 +59,35 @@ def measure(size: str) -> list[str]:
     ]
 
 
-def main(_: list[str]) -> None:
-    head = [
-        "size", "images", "images/s, best", "images/s, median", "CPU ms per image",
-        "first chunk, s", "written as JPEG, images/s",
-    ]  # fmt: skip
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1), *map(measure, _SIZES.value)]
-    lines = [
-        "### Synthetic pictures",
-        "",
-        f"Gallery of the `{_PRESET.value}` preset, {_REPEATS.value} runs. "
-        f"{provenance.describe_machine()}.",
-        "",
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if _MARKDOWN.value:
-        pathlib.Path(_MARKDOWN.value).write_text(text)
+def read_size(text: str) -> tuple[int, int]:
+    """HEIGHTxWIDTH."""
+    height, separator, width = text.partition("x")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 128x64")
+    return console.count(height), console.count(width)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--preset", choices=sorted(synthetic.PRESETS), default="demo")
+    parser.add_argument(
+        "--sizes",
+        type=read_size,
+        nargs="+",
+        default=[(128, 64), (256, 128)],
+        metavar="HEIGHTxWIDTH",
+        help="sizes of the pictures",
+    )
+    common.add_repeats(parser, 5)
+    common.add_markdown(parser)
+    args = parser.parse_args(argv)
+    preset = synthetic.PRESETS[args.preset]
+    rows = [measure(height, width, preset, args.repeats) for height, width in args.sizes]
+    what = f"gallery of the preset {args.preset}, {args.repeats} runs"
+    table = common.format_table(HEADER, rows)
+    common.publish(f"{what}; {common.describe_machine()}\n\n{table}", args.markdown)
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(console.run(main))

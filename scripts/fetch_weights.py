@@ -1,13 +1,12 @@
 """Download pretrained weights named in third_party/assets.toml; resumes, verifies, all or nothing.
 
-    python scripts/fetch_weights.py --list
-    python scripts/fetch_weights.py resnet50_v1 --to weights
+    python -m scripts.fetch_weights --list
+    python -m scripts.fetch_weights resnet50_v1 --out weights
 
 A download that stops leaves `<name>.part`, which the next call continues. The final name appears
 only after the checksum has been verified.
 """
 
-import argparse
 import hashlib
 import http.client
 import os
@@ -17,17 +16,19 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
+from mros_jax import console
+from mros_jax.errors import UserError
 from mros_jax.files import cache_directory
+from scripts import common
 
-ASSETS = pathlib.Path(__file__).parents[1] / "third_party" / "assets.toml"
+ASSETS = common.ROOT / "third_party" / "assets.toml"
 CHUNK = 1 << 18
 
 
-class FetchError(RuntimeError):
+class FetchError(UserError):
     """The file could not be had, or is not what it should be."""
 
 
@@ -118,7 +119,9 @@ def _receive(url: str, part: pathlib.Path, timeout: float, progress: bool) -> No
         total = None if length is None else have + int(length)
         with (
             part.open("ab" if have else "wb") as file,
-            tqdm(total=total, initial=have, unit="B", unit_scale=True, disable=not progress) as bar,
+            console.progress(
+                total=total, initial=have, unit="B", unit_scale=True, disable=not progress
+            ) as bar,
         ):
             while chunk := response.read(CHUNK):
                 file.write(chunk)
@@ -140,35 +143,29 @@ def _continues(response: Any, have: int) -> bool:
     return True
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.make_parser(__doc__)
     assets = load_assets()
     parser.add_argument("name", nargs="?", default="resnet50_v1", choices=sorted(assets))
     parser.add_argument(
-        "--to",
+        "--out",
         type=pathlib.Path,
         default=cache_directory("weights"),
         metavar="DIR",
-        help="default: %(default)s, where training looks",
+        help="directory (default: %(default)s, where training looks)",
     )
     parser.add_argument("--list", action="store_true", help="show what can be had, and stop")
-    arguments = parser.parse_args(argv)
-    if arguments.list:
+    args = parser.parse_args(argv)
+    if args.list:
         for name, asset in assets.items():
             print(f"{name}: {asset['description']}\n  {asset['url']}\n  {asset['license']}")
         return 0
-    asset = assets[arguments.name]
-    target = arguments.to / asset["url"].rsplit("/", 1)[-1]
-    try:
-        fetch(asset["url"], target, asset["sha256_prefix"])
-    except FetchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    asset = assets[args.name]
+    target = args.out / asset["url"].rsplit("/", 1)[-1]
+    fetch(asset["url"], target, asset["sha256_prefix"])
     print(target)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

@@ -1,33 +1,42 @@
-"""Plots a config's learning rate: `python scripts/plot_schedule.py --config configs/mros.py`."""
+"""Plot a config's learning rates, a line for each group of parameters.
+
+python -m scripts.plot_schedule --config configs/mros.py
+"""
 
 import pathlib
+import sys
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 from matplotlib.figure import Figure
-from ml_collections import config_flags
 
+from mros_jax import console
+from mros_jax.files import write_atomically
 from mros_jax.training import recipe
-
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/mros.py", "Config.", lock_config=True)
-_STEPS = flags.DEFINE_integer("steps_per_epoch", 101, "12,936 // 128 on Market-1501.", 1)
-_OUT = flags.DEFINE_string("out", "schedule.png", "Picture to write.")
+from scripts import common
 
 
-def main(argv: list[str]) -> None:
-    """Command line."""
-    del argv
-    schedule = recipe.make_config_schedule(_CONFIG.value, _STEPS.value)
-    steps = jnp.arange(_CONFIG.value.num_epochs * _STEPS.value)
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.make_parser(__doc__)
+    parser.add_argument(
+        "--steps_per_epoch", type=console.count, default=101, help="101: 12,936 // 128, Market-1501"
+    )
+    parser.add_argument("--out", type=pathlib.Path, default="schedule.png", help="PNG to write")
+    config, args = common.parse_with_config(parser, argv)
+    steps = jnp.arange(config.num_epochs * args.steps_per_epoch)
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps / _STEPS.value, jax.vmap(schedule)(steps))
+    for name, schedule in recipe.make_schedules(config, args.steps_per_epoch).items():
+        axes.plot(steps / args.steps_per_epoch, jax.vmap(schedule)(steps), label=name)
     axes.set(xlabel="epoch", ylabel="learning rate", yscale="log")
     axes.grid(alpha=0.3)
-    figure.savefig(_OUT.value, dpi=150)
-    print(pathlib.Path(_OUT.value).absolute())
+    axes.legend()
+    with write_atomically(args.out, "wb") as file:
+        figure.savefig(file, format="png", dpi=150)
+    print(args.out)
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(console.run(main))

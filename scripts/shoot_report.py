@@ -1,17 +1,13 @@
-"""Takes a picture of a run's report with headless Chromium.
+"""Take a picture of a run's report with headless Chromium.
 
-    python scripts/shoot_report.py runs/demo --out report.png
-    python scripts/shoot_report.py runs/demo --out report.png --width 390 --height 3000 --dark
-    python scripts/shoot_report.py runs/demo --out docs/images/ranked_lists.png --lists 0 4 8
+    python -m scripts.shoot_report --run runs/demo --out report.png
+    python -m scripts.shoot_report --run runs/demo --out report.png --width 390 --height 3000 --dark
+    python -m scripts.shoot_report --run runs/demo --out docs/images/ranked_lists.png --lists 0 4 8
 
 `--lists` shows only these queries of the ranked lists, counted from 0 down the page.
 """
 
-import argparse
-import os
 import pathlib
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -19,23 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-_FLAGS = (
-    "--headless",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--enable-logging=stderr",
-    "--virtual-time-budget=4000",
-)
-# A frame, because a window of Chromium cannot be as narrow as a phone.
-FRAME = """<body style="margin:0">
-<iframe src="{source}" style="width:{width}px;height:{height}px;border:0"></iframe></body>"""
+from mros_jax import console
+from mros_jax.errors import NotFoundError
+from mros_jax.files import write_atomically
+from scripts import common
+from scripts.chromium import FRAME, run_chromium
 
 _ONLY_LISTS = """<style>
 body > *, main > *, #lists > * { display: none; }
@@ -51,36 +35,6 @@ addEventListener("load", () => {
 </script>"""
 
 
-def find_chromium() -> str | None:
-    """The browser's executable, or None where there is none."""
-    return next(filter(None, map(shutil.which, NAMES)), None)
-
-
-def run_chromium(
-    page: pathlib.Path, *flags: str, dark: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Loads a page in a new headless browser.
-
-    Raises:
-        FileNotFoundError: there is no browser.
-        subprocess.CalledProcessError: it failed.
-    """
-    executable = find_chromium()
-    if executable is None:
-        raise FileNotFoundError(f"none of {', '.join(NAMES)} is installed")
-    with tempfile.TemporaryDirectory() as profile:
-        command = [
-            executable,
-            *_FLAGS,
-            *(["--no-sandbox"] if os.geteuid() == 0 else []),
-            f"--user-data-dir={profile}",
-            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-            *flags,
-            page.absolute().as_uri(),
-        ]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-
-
 def shoot(
     report: pathlib.Path,
     out: pathlib.Path,
@@ -90,7 +44,7 @@ def shoot(
     dark: bool = False,
     lists: Sequence[int] = (),
 ) -> None:
-    """Writes the top of a report, or only some of its ranked lists, as a PNG.
+    """Write the top of a report, or only some of its ranked lists, as a PNG.
 
     Args:
         report: the page.
@@ -119,40 +73,33 @@ def shoot(
         rows = np.flatnonzero((pixels != pixels[-1, 0]).any((1, 2)))
         image = image.crop((0, 0, width, int(rows.max(initial=0)) + 9))
         image = image.quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    image.save(temporary, format="PNG", optimize=True)
-    os.replace(temporary, out)
+    with write_atomically(out, "wb") as file:
+        image.save(file, format="PNG", optimize=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Take a picture of a run's report.")
-    parser.add_argument("run", type=pathlib.Path, help="directory of the run")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="PNG file to write")
-    parser.add_argument("--width", type=int, default=1280, help="of the window, in pixels")
-    parser.add_argument("--height", type=int, default=2000, help="of the window, in pixels")
-    parser.add_argument("--dark", action="store_true")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--run", type=pathlib.Path, required=True, help="directory of the run")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="PNG to write")
+    parser.add_argument("--width", type=console.count, default=1280, help="of the window, pixels")
+    parser.add_argument("--height", type=console.count, default=2000, help="of the window, pixels")
+    parser.add_argument("--dark", action="store_true", help="for readers who prefer dark pages")
     parser.add_argument("--lists", type=int, nargs="+", default=[], help="only these queries")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     report = args.run / "report.html"
     if not report.is_file():
-        print(f"error: no {report}; python -m mros_jax.report {args.run} makes it", file=sys.stderr)
-        return 1
-    try:
-        shoot(
-            report,
-            args.out,
-            width=args.width,
-            height=args.height,
-            dark=args.dark,
-            lists=args.lists,
-        )
-    except FileNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise NotFoundError(f"no {report}; python -m mros_jax.report {args.run} makes it")
+    shoot(
+        report,
+        args.out,
+        width=args.width,
+        height=args.height,
+        dark=args.dark,
+        lists=args.lists,
+    )
     print(args.out)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

@@ -1,83 +1,74 @@
-"""Writes a contact sheet of one training batch: every image as stored, and augmented beside it.
+"""Draw a training batch: every image as stored, and beside it as training sees it.
 
-python scripts/show_batch.py --dataset market1501 --root PATH --out batch.png
-python scripts/show_batch.py --dataset synthetic --preset demo --out batch.png
+python -m scripts.show_batch --config configs/mros.py --config.dataset.root=PATH --out batch.png
+python -m scripts.show_batch --config configs/demo.py --step 7 --rows 4
 
-A row is an identity. The same seed and step show the pictures that training sees.
+Batch and pictures are those of the config's run at that step. A row holds the images of an
+identity where the sampler draws identities.
 """
 
-import functools
-import os
+import math
 import pathlib
+import sys
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from absl import app, flags
 from PIL import Image
 
-from mros_jax.data import augment, batches, store
-from mros_jax.data.datasets import sources
+from mros_jax import config as configs
+from mros_jax import console
+from mros_jax.data import augment, batches
+from mros_jax.data.store import labels_of
+from mros_jax.files import write_atomically
+from mros_jax.training import recipe
+from scripts import common
 
-_DATASET = flags.DEFINE_enum("dataset", "synthetic", sorted(sources.DATASETS), "Data set.")
-_ROOT = flags.DEFINE_string("root", None, "Directory with the data.")
-_PRESET = flags.DEFINE_string("preset", "demo", "Size of the synthetic data set.")
-_OUT = flags.DEFINE_string("out", "batch.png", "PNG to write.")
-_IDENTITIES = flags.DEFINE_integer("identities", 4, "P: identities, one row each.", 1)
-_IMAGES = flags.DEFINE_integer("images", 4, "K: images of each.", 1)
-_HEIGHT = flags.DEFINE_integer("height", 384, "Input height in pixels.", 1)
-_WIDTH = flags.DEFINE_integer("width", 128, "Input width in pixels.", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the run.", 0)
-_STEP = flags.DEFINE_integer("step", 0, "Training step, from 0.", 0)
-_FILL = flags.DEFINE_enum("erase_fill", "mean", ["mean", "public"], "What erasing writes.")
-_GAP = 4
+_GAP = 4  # pixels
 
 
 def to_levels(images: np.ndarray) -> np.ndarray:
-    """Undoes the normalisation."""
+    """Undo the normalization."""
     levels = images * np.array(augment.IMAGENET_STD) + np.array(augment.IMAGENET_MEAN)
     return np.clip(np.rint(255 * levels), 0, 255).astype(np.uint8)
 
 
-def make_sheet(pairs: np.ndarray) -> np.ndarray:
-    """Lays (P, 2 K, H, W, 3) images out as P rows, white between them."""
-    padded = np.pad(
-        pairs, ((0, 0), (0, 0), (_GAP, 0), (_GAP, 0), (0, 0)), constant_values=255
-    )  # (P, 2 K, H + gap, W + gap, 3)
+def make_sheet(images: np.ndarray) -> np.ndarray:
+    """Lay (rows, columns, H, W, 3) images out, white between them."""
+    gaps = ((0, 0), (0, 0), (_GAP, 0), (_GAP, 0), (0, 0))
+    padded = np.pad(images, gaps, constant_values=255)
     rows, columns, height, width, _ = padded.shape
     return padded.swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
-def main(_: list[str]) -> None:
-    is_synthetic = _DATASET.value == "synthetic"
-    options = {"preset": _PRESET.value} if is_synthetic else {}
-    dataset = sources.load_dataset(_DATASET.value, _ROOT.value, **options)
-    height, width = _HEIGHT.value, _WIDTH.value
-    images = store.load_store(dataset.train, height=height, width=width)
-    batch = _IDENTITIES.value * _IMAGES.value
-    epoch, step = divmod(_STEP.value, batches.steps_per_epoch(len(images), batch))
-    assert images.labels is not None
-    plan = batches.plan_epoch(
-        images.labels,
-        identities=_IDENTITIES.value,
-        images=_IMAGES.value,
-        seed=_SEED.value,
-        epoch=epoch,
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--step", type=int, default=0, help="of the run, from 0")
+    parser.add_argument("--rows", type=console.count, default=8, help="rows to show at most")
+    parser.add_argument("--out", type=pathlib.Path, default="batch.png", help="PNG to write")
+    config, args = common.parse_with_config(parser, argv)
+    if args.step < 0:
+        parser.error(f"--step is {args.step}; steps are counted from 0")
+    recipe.check_config(config)
+    images = configs.load_images(config, configs.load_dataset(config).train)
+    sampler = batches.make_sampler(config.batch.to_dict())
+    epoch, step = divmod(args.step, batches.steps_per_epoch(len(images), sampler.size))
+    plan = sampler.plan(labels_of(images), seed=config.seed, epoch=epoch)
     stored = images.images[plan[step]]
-    keys = augment.example_keys(_SEED.value, _STEP.value, np.arange(batch))
-    run = functools.partial(
-        augment.augment_batch, height=height, width=width, erase_fill=_FILL.value
-    )
-    augmented = jax.jit(run)(stored, keys)
-    plain = np.asarray(augment.resize(stored, height=height, width=width)).astype(np.uint8)
-    pairs = np.stack([plain, to_levels(np.asarray(augmented))], 1)  # (P K, 2, H, W, 3)
-    pairs = pairs.reshape(_IDENTITIES.value, 2 * _IMAGES.value, *pairs.shape[2:])
-    out = pathlib.Path(_OUT.value)
-    temporary = out.with_name(f".{out.name}.tmp")
-    Image.fromarray(make_sheet(pairs)).save(temporary, "png")
-    os.replace(temporary, out)
-    print(f"{out}: step {_STEP.value} (epoch {epoch}), stored and augmented side by side")
+    keys = augment.example_keys(config.seed, args.step, np.arange(sampler.size))
+    augmented = jax.jit(recipe.make_augment(config))(stored, keys)
+    plain = augment.resize(stored, **config.input.to_dict())
+    pairs = np.stack([np.asarray(plain).astype(np.uint8), to_levels(np.asarray(augmented))], 1)
+
+    square = math.isqrt(sampler.size)
+    columns = sampler.images if isinstance(sampler, batches.Identities) else square
+    rows = min(args.rows, sampler.size // columns)
+    pairs = pairs[: rows * columns].reshape(rows, 2 * columns, *pairs.shape[2:])
+    with write_atomically(args.out, "wb") as file:
+        Image.fromarray(make_sheet(pairs)).save(file, "png")
+    print(f"{args.out}: step {args.step} (epoch {epoch}), stored and augmented side by side")
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(console.run(main))

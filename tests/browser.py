@@ -5,7 +5,7 @@ import json
 import pathlib
 import re
 
-from scripts.shoot_report import FRAME, run_chromium
+from scripts.chromium import FRAME, run_chromium
 
 # Runs before anything else on the page, and tells the frame's parent what it saw.
 _PROBE = """<script>

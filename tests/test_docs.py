@@ -14,7 +14,7 @@ import sys
 import jax
 import pytest
 
-from scripts import shoot_report
+from scripts import chromium
 from tests.runs import make_run
 from tests.training import TINY
 
@@ -118,7 +118,7 @@ def test_python_examples(page, workspace, tmp_path):
 
 
 @pytest.mark.skipif(
-    shoot_report.find_chromium() is None, reason=f"none of {shoot_report.NAMES} on the PATH"
+    chromium.find_chromium() is None, reason=f"none of {chromium.NAMES} on the PATH"
 )
 def test_report_page(workspace, tmp_path):
     page = ROOT / "docs" / "report.md"

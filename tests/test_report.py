@@ -14,12 +14,12 @@ from mros_jax.report import __main__ as command
 from mros_jax.report import ranking, write_report
 from mros_jax.retrieval import compute_distances
 from mros_jax.runs.run import load_run
-from scripts import shoot_report
+from scripts import chromium, shoot_report
 from tests import browser
 from tests.runs import make_run
 
 needs_chromium = pytest.mark.skipif(
-    shoot_report.find_chromium() is None,
+    chromium.find_chromium() is None,
     reason="no chromium, chromium-browser or google-chrome on the PATH",
 )
 

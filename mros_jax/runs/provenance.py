@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import os
 import pathlib
 import platform
 import shlex
@@ -31,32 +30,6 @@ def get_commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD") + dirty
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def describe_machine(*packages: str) -> str:
-    """One sentence part for a benchmark's table: processor, devices, versions.
-
-    Args:
-        packages: distributions whose versions are named besides JAX's and NumPy's.
-    """
-    cpu = platform.processor() or platform.machine()
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
-    device = jax.devices()[0]
-    versions = (f"{name} {importlib.metadata.version(name)}" for name in packages)
-    return ", ".join(
-        [
-            f"{os.cpu_count()} cores of {cpu}",
-            f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
-            platform.system(),
-            f"Python {platform.python_version()}",
-            f"jax {jax.__version__}",
-            f"numpy {importlib.metadata.version('numpy')}",
-            *versions,
-        ]
-    )
 
 
 def describe() -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from mros_jax.models import torch_weights
 from mros_jax.models.outputs import Network, Outputs
 from mros_jax.training import optimizers
 from mros_jax.training.state import TrainState, make_state
-from mros_jax.training.step import Step, make_train_step
+from mros_jax.training.step import Augment, Step, make_train_step
 
 log = logging.getLogger(__name__)
 
@@ -113,12 +113,18 @@ def check_fit(config: ConfigDict, dataset: Dataset) -> None:
             )
 
 
+# torchvision's files by trunk, first choice first: V1 is where re-identification codes start from.
+IMAGENET_WEIGHTS = {"resnet50": ("resnet50-0676ba61", "resnet50-11ad3fa6")}
+
+
 def find_weights(trunk: str) -> pathlib.Path | None:
-    """The fetched ImageNet weights of a trunk, torchvision's V1 before V2, if there are any."""
-    found = [
-        p for s in ("safetensors", "pth") for p in cache_directory("weights").glob(f"{trunk}-*.{s}")
-    ]
-    return min(found, key=lambda path: path.name, default=None)
+    """The ImageNet weights of a trunk that scripts/fetch_weights.py has fetched, if any."""
+    candidates = (
+        cache_directory("weights") / f"{stem}.{suffix}"
+        for stem in IMAGENET_WEIGHTS.get(trunk, ())
+        for suffix in ("safetensors", "pth")
+    )
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def init_variables(network: Network, config: ConfigDict) -> dict[str, Any]:
@@ -138,7 +144,7 @@ def init_variables(network: Network, config: ConfigDict) -> dict[str, Any]:
         if weights == "none":
             log.warning(
                 "No ImageNet weights for %s in %s: training starts from random weights and will "
-                "end far below the paper. To fetch them: python scripts/fetch_weights.py",
+                "end far below the paper. To fetch them: python -m scripts.fetch_weights",
                 trunk,
                 cache_directory("weights"),
             )
@@ -162,13 +168,27 @@ def make_schedules(config: ConfigDict, steps_per_epoch: int) -> Mapping[str, opt
     return optimizers.make_schedules(groups, steps_per_epoch=steps_per_epoch, **config.schedule)
 
 
-def build(config: ConfigDict, num_classes: int, steps_per_epoch: int) -> Recipe:
+def make_augment(config: ConfigDict) -> Callable[..., jax.Array]:
+    """What a training step does with the images of its batch: (images, keys) -> network's input."""
+    return functools.partial(
+        augment.augment_batch, **config.input.to_dict(), **config.augment.to_dict()
+    )
+
+
+def build(
+    config: ConfigDict,
+    num_classes: int,
+    steps_per_epoch: int,
+    *,
+    augment_batch: Augment | None = None,
+) -> Recipe:
     """Make all parts of a run.
 
     Args:
         config: of `mros_jax.config.base`'s shape.
         num_classes: training identities.
         steps_per_epoch: training steps in an epoch.
+        augment_batch: in place of `make_augment(config)`, for images that are ready.
 
     Raises:
         UserError: a part that the config describes cannot be, or does not fit the others; says
@@ -184,9 +204,6 @@ def build(config: ConfigDict, num_classes: int, steps_per_epoch: int) -> Recipe:
         clip_norm=config.clip_norm or None,
         accumulate_steps=config.accumulate_steps,
     )
-    augment_batch = functools.partial(
-        augment.augment_batch, **config.input.to_dict(), **config.augment.to_dict()
-    )
     variables = init_variables(network, config)
     shapes = shape_outputs(network, config.input.height, config.input.width)
     outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -201,7 +218,7 @@ def build(config: ConfigDict, num_classes: int, steps_per_epoch: int) -> Recipe:
             network,
             objective,
             optimizer,
-            augment=augment_batch,
+            augment=augment_batch or make_augment(config),
             seed=config.seed,
             schedules=schedules,
             ema_decay=config.ema_decay,

@@ -18,6 +18,7 @@ from mros_jax.models.outputs import Network
 from mros_jax.parallel import AXIS
 from mros_jax.training.state import TrainState
 
+Augment = Callable[[jax.Array, jax.Array], jax.Array]  # (images, keys) -> normalized images
 Step = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 _DROPOUT = 1  # folded into an example's key for dropout; augmentation uses the key itself
@@ -34,7 +35,7 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     *,
-    augment: Callable[[jax.Array, jax.Array], jax.Array],
+    augment: Augment,
     seed: int,
     schedules: Mapping[str, optax.Schedule] | None = None,
     ema_decay: float = 0.0,

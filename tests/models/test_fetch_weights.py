@@ -2,16 +2,14 @@
 
 import hashlib
 import http.server
-import importlib.util
 import pathlib
 import threading
 
 import pytest
 
-_path = pathlib.Path(__file__).parents[2] / "scripts" / "fetch_weights.py"
-_spec = importlib.util.spec_from_file_location("fetch_weights", _path)
-fetch_weights = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fetch_weights)
+from mros_jax import console
+from mros_jax.training import recipe
+from scripts import fetch_weights
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -143,8 +141,27 @@ def test_command_line_lists_the_published_weights(capsys):
 def test_command_line_reports_errors(server, tmp_path, capsys, monkeypatch):
     asset = {"url": server.url, "sha256_prefix": "ffff", "description": "", "license": ""}
     monkeypatch.setattr(fetch_weights, "load_assets", lambda: {"tiny": asset})
-    assert fetch_weights.main(["tiny", "--to", str(tmp_path)]) == 1
+    command = ["tiny", "--out", str(tmp_path)]
+    assert console.run(fetch_weights.main, command) == console.MISUSE
     assert "SHA-256" in capsys.readouterr().err
     asset["sha256_prefix"] = SHA
-    assert fetch_weights.main(["tiny", "--to", str(tmp_path)]) == 0
+    assert console.run(fetch_weights.main, command) == 0
     assert (tmp_path / "weights.pth").read_bytes() == CONTENT
+
+
+def test_training_finds_what_was_fetched_v1_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert recipe.find_weights("resnet50") is None
+    names = {n: a["url"].rsplit("/", 1)[-1] for n, a in fetch_weights.load_assets().items()}
+    directory = recipe.cache_directory("weights")
+    directory.mkdir(parents=True)
+    (directory / "resnet50-00000000.pth").touch()  # of somebody else
+    (directory / f"{names['resnet50_v1']}.part").touch()  # not yet whole
+    assert recipe.find_weights("resnet50") is None
+    (directory / names["resnet50_v2"]).touch()
+    assert recipe.find_weights("resnet50") == directory / names["resnet50_v2"]
+    (directory / names["resnet50_v1"]).touch()
+    assert recipe.find_weights("resnet50") == directory / names["resnet50_v1"]
+    assert recipe.find_weights("tiny") is None
+    stems = {stem for of_trunk in recipe.IMAGENET_WEIGHTS.values() for stem in of_trunk}
+    assert {pathlib.Path(name).stem for name in names.values()} == stems

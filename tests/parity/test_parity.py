@@ -11,17 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from harness import (
-    LABELS,
-    NUM_CLASSES,
-    difference,
-    make_images,
-    randomise,
-    to_numpy,
-    widen_gaps,
-)
 from safetensors.torch import load_file
-from torch_mros import TorchMROS, center_loss, total_loss, triplet_loss
 
 from mros_jax import config as configs
 from mros_jax import losses, parallel
@@ -31,6 +21,16 @@ from mros_jax.systems.mros import MROS
 from mros_jax.training import optimizers
 from mros_jax.training.state import make_state
 from mros_jax.training.step import make_train_step
+from tests.parity.harness import (
+    LABELS,
+    NUM_CLASSES,
+    difference,
+    make_images,
+    randomise,
+    to_numpy,
+    widen_gaps,
+)
+from tests.parity.torch_mros import TorchMROS, center_loss, total_loss, triplet_loss
 
 
 class Pair(NamedTuple):

@@ -6,7 +6,8 @@ Okay et al., "Multi-Resolution Overlapping Stripes Network for Person Re-Identif
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch_resnet import ResNet
+
+from tests.parity.torch_resnet import ResNet
 
 
 class TorchMROS(nn.Module):

@@ -9,6 +9,7 @@ import pytest
 
 from mros_jax.retrieval import rerank
 from scripts import bench_retrieval as bench
+from scripts import common
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,10 @@ def test_reranked_distances_agree(data):
 
 def test_every_case_has_its_own_process(tmp_path):
     table = tmp_path / "table.md"
-    command = [sys.executable, bench.__file__, "--quick", "--only=scores,scores-sort"]
+    command = [sys.executable, "-m", "scripts.bench_retrieval", "--quick"]
     done = subprocess.run(
-        [*command, f"--markdown={table}"],
+        [*command, "--only=scores,scores-sort", f"--markdown={table}"],
+        cwd=common.ROOT,
         env=os.environ | {"XLA_FLAGS": ""},
         capture_output=True,
         text=True,

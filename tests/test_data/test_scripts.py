@@ -1,49 +1,36 @@
-import os
-import pathlib
-import subprocess
-import sys
+"""The benchmark of the data path."""
 
-import numpy as np
-from PIL import Image
+import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from scripts import bench_data
+from tests.least import write_config
 
 
-def run(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-def test_show_batch(tmp_path):
-    out = tmp_path / "batch.png"
-    options = ["--dataset=folder", f"--root={ROOT / 'tests/data/pedestrians'}", f"--out={out}"]
-    size = ["--identities=2", "--images=2", "--height=48", "--width=16"]
-    text = run("scripts/show_batch.py", *options, *size, XDG_CACHE_HOME=str(tmp_path))
-    assert f"{out}: step 0 (epoch 0)" in text
-    with Image.open(out) as image:
-        sheet = np.asarray(image)
-    assert sheet.shape == (2 * (48 + 4), 4 * (16 + 4), 3)  # P rows of K pairs, 4 pixels between
-    assert not list(tmp_path.glob(".*.tmp"))
-
-
-def test_bench_data(tmp_path):
+def test_decoding_and_plans(tmp_path, capsys):
     table = tmp_path / "data.md"
-    text = run(
-        "scripts/bench_data.py",
-        "--part=decode",
-        "--part=plan",
-        "--images=8",
-        "--repeats=1",
-        "--big=64",
-        f"--markdown={table}",
-        XDG_CACHE_HOME=str(tmp_path),
-    )
-    assert "| decode into one array" in text
-    assert "| Market-1501 | 12,936 | 101 |" in text
+    words = ["--config=configs/mros.py", "--part=decode,plan", "--images=8", "--repeats=1"]
+    assert bench_data.main([*words, "--big=64", f"--markdown={table}"]) == 0
+    printed = capsys.readouterr().out
+    assert "| decode into one array" in printed
+    assert "| Market-1501 | 12,936 | 101 |" in printed
     assert "jax" in table.read_text()
+
+
+def test_the_step_of_a_config(tmp_path, monkeypatch, capsys):
+    words = write_config(tmp_path, monkeypatch)
+    assert bench_data.main([*words, "--part=step", "--repeats=1", "--images=8"]) == 0
+    printed = capsys.readouterr().out
+    assert "mean, mean, 96 x 32, batch 8" in printed
+    assert "| training step, pictures ready |" in printed
+    assert printed.count("100.00 %") >= 1
+
+
+def test_an_unknown_part(capsys):
+    with pytest.raises(SystemExit):
+        bench_data.main(["--config=configs/mros.py", "--part=steps"])
+    assert "no part steps; there are decode, augment, plan, step" in capsys.readouterr().err
