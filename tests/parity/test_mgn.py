@@ -6,8 +6,9 @@ import jax
 import pytest
 import test_systems
 import torch
-from harness import NUM_CLASSES
-from torch_mgn import TorchMGN, make_optimizers, rate, rate_of_public, total_loss
+
+from tests.parity.harness import NUM_CLASSES
+from tests.parity.torch_mgn import TorchMGN, make_optimizers, rate, rate_of_public, total_loss
 
 CASES = {
     "mgn": test_systems.Case(

@@ -16,18 +16,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-import torch_pcb
-import torch_strong
 from flax import traverse_util
-from harness import (
-    LABELS,
-    NUM_CLASSES,
-    difference,
-    make_images,
-    randomise,
-    to_numpy,
-    widen_gaps,
-)
 
 from mros_jax.config import make_network, read
 from mros_jax.data.augment import example_keys
@@ -36,6 +25,16 @@ from mros_jax.models import torch_weights
 from mros_jax.models.heads import dropout
 from mros_jax.parallel import AXIS
 from mros_jax.training.optimizers import make_groups, make_optimizer, make_schedules
+from tests.parity import torch_pcb, torch_strong
+from tests.parity.harness import (
+    LABELS,
+    NUM_CLASSES,
+    difference,
+    make_images,
+    randomise,
+    to_numpy,
+    widen_gaps,
+)
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 HEIGHT, WIDTH = 96, 32

@@ -7,8 +7,9 @@ Re-Identification", ACM Multimedia 2018. Names are those of the export.
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch_mros import triplet_loss
-from torch_resnet import ResNet
+
+from tests.parity.torch_mros import triplet_loss
+from tests.parity.torch_resnet import ResNet
 
 
 class Start(nn.Module):

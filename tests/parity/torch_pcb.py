@@ -6,7 +6,8 @@ Sun et al., "Beyond Part Models: Person Retrieval with Refined Part Pooling", EC
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch_resnet import ResNet
+
+from tests.parity.torch_resnet import ResNet
 
 STRIPES, REDUCED = 6, 256
 

@@ -6,8 +6,9 @@ Luo et al., "Bag of Tricks and a Strong Baseline for Deep Person Re-identificati
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch_mros import center_loss, triplet_loss
-from torch_resnet import ResNet
+
+from tests.parity.torch_mros import center_loss, triplet_loss
+from tests.parity.torch_resnet import ResNet
 
 BETA = 0.0005  # weight of the center loss
 
