@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from mros_jax.evaluate import FORMAT, evaluate_features
-from mros_jax.retrieval import Result, bootstrap, files
+from mros_jax.retrieval import Result, bootstrap, descriptors
 
 COLUMNS = ("mAP", "rank1", "rank5", "rank10")
 TITLES = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10"}
@@ -73,7 +73,7 @@ def load_results(path: str | pathlib.Path) -> dict[str, Any]:
     """
     path = pathlib.Path(path)
     if path.suffix == ".npz":
-        return evaluate_features(files.load_features(path), dataset=None, reranks=())
+        return evaluate_features(descriptors.load_features(path), dataset=None, reranks=())
     if path.is_dir():
         if not (path / "results.json").exists():
             raise FileNotFoundError(
@@ -115,7 +115,7 @@ def _measure(source: str, results: Mapping[str, Any]) -> list[Measured]:
     for entry in results["results"]:
         cmc = entry["cmc"]
         values = {"mAP": 100 * entry["mAP"]}
-        values |= {f"rank{k}": 100 * cmc[min(k, len(cmc)) - 1] for k in (1, 5, 10)}
+        values |= {f"rank{k}": 100 * cmc[k - 1] for k in (1, 5, 10) if k <= len(cmc)}
         measured.append(
             Measured(
                 source=source,
@@ -197,7 +197,8 @@ def _make_row(
     reference: Mapping[str, float],
 ) -> Row:
     first = group[0]
-    columns = {name: [one.values[name] for one in group] for name in COLUMNS}
+    known = [name for name in COLUMNS if all(name in one.values for one in group)]
+    columns = {name: [one.values[name] for one in group] for name in known}
     values = {name: statistics.fmean(column) for name, column in columns.items()}
     deviations = (
         {name: statistics.stdev(column) for name, column in columns.items()}
@@ -212,7 +213,7 @@ def _make_row(
         runs=len(group),
         values=values,
         deviations=deviations,
-        differences={name: values[name] - reference[name] for name in reference},
+        differences={n: values[n] - reference[n] for n in reference if n in values},
         mismatches=find_mismatches(first.protocol, paper, table)
         + _find_model_mismatches(first.config, paper),
     )

@@ -23,8 +23,9 @@ import numpy as np
 from mros_jax import console, parallel
 from mros_jax.data.datasets.splits import Dataset
 from mros_jax.data.store import ImageStore
+from mros_jax.errors import UserError
 from mros_jax.files import write_json
-from mros_jax.retrieval import Result, bootstrap, evaluate, files, rerank, verify
+from mros_jax.retrieval import Result, bootstrap, descriptors, evaluate, rerank, verify
 from mros_jax.retrieval.distances import METRICS
 from mros_jax.retrieval.metrics import AP_VARIANTS
 from mros_jax.runs import provenance
@@ -45,7 +46,7 @@ def extract_features(
         gallery: decoded gallery images.
 
     Returns:
-        The arrays of `mros_jax.retrieval.files.ARRAYS`, and `query_names`, `gallery_names`.
+        The arrays of `mros_jax.retrieval.descriptors.ARRAYS`, and `query_names`, `gallery_names`.
     """
     arrays = {}
     for name, store in (("query", query), ("gallery", gallery)):
@@ -60,8 +61,7 @@ def evaluate_features(
     features: Mapping[str, np.ndarray],
     *,
     dataset: str | None,
-    reranks: Sequence[str] = ("ecn",),
-    rerank_options: Mapping[str, Mapping[str, Any]] | None = None,
+    reranks: Sequence[rerank.Rerank] = (rerank.ECN(),),
     metric: str = "cosine",
     normalize: bool = True,
     ap: str = "standard",
@@ -79,8 +79,7 @@ def evaluate_features(
     Args:
         features: as `extract_features` returns them.
         dataset: name of the data set, for the protocol; None if unknown.
-        reranks: names of `mros_jax.retrieval.rerank.METHODS`, besides the plain ranking.
-        rerank_options: keyword arguments of each.
+        reranks: ways to re-rank, besides the plain ranking.
         metric: "cosine" or "euclidean".
         normalize: divide descriptors by their norm.
         ap: "standard" or "trapezoid".
@@ -102,16 +101,19 @@ def evaluate_features(
     """
     commit = provenance.get_commit()
     own = {"dataset": dataset, "flip_test": flip_test, "commit": commit, "seed": seed}
+    junk = 0 if keep_junk else np.count_nonzero(features["gallery_pids"] == -1)
+    for wanted in reranks:
+        wanted.check(len(features["query_pids"]), len(features["gallery_pids"]) - int(junk))
     results = []
-    for name in (None, *reranks):
+    for method in (None, *reranks):
+        name = None if method is None else method.name
         result = evaluate(
-            *(features[array] for array in files.ARRAYS),
+            *(features[array] for array in descriptors.ARRAYS),
             metric=metric,
             normalize=normalize,
             ap=ap,
             max_rank=max_rank,
-            rerank=name,
-            rerank_options=(rerank_options or {}).get(name) if name else None,
+            rerank=method,
             keep_junk=keep_junk,
             distractor_pid=distractor_pid,
             protocol=own,
@@ -182,7 +184,7 @@ def load_run_features(
     if path.exists():
         skipping = config.dataset.on_bad_image == "skip"
         try:
-            saved = files.load_features(path)
+            saved = descriptors.load_features(path)
             why = _find_change(saved, data, model.checkpoint_id, skipping)
         except ValueError as error:
             why = str(error)
@@ -198,7 +200,7 @@ def load_run_features(
         configs.load_images(config, data.gallery, progress=progress),
     )
     features["checkpoint_id"] = np.asarray(model.checkpoint_id)
-    files.save_features(path, features)
+    descriptors.save_features(path, features)
     return features, described
 
 
@@ -231,7 +233,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--root", help="directory of the data set (default: the run's)")
     source.add_argument("--flip_test", action="store_true", help="mean of image and mirror image")
     source.add_argument("--batch_size", type=int, default=128, help="images in a batch")
-    source.add_argument("--features", metavar="NPZ", help=f"file with {', '.join(files.ARRAYS)}")
+    source.add_argument(
+        "--features", metavar="NPZ", help=f"file with {', '.join(descriptors.ARRAYS)}"
+    )
     source.add_argument("--query_features", metavar="NPZ", help="file: features, pids, camids")
     source.add_argument("--gallery_features", metavar="NPZ", help="file: features, pids, camids")
     how = parser.add_argument_group("protocol")
@@ -276,15 +280,30 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if args.checkpoint is None and args.flip_test:
         parser.error("--flip_test needs --checkpoint: features are taken as they are")
-    args.rerank = [name for name in args.rerank.split(",") if name]
-    for name in args.rerank:
-        if name not in rerank.METHODS:
-            parser.error(f"--rerank {name}: expected some of {', '.join(rerank.METHODS)}")
     try:
-        args.rerank_options = json.loads(args.rerank_options)
-    except json.JSONDecodeError as error:
-        parser.error(f"--rerank_options is not JSON: {error}")
+        args.rerank = _parse_rerank(args.rerank, args.rerank_options, args.neighbors)
+    except UserError as error:
+        parser.error(str(error))
     return args
+
+
+def _parse_rerank(names: str, options: str, neighbors: str) -> tuple[rerank.Rerank, ...]:
+    """The re-rankings that --rerank, --rerank_options and --neighbors ask for."""
+    wanted = [name for name in names.split(",") if name]
+    try:
+        values = json.loads(options)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"--rerank_options is not JSON: {error}") from error
+    rerank.parse(wanted, values)
+    for name in values:
+        if name not in wanted:
+            raise UserError(f"--rerank_options has parameters of {name}; add it to --rerank")
+    if neighbors != "exact":
+        searching = [name for name in wanted if name != "aqe"]
+        if not searching:
+            raise UserError(f"--neighbors={neighbors} needs --rerank=ecn or k_reciprocal")
+        values |= {name: {"neighbors": neighbors} | values.get(name, {}) for name in searching}
+    return rerank.parse(wanted, values)
 
 
 def _load(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -299,9 +318,9 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, An
             progress=not args.no_progress,
         )
     if args.features is not None:
-        return files.load_features(args.features), {"dataset": args.dataset}
+        return descriptors.load_features(args.features), {"dataset": args.dataset}
     return (
-        files.load_feature_pair(args.query_features, args.gallery_features),
+        descriptors.load_feature_pair(args.query_features, args.gallery_features),
         {"dataset": args.dataset},
     )
 
@@ -312,11 +331,6 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     results = evaluate_features(
         features,
         reranks=args.rerank,
-        rerank_options={
-            name: ({} if name == "aqe" else {"neighbors": args.neighbors})
-            | args.rerank_options.get(name, {})
-            for name in args.rerank
-        },
         metric=args.metric,
         normalize=not args.unnormalized,
         ap=args.ap,
@@ -342,7 +356,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
             }
     if args.verification:
         verified = verify(
-            *(features[name] for name in files.ARRAYS),
+            *(features[name] for name in descriptors.ARRAYS),
             metric=args.metric,
             normalize=not args.unnormalized,
             distractor_pid=distractor_pid,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mros_jax import console, parallel
 from mros_jax.data.decoding import decode_images
 from mros_jax.inference import Embedder, load_model
-from mros_jax.retrieval import compute_distances, files
+from mros_jax.retrieval import compute_distances, descriptors
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 _BATCH = 128
@@ -176,7 +176,7 @@ def draw_search(
 def _load_features(
     path: str | os.PathLike, checkpoint_id: str
 ) -> tuple[np.ndarray, list[str], pathlib.Path]:
-    arrays = files.load_arrays(path, ("names", "features", "root", "checkpoint"))
+    arrays = descriptors.load_arrays(path, ("names", "features", "root", "checkpoint"))
     if str(arrays["checkpoint"]) != checkpoint_id:
         raise ValueError(
             f"{path} holds descriptors of checkpoint {arrays['checkpoint']}, the model is "
@@ -221,7 +221,7 @@ def _run(args: argparse.Namespace) -> None:
             "root": np.array(str(root)),
             "checkpoint": np.array(model.checkpoint_id),
         }
-        files.save_features(args.out, arrays)
+        descriptors.save_features(args.out, arrays)
         print(f"{args.out}: {len(names)} descriptors of {features.shape[1]} numbers")
     if args.search is not None:
         _search(args, model, features, names, root)

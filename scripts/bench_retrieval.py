@@ -81,14 +81,14 @@ def ours_features(data: dict[str, np.ndarray]) -> float:
     return evaluate(*(data[name] for name in ARRAYS)).mAP
 
 
-def ours_reranked(method: str, **options: Any) -> Callable[[dict[str, np.ndarray]], float]:
+def ours_reranked(method: str, dtype: Any = np.float32) -> Callable[[dict[str, np.ndarray]], float]:
     """Distances of all pairs, as a matrix."""
 
     def run(data: dict[str, np.ndarray]) -> float:
         from mros_jax.retrieval import rerank
 
-        distance = getattr(rerank, method)(
-            data["query_features"], data["gallery_features"], **options
+        distance = rerank.METHODS[method]().distances(
+            data["query_features"], data["gallery_features"], dtype=dtype
         )
         return float(distance[::7, ::7].mean())
 
@@ -293,10 +293,10 @@ CASES = {
     "neighbors-faiss": Case(
         "25 neighbours of every image", "faiss", faiss_neighbors, MARKET_ALL, 512, 2, package=True
     ),
-    "ecn": Case("ECN distances", "ours, float64", ours_reranked("ecn"), MARKET_ALL, 512, 2),
-    "ecn-32": Case(
-        "ECN distances", "ours, float32", ours_reranked("ecn", dtype=np.float32), MARKET_ALL, 512, 2
+    "ecn": Case(
+        "ECN distances", "ours, float64", ours_reranked("ecn", np.float64), MARKET_ALL, 512, 2
     ),
+    "ecn-32": Case("ECN distances", "ours, float32", ours_reranked("ecn"), MARKET_ALL, 512, 2),
     "ecn-scores": Case("scores after ECN", "ours", ours_rerank_scores("ecn"), MARKET_ALL, 512, 2),
     "ecn-dense": Case("ECN distances", "dense (formula)", dense_ecn, MARKET_ALL, 512, 1, slow=True),
     "k_reciprocal": Case(

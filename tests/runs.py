@@ -7,7 +7,7 @@ import numpy as np
 
 from mros_jax import evaluate, inference, train
 from mros_jax.files import write_json
-from mros_jax.retrieval import files
+from mros_jax.retrieval import descriptors, rerank
 from mros_jax.training import recipe
 from mros_jax.training.checkpoints import Checkpoints
 from mros_jax.training.optimizers import make_optimizer
@@ -35,12 +35,11 @@ def make_run(path: pathlib.Path, cache_dir: pathlib.Path, **overrides) -> pathli
         recipe.load_images(config, dataset.query, progress=False),
         recipe.load_images(config, dataset.gallery, progress=False),
     )
-    files.save_features(path / "features.npz", features)
+    descriptors.save_features(path / "features.npz", features)
     options = {"dataset": dataset.name, "setting": config.model.setting, "seed": config.seed}
     results = evaluate.evaluate_features(
         features,
-        reranks=config.eval.rerank,
-        rerank_options=config.eval.rerank_options.to_dict(),
+        reranks=rerank.parse(config.eval.rerank, config.eval.rerank_options.to_dict()),
         **options,
     )
     write_json(path / "results.json", results)

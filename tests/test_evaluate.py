@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from mros_jax import evaluate, inference
 from mros_jax.data.datasets.splits import Dataset, Split
-from mros_jax.retrieval import files
+from mros_jax.retrieval import descriptors
 from mros_jax.training import recipe
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "retrieval_a.npz"
@@ -111,7 +111,7 @@ def test_checkpoint_is_evaluated_and_its_descriptors_kept(run, capsys):
         assert entry["protocol"]["seed"] == 3
         assert len(entry["ap"]) == len(entry["first_match_rank"]) == len(entry["valid_queries"])
 
-    saved = files.load_features(run.path / "features.npz")
+    saved = descriptors.load_features(run.path / "features.npz")
     assert str(saved["checkpoint_id"]) == "step-1"
     assert saved["query_names"][0] == "query_000.jpg"
     again = call(*argv, options, capsys=capsys)[1]
@@ -150,7 +150,7 @@ def test_torn_descriptors_of_a_run_are_computed_again(run, capsys):
     assert status == 0
     assert "mAP" in out
     assert len(run.model.calls) == 2
-    files.load_features(run.path / "features.npz")
+    descriptors.load_features(run.path / "features.npz")
 
 
 def test_a_torn_features_file_is_refused_by_name(tmp_path, capsys):
@@ -232,8 +232,8 @@ def test_further_scores(capsys):
     ("arrays", "message"),
     [
         ({"features": np.ones((2, 2))}, "lacks query_features, gallery_features.*holds features"),
-        ({"query_pids": np.array(["a"] * 49)}, "query_pids holds <U1"),
-        ({"query_pids": np.array(["a"] * 49, object)}, "no .npz file of plain arrays"),
+        ({"query_pids": np.array(["a"] * 49)}, r"query_pids\[0\] is"),
+        ({"query_pids": np.array(["a"] * 49, object)}, "holds Python objects"),
         ({"query_features": np.full((49, 48), np.nan, np.float32)}, "query_features holds NaN"),
     ],
 )
@@ -278,6 +278,10 @@ def test_reranking_a_tiny_gallery_names_the_numbers(tmp_path, capsys):
         (["--features", "a", "--flip_test"], "--flip_test needs --checkpoint"),
         (["--features", "a", "--rerank=magic"], "expected some of ecn"),
         (["--features", "a", "--rerank_options=k=3"], "is not JSON"),
+        (["--features", "a", "--rerank=ecn", '--rerank_options={"ecm": {}}'], "'ecm'"),
+        (["--features", "a", '--rerank_options={"ecn": {"k": 5}}'], "add it to --rerank"),
+        (["--features", "a", "--rerank=ecn", "--rerank_options=[1]"], "expected them by method"),
+        (["--features", "a", "--rerank=aqe", "--neighbors=faiss"], "needs --rerank=ecn"),
     ],
 )
 def test_bad_flags(argv, message, capsys):
@@ -295,8 +299,23 @@ def test_missing_file(capsys):
 
 def test_features_are_written_at_once_or_not_at_all(tmp_path):
     path = tmp_path / "features.npz"
-    files.save_features(path, {"a": np.arange(3)})
+    descriptors.save_features(path, {"a": np.arange(3)})
     with pytest.raises(ValueError, match=r"pickle|Object"):
-        files.save_features(path, {"a": np.array([object()])})
-    assert files.load_arrays(path, ("a",))["a"].tolist() == [0, 1, 2]
+        descriptors.save_features(path, {"a": np.array([object()])})
+    assert descriptors.load_arrays(path, ("a",))["a"].tolist() == [0, 1, 2]
     assert [p.name for p in tmp_path.iterdir()] == ["features.npz"]
+
+
+def test_a_rank_that_was_not_computed_is_absent(capsys):
+    text = call("--features", str(GOLDEN), "--max_rank=5", capsys=capsys)[1]
+    assert text.splitlines()[-1].split()[0] == "plain"
+    assert text.splitlines()[-1].split()[-1] == "-"
+    assert text.splitlines()[-1].split()[-2] != "-"
+
+
+def test_reranking_is_checked_before_the_work(capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    options = '--rerank_options={"ecn": {"k": 5000}}'
+    status, _, err = call("--features", str(GOLDEN), "--rerank=ecn", options, capsys=capsys)
+    assert status == 2
+    assert "k is 5000" in err

@@ -1,5 +1,6 @@
 """The report: what it says agrees with the results, and a browser shows it without complaint."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -11,8 +12,8 @@ from PIL import Image
 
 from mros_jax.models.outputs import Part
 from mros_jax.report import __main__ as command
-from mros_jax.report import ranking, write_report
-from mros_jax.retrieval import compute_distances
+from mros_jax.report import build, ranking, write_report
+from mros_jax.retrieval import compute_distances, descriptors, evaluate
 from mros_jax.runs.run import load_run
 from scripts import chromium, shoot_report
 from tests import browser
@@ -204,20 +205,48 @@ def test_camera_pairs_by_hand():
     result = {"name": "plain", "rerank": None, "protocol": _PROTOCOL}
     scan = ranking.Ranking(arrays, result).scan()
     # In camera 2: wrong, match, wrong, match; in camera 3: match; in all: ranks 2, 4, 5.
-    np.testing.assert_array_equal(scan.cameras[1], [1, 2, 3])
-    np.testing.assert_array_equal(scan.pair_queries, [[0, 1, 1]])
-    np.testing.assert_allclose(scan.pair_ap, [[np.nan, (1 / 2 + 2 / 4) / 2, 1]])
-    np.testing.assert_allclose(scan.pair_rank1, [[np.nan, 0, 1]])
+    pairs = scan.pairs
+    assert pairs.query_camids.tolist() == [1, 1]
+    assert pairs.gallery_camids.tolist() == [2, 3]
+    assert pairs.queries.tolist() == [1, 1]
+    np.testing.assert_allclose(pairs.mAP, [(1 / 2 + 2 / 4) / 2, 1])
+    np.testing.assert_allclose(pairs.rank1, [0, 1])
     np.testing.assert_allclose(scan.ap, [(1 / 2 + 2 / 4 + 3 / 5) / 3])
     np.testing.assert_allclose(np.sort(scan.same), [0.2, 0.4, 0.5], atol=1e-6)
     np.testing.assert_allclose(np.sort(scan.different), [0.1, 0.3], atol=1e-6)
 
 
-def test_trapezoid_ap_by_hand():
-    hits = np.array([True, False, True])
-    assert ranking.average_precision(hits, "standard") == pytest.approx((1 + 2 / 3) / 2)
-    expected = (1 + (2 / 3 + 1 / 2) / 2) / 2
-    assert ranking.average_precision(hits, "trapezoid") == pytest.approx(expected)
+def test_a_camera_for_each_image_makes_a_sentence():
+    num = 40
+    pairs = ranking.Pairs(np.arange(num), np.arange(num) + num, np.ones(num, int), *np.eye(num)[:2])
+    table = build._tabulate(pairs)
+    assert set(table) == {"summary"}
+    assert "40 cameras of queries and 40 of the gallery make 40 pairs" in table["summary"]
+    few = ranking.Pairs(*(array[:30] for array in dataclasses.astuple(pairs)))
+    table = build._tabulate(few)
+    assert table["counts"].shape == (30, 30)
+    assert table["rows"][0][1][0] == 1
+
+
+def test_scan_samples_many_distances(monkeypatch):
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{split}_{name}": values
+        for split, num in (("query", 60), ("gallery", 300))
+        for name, values in (
+            ("features", rng.standard_normal((num, 8), np.float32)),
+            ("pids", rng.integers(1, 5, num)),
+            ("camids", np.arange(num)),
+        )
+    }
+    monkeypatch.setattr(ranking, "_SAMPLES", 600)
+    monkeypatch.setattr(ranking, "_BLOCK", 3000)
+    result = {"name": "plain", "rerank": None, "protocol": _PROTOCOL}
+    scan = ranking.Ranking(arrays, result).scan()
+    expected = evaluate(*(arrays[name] for name in descriptors.ARRAYS))
+    np.testing.assert_allclose(scan.ap[expected.valid_queries], expected.ap, rtol=1e-12)
+    assert len(scan.same) == 600
+    assert 400 < len(scan.different) < 800
 
 
 @pytest.mark.parametrize(("metric", "normalize"), [("euclidean", True), ("euclidean", False)])

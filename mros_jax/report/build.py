@@ -21,13 +21,14 @@ from mros_jax.data.datasets.splits import Split
 from mros_jax.losses import make_objective
 from mros_jax.models.outputs import Part
 from mros_jax.report import plots
-from mros_jax.report.ranking import Ranking, Scan, choose_queries, split_distance
+from mros_jax.report.ranking import Pairs, Ranking, Scan, choose_queries, split_distance
 from mros_jax.runs.paper import METRICS, find_paper_rows
 from mros_jax.runs.run import Run, load_run
 
 log = logging.getLogger(__name__)
 
 _THUMBNAIL = (160, 160)  # largest width and height in pixels
+_MOST_CAMERAS = 30  # rows and columns of the table of camera pairs
 _NAMES = {"plain": "Plain", "ecn": "ECN", "k_reciprocal": "k-reciprocal", "aqe": "AQE"}
 
 
@@ -250,19 +251,35 @@ def _describe_retrieval(
         )
         histograms.append({"title": f"Distances, {name}", "svg": svg})
     cameras = [
-        {
-            "name": name,
-            "rows": list(zip(scan.cameras[0], scan.pair_ap, scan.pair_rank1, strict=True)),
-            "columns": scan.cameras[1],
-            "counts": scan.pair_queries,
-        }
-        for name, scan in zip(names, scans, strict=True)
+        {"name": name} | _tabulate(scan.pairs) for name, scan in zip(names, scans, strict=True)
     ]
     return {
         "groups": _list_queries(run, rankings, names, scans, notes, queries, top, seed),
         "histograms": histograms,
         "cameras": cameras,
         "edges": _list_edges(_list_parts(run)),
+    }
+
+
+def _tabulate(pairs: Pairs) -> dict[str, Any]:
+    """The table of camera pairs; with many cameras what can be said of it in a sentence."""
+    rows, row = np.unique(pairs.query_camids, return_inverse=True)
+    columns, column = np.unique(pairs.gallery_camids, return_inverse=True)
+    if max(len(rows), len(columns)) > _MOST_CAMERAS:
+        low, high = pairs.mAP.min(), pairs.mAP.max()
+        return {
+            "summary": f"{len(rows)} cameras of queries and {len(columns)} of the gallery make "
+            f"{len(pairs.mAP)} pairs that share a person, too many for a table. Their mAP is "
+            f"{_percent(pairs.mAP.mean())} on average, from {_percent(low)} to {_percent(high)}."
+        }
+    cells = np.full((len(rows), len(columns), 2), np.nan)
+    cells[row, column] = np.stack([pairs.mAP, pairs.rank1], axis=1)
+    counts = np.zeros((len(rows), len(columns)), int)
+    counts[row, column] = pairs.queries
+    return {
+        "rows": list(zip(rows, cells[..., 0], cells[..., 1], strict=True)),
+        "columns": columns,
+        "counts": counts,
     }
 
 

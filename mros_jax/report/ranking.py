@@ -5,15 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Float32, Shaped
 
 from mros_jax.errors import UserError
 from mros_jax.models.outputs import Part
 from mros_jax.retrieval import compute_distances, rerank
+from mros_jax.retrieval.labels import check_labels, ragged_positions
+from mros_jax.retrieval.metrics import average_precisions, rank_by_group
 
 Status = Literal["match", "wrong", "distractor", "junk"]
-_BLOCK = 512  # queries at a time: 80 MB of distances at Market-1501's size
-_SAMPLES = 300_000  # distances of different identities that are kept for the histogram
+_BLOCK = 2**23  # distances at a time: 32 MiB
+_SAMPLES = 300_000  # distances of each kind that are kept for the histogram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,24 +37,37 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Scores of the queries of one camera in the gallery of another, for pairs that have some.
+
+    Attributes:
+        query_camids: (P,) camera of the queries.
+        gallery_camids: (P,) camera of the gallery images.
+        queries: (P,) queries with a match there.
+        mAP: (P,) over these.
+        rank1: (P,) over these.
+    """
+
+    query_camids: np.ndarray
+    gallery_camids: np.ndarray
+    queries: np.ndarray
+    mAP: np.ndarray
+    rank1: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Scan:
     """What one pass over all queries gathers.
 
     Attributes:
         ap: (Q,) average precision; NaN where a query has no match.
-        cameras: the (query camera, gallery camera) axes of the following.
-        pair_ap: (Cq, Cg) mAP of the queries of one camera in the gallery of another; NaN: none.
-        pair_rank1: (Cq, Cg) their Rank-1.
-        pair_queries: (Cq, Cg) valid queries.
-        same: distances of all true matches.
+        pairs: scores by pairs of cameras.
+        same: distances of true matches, all or a random sample.
         different: distances of other identities, a random sample.
     """
 
     ap: np.ndarray
-    cameras: tuple[np.ndarray, np.ndarray]
-    pair_ap: np.ndarray
-    pair_rank1: np.ndarray
-    pair_queries: np.ndarray
+    pairs: Pairs
     same: np.ndarray
     different: np.ndarray
 
@@ -70,48 +85,49 @@ class Ranking:
         self._protocol = protocol = result["protocol"]
         self._arrays = features
         gallery, pids = features["gallery_features"], features["gallery_pids"]
-        self.junk = pids == protocol["junk_pid"]
+        self._labels = check_labels(
+            features["query_pids"],
+            pids,
+            features["query_camids"],
+            features["gallery_camids"],
+            len(features["query_features"]),
+            len(pids),
+            junk_pid=protocol["junk_pid"],
+            distractor_pid=protocol["distractor_pid"],
+        )
         # Junk may have been left out of the re-ranking: it changes the neighbourhoods.
         dropped = result["rerank"] is not None and protocol["junk"] == "dropped"
-        self._columns = np.flatnonzero(~self.junk) if dropped else np.arange(len(pids))
-        self._gallery = gallery[self._columns] if dropped and self.junk.any() else gallery
+        self._columns = self._labels.kept if dropped else np.arange(len(pids))
+        self._gallery = gallery[self._columns] if self._labels.num_junk and dropped else gallery
         self._write = None
         if result["rerank"] is not None:
             options = dict(protocol["rerank_options"] or {})
             options.pop("neighbors", None)
-            prepare = rerank.METHODS[result["rerank"]]
-            self._write = prepare(features["query_features"], self._gallery, **options)
+            (method,) = rerank.parse([result["rerank"]], {result["rerank"]: options})
+            self._write = method.prepare(features["query_features"], self._gallery)
 
     def rows(self, queries: np.ndarray) -> Float[np.ndarray, "B G"]:
         """Distances of some queries; NaN where junk took no part."""
-        result = np.full((len(queries), len(self.junk)), np.nan)
         if self._write is None:
-            result[:, self._columns] = compute_distances(
+            return compute_distances(
                 self._arrays["query_features"][queries],
                 self._gallery,
                 metric=self._protocol["metric"],
                 normalize=self._protocol["normalize"],
             )
-        else:
-            block = np.empty((len(queries), len(self._columns)))
-            self._write(queries, block)
-            result[:, self._columns] = block
+        block = np.empty((len(queries), len(self._columns)), np.float32)
+        self._write(queries, block)
+        if block.shape[1] == len(self._arrays["gallery_pids"]):
+            return block
+        result = np.full((len(queries), len(self._arrays["gallery_pids"])), np.nan, np.float32)
+        result[:, self._columns] = block
         return result
-
-    def masks(self, query: int) -> tuple[np.ndarray, np.ndarray]:
-        """(G,) which images count in a query's ranking, and which of them match."""
-        same = self._arrays["gallery_pids"] == self._arrays["query_pids"][query]
-        same_camera = self._arrays["gallery_camids"] == self._arrays["query_camids"][query]
-        counted = ~self.junk & ~(same & same_camera)
-        if self._arrays["query_pids"][query] == self._protocol["distractor_pid"]:
-            same = np.zeros_like(same)
-        return counted, counted & same
 
     def list_top(
         self, query: int, row: Shaped[np.ndarray, "G"], top: int, most_junk: int = 5
     ) -> list[Entry]:
         """The first `top` places of a query, and up to `most_junk` uncounted images among them."""
-        counted, matches = self.masks(query)
+        counted, matches = self._labels.mark(query)
         distractor = self._arrays["gallery_pids"] == self._protocol["distractor_pid"]
         entries: list[Entry] = []
         rank = skipped = 0
@@ -130,61 +146,82 @@ class Ranking:
             entries.append(Entry(int(index), rank, float(row[index]), status))
         return entries
 
-    def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        num_query = len(self._arrays["query_pids"])
-        for start in range(0, num_query, _BLOCK):
-            rows = np.arange(start, min(start + _BLOCK, num_query))
-            yield from zip(rows.tolist(), self.rows(rows), strict=True)
+    def _blocks(self) -> Iterator[tuple[np.ndarray, Float[np.ndarray, "B G"]]]:
+        """Queries, and their distances to the gallery images that are not junk."""
+        num_query, num_gallery = len(self._labels.query_pids), len(self._arrays["gallery_pids"])
+        step = max(1, min(512, _BLOCK // num_gallery))
+        for start in range(0, num_query, step):
+            rows = np.arange(start, min(start + step, num_query))
+            block = self.rows(rows)
+            yield rows, block[:, self._labels.kept] if self._labels.num_junk else block
 
     def scan(self, seed: int = 0) -> Scan:
         """Rank every query, in the whole gallery and in that of each camera."""
-        arrays, rng = self._arrays, np.random.default_rng(seed)
-        num_query = len(arrays["query_pids"])
-        per_query = -(-_SAMPLES // num_query)
-        query_cams, query_at = np.unique(arrays["query_camids"], return_inverse=True)
-        gallery_cams, gallery_at = np.unique(arrays["gallery_camids"], return_inverse=True)
-        shape = (len(query_cams), len(gallery_cams))
-        total_ap, total_first, counts = np.zeros(shape), np.zeros(shape), np.zeros(shape, int)
-        ap = np.full(num_query, np.nan)
-        same, different = [], []
-        for query, row in self._blocks():
-            counted, matches = self.masks(query)
-            others = row[counted & ~matches]
-            different.append(others if len(others) <= per_query else rng.choice(others, per_query))
-            if not matches.any():
-                continue
-            same.append(row[matches])
-            order = np.flatnonzero(counted)
-            order = order[np.argsort(row[order], kind="stable")]
-            hits, camera = matches[order], gallery_at[order]
-            ap[query] = average_precision(hits, self._protocol["ap"])
-            for c in np.unique(camera[hits]):
-                own = hits[camera == c]
-                at = query_at[query], c
-                total_ap[at] += average_precision(own, self._protocol["ap"])
-                total_first[at] += own[0]
-                counts[at] += 1
-        divisor = np.where(counts, counts, np.nan)
+        labels, rng = self._labels, np.random.default_rng(seed)
+        num_query = len(labels.query_pids)
+        cameras, camera = np.unique(labels.gallery_camids, return_inverse=True)
+        camera = camera.astype(np.int32)
+        ranks = np.empty(len(labels.matches.indices), np.int64)
+        in_camera = np.empty_like(ranks)
+        same, different = np.empty(len(ranks), np.float32), []
+        for rows, block in self._blocks():
+            places = labels.matches.places(rows)
+            if len(places):
+                ranks[places], in_camera[places] = rank_by_group(block, rows, labels, camera)
+            matching = labels.matches.cells(rows)
+            same[places] = block[matching]
+            different.append(self._sample(rows, block, -(-_SAMPLES // num_query), rng))
+        query, _ = ragged_positions(labels.matches.lengths)
+        ap = self._protocol["ap"]
         return Scan(
-            ap=ap,
-            cameras=(query_cams, gallery_cams),
-            pair_ap=total_ap / divisor,
-            pair_rank1=total_first / divisor,
-            pair_queries=counts,
-            same=np.concatenate(same) if same else np.zeros(0),
+            ap=average_precisions(ranks, query, num_query, ap),
+            pairs=self._average_pairs(query, in_camera, cameras, camera),
+            same=same if len(same) <= _SAMPLES else rng.choice(same, _SAMPLES, replace=False),
             different=np.concatenate(different),
         )
 
+    def _sample(
+        self,
+        rows: np.ndarray,
+        block: Float[np.ndarray, "B G"],
+        count: int,
+        rng: np.random.Generator,
+    ) -> Float32[np.ndarray, "S"]:
+        """Distances to other identities, about `count` a query."""
+        other = np.ones(block.shape, bool)
+        for lists in (self._labels.matches, self._labels.removed):
+            other[lists.cells(rows)] = False
+        if block.shape[1] > count:
+            other &= rng.random(block.shape, np.float32) < count / block.shape[1]
+        return block[other].astype(np.float32)
 
-def average_precision(hits: Shaped[np.ndarray, "G"], variant: str) -> float:
-    """AP of a ranking, given in order as match or not: "standard" or "trapezoid"."""
-    ranks = np.flatnonzero(hits) + 1
-    i = np.arange(1, len(ranks) + 1)
-    precision = i / ranks
-    if variant == "trapezoid":
-        before = np.where(ranks == 1, 1.0, (i - 1) / np.maximum(ranks - 1, 1))
-        precision = (precision + before) / 2
-    return float(precision.mean())
+    def _average_pairs(
+        self, query: np.ndarray, in_camera: np.ndarray, cameras: np.ndarray, camera: np.ndarray
+    ) -> Pairs:
+        """Scores by pairs of cameras, from the ranks of all matches within their cameras."""
+        labels = self._labels
+        # A list is one query in the gallery of one camera, a pair all lists of two cameras.
+        keys, own = np.unique(
+            np.stack([query, camera[labels.matches.indices]]), axis=1, return_inverse=True
+        )
+        own = own.ravel()
+        ap = average_precisions(in_camera, own, keys.shape[1], self._protocol["ap"])
+        first = np.full(keys.shape[1], np.iinfo(np.int64).max)
+        np.minimum.at(first, own, in_camera)
+        pairs, pair, queries = np.unique(
+            np.stack([labels.query_camids[keys[0]], cameras[keys[1]]]),
+            axis=1,
+            return_inverse=True,
+            return_counts=True,
+        )
+        pair = pair.ravel()
+        return Pairs(
+            query_camids=pairs[0],
+            gallery_camids=pairs[1],
+            queries=queries,
+            mAP=np.bincount(pair, ap) / queries,
+            rank1=np.bincount(pair, first == 1) / queries,
+        )
 
 
 def choose_queries(

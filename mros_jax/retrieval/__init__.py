@@ -1,18 +1,26 @@
 """What a result is: distances, CMC and mAP, re-ranking. Usable alone on any features."""
 
-from mros_jax.retrieval import bootstrap, files, rerank
+from mros_jax.retrieval import bootstrap, descriptors, rerank
+from mros_jax.retrieval.blocks import Placement
 from mros_jax.retrieval.distances import compute_distances
+from mros_jax.retrieval.labels import Side
 from mros_jax.retrieval.metrics import Result, evaluate, evaluate_distances
+from mros_jax.retrieval.rerank import AQE, ECN, KReciprocal
 from mros_jax.retrieval.verification import Verification, verify, verify_distances
 
 __all__ = [
+    "AQE",
+    "ECN",
+    "KReciprocal",
+    "Placement",
     "Result",
+    "Side",
     "Verification",
     "bootstrap",
     "compute_distances",
+    "descriptors",
     "evaluate",
     "evaluate_distances",
-    "files",
     "rerank",
     "verify",
     "verify_distances",

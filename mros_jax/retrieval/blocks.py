@@ -1,5 +1,6 @@
-"""One way to map a function over blocks of rows, spread over the local devices."""
+"""One way to map functions over blocks of rows, spread over the local devices."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +11,40 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
+from mros_jax.errors import UserError
+from mros_jax.retrieval.inputs import check_count
+
 MULTIPLE = 32  # blocks have a multiple of so many rows on each device
 _NARROW = 512  # numbers of a descriptor
 _AXIS = "rows"
 _ALIGNMENT = 64  # bytes; what XLA asks for
 _BYTES = 64 * 2**20  # of one block of float32 distances on one device
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where work is done, and how much at once. It changes no result but for float32 rounding.
+
+    Attributes:
+        devices: blocks of queries are spread over them; None: all local devices.
+        block_size: queries in a block on one device; None: 128 to 512 (see `choose_block`).
+    """
+
+    devices: Sequence[jax.Device] | None = None
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None:
+            check_count(self.block_size, "block_size")
+        if self.devices is not None and len(self.devices) == 0:
+            raise UserError("devices is empty; expected at least one, or None for all local ones")
+
+    def list_devices(self) -> tuple[jax.Device, ...]:
+        """The devices, all local ones where none are named."""
+        return tuple(jax.local_devices() if self.devices is None else self.devices)
+
+
+EVERYWHERE = Placement()
 
 
 def choose_block(
@@ -32,9 +62,9 @@ def choose_block(
     return max(MULTIPLE, block_size // MULTIPLE * MULTIPLE)
 
 
-def place_everywhere(array: Any, devices: Sequence[jax.Device] | None = None) -> jax.Array:
-    """Copy an array to every device (default: all local ones)."""
-    mesh = Mesh(np.asarray(devices if devices is not None else jax.local_devices()), (_AXIS,))
+def place_everywhere(array: Any, placement: Placement = EVERYWHERE) -> jax.Array:
+    """Copy an array to every device."""
+    mesh = Mesh(np.asarray(placement.list_devices()), (_AXIS,))
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
 
 
@@ -59,42 +89,44 @@ def take_rows(
 class BlockMap:
     """Maps functions over blocks of rows, split over devices.
 
-    `measure(first row array, *shared)` makes a block of distances, and `look(block, *other row
-    arrays)` makes the result of them; either may be left out. They are two programs: what is looked
+    `function(*row arrays, *shared)` makes the result of a block. With `look`, the result is that of
+    `look(function(first row array, *shared), *other row arrays)`, in two programs: what is looked
     at are numbers in memory. In one program a compiler may compute a distance anew, with another
     rounding, in each place that uses it, and comparisons of a distance with itself go wrong.
 
     Functions are compiled once for a shape; `shared` arrays are copied to every device once.
 
     Args:
-        measure: jit-able, to an array of as many rows; None to look at the first row array itself.
-            Must be a module-level function or one that is made once (see `functools.cache`).
+        function: jit-able, to arrays of as many rows. Must be a module-level function or one that
+            is made once (see `functools.cache`); `look` too.
         shared: arrays that every device needs in full.
-        look: jit-able, to arrays of as many rows; None to return what was measured.
-        devices: default all local devices.
+        look: see above.
+        placement: devices and block size.
     """
 
     def __init__(
         self,
-        measure: Callable | None,
+        function: Callable,
         shared: Sequence[Any] = (),
         *,
         look: Callable | None = None,
-        devices: Sequence[jax.Device] | None = None,
+        placement: Placement = EVERYWHERE,
     ):
-        devices = tuple(devices if devices is not None else jax.local_devices())
+        devices = placement.list_devices()
         self._num_devices = len(devices)
-        self._measure = None if measure is None else _compile(measure, len(shared), devices)
+        self._block_size = placement.block_size
+        self._function = _compile(function, len(shared), devices)
         self._look = None if look is None else _compile(look, 0, devices)
         mesh = Mesh(np.asarray(devices), (_AXIS,))
         self._split = NamedSharding(mesh, PartitionSpec(_AXIS))
-        self._shared = [place_everywhere(array, devices) for array in shared]
+        self._shared = [place_everywhere(array, placement) for array in shared]
 
     def __call__(self, *rows: Any) -> Any:
         """Start one block (rows divisible by the number of devices); returns without waiting."""
-        first, *others = (jax.device_put(array, self._split) for array in rows)
-        block = first if self._measure is None else self._measure(first, *self._shared)
-        return block if self._look is None else self._look(block, *others)
+        placed = [jax.device_put(array, self._split) for array in rows]
+        if self._look is None:
+            return self._function(*placed, *self._shared)
+        return self._look(self._function(placed[0], *self._shared), *placed[1:])
 
     def run(
         self,
@@ -103,7 +135,6 @@ class BlockMap:
         get: Callable[[slice], Sequence[Any]],
         *,
         num_features: int = _NARROW,
-        block_size: int | None = None,
     ) -> Iterator[tuple[slice, Any]]:
         """Map all rows; the next block is started before the last one is fetched.
 
@@ -112,13 +143,12 @@ class BlockMap:
             num_columns: numbers in a row of what a block computes, which decides its size.
             get: the row arrays of a slice of rows.
             num_features: numbers in a descriptor that a block starts from.
-            block_size: rows in a block on one device.
 
         Yields:
             The slice of rows, and the function's result on the host.
         """
         least = MULTIPLE * self._num_devices
-        step = choose_block(num_columns, num_features, block_size) * self._num_devices
+        step = choose_block(num_columns, num_features, self._block_size) * self._num_devices
         step = min(step, -(-num_rows // least) * least)
 
         def start(begin: int) -> tuple[slice, Any]:
@@ -137,6 +167,23 @@ class BlockMap:
             waiting = started
         if waiting is not None:
             yield fetch(*waiting)
+
+    def collect(self, num_rows: int, *args: Any, **kwargs: Any) -> Any:
+        """As `run`, but returns the results of all rows together.
+
+        They may be memory of a device: not to be written to.
+        """
+        result = None
+        for rows, block in self.run(num_rows, *args, **kwargs):
+            if rows == slice(0, num_rows):
+                return block
+            if result is None:
+                result = jax.tree.map(
+                    lambda array: np.empty((num_rows, *array.shape[1:]), array.dtype), block
+                )
+            for whole, part in zip(jax.tree.leaves(result), jax.tree.leaves(block), strict=True):
+                whole[rows] = part
+        return result
 
 
 @functools.cache

@@ -9,7 +9,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float64, Int
 
-from mros_jax.retrieval.inputs import check_choice, check_count
+from mros_jax.errors import UserError
+from mros_jax.retrieval.inputs import check_choice, check_count, check_number
 from mros_jax.retrieval.metrics import Result
 
 UNITS = ("query", "identity")
@@ -74,10 +75,9 @@ def _resample(
     return np.concatenate(means)
 
 
-def _check(samples: int, confidence: float | int) -> None:
+def _check(samples: int, confidence: float) -> None:
     check_count(samples, "samples")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; expected a share between 0 and 1, as 0.95")
+    check_number(confidence, "confidence", 0, 1, ends=False)
 
 
 def estimate_intervals(
@@ -86,7 +86,7 @@ def estimate_intervals(
     rng: np.random.Generator,
     samples: int = 2000,
     by: str = "identity",
-    confidence: float | int = 0.95,
+    confidence: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap intervals (Efron, 1979) of mAP, mINP, and Rank-1, 5 and 10.
 
@@ -101,7 +101,7 @@ def estimate_intervals(
         (low, high) by metric: "mAP", "mINP", "rank1", "rank5", "rank10"; fractions of 1.
 
     Raises:
-        ValueError: parameters out of range.
+        UserError: parameters out of range.
     """
     _check(samples, confidence)
     names, values = _values(result)
@@ -118,7 +118,7 @@ def compare_paired(
     rng: np.random.Generator,
     samples: int = 2000,
     by: str = "identity",
-    confidence: float | int = 0.95,
+    confidence: float = 0.95,
 ) -> list[Difference]:
     """Test whether two results on the same queries differ.
 
@@ -135,14 +135,14 @@ def compare_paired(
         A `Difference` for each metric.
 
     Raises:
-        ValueError: results of different queries; parameters out of range.
+        UserError: results of different queries; parameters out of range.
     """
     _check(samples, confidence)
     same = np.array_equal(first.valid_queries, second.valid_queries) and np.array_equal(
         first.query_pids, second.query_pids
     )
     if not same:
-        raise ValueError(
+        raise UserError(
             f"the results are of different queries ({len(first.ap)} and {len(second.ap)} valid "
             "ones, or other identities): a paired test needs the same queries in the same order"
         )

@@ -1,6 +1,6 @@
 """Distances between descriptors: float32, products at the highest precision."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
+from mros_jax.errors import UserError
 from mros_jax.retrieval import blocks
-from mros_jax.retrieval.inputs import Numbers, check_choice, check_pair
+from mros_jax.retrieval.inputs import Numbers, check_choice, check_pair, show_rows
 
 METRICS = ("cosine", "euclidean")
 
@@ -46,7 +47,8 @@ def _cosine(
 def _inner(
     query: Float[Array, "B D"], gallery: Float[Array, "G D"], unused: Float[Array, "G"]
 ) -> Float[Array, "B G"]:
-    return 1.0 - _product(query, gallery)
+    # Not 1 minus the product: that would round small products away.
+    return -_product(query, gallery)
 
 
 def _squared_euclidean(
@@ -79,21 +81,85 @@ KINDS = {
 }
 
 
-def place_gallery(
-    gallery: Float32[np.ndarray | Array, "G D"],
-    kind: str,
-    devices: Sequence[jax.Device] | None = None,
-) -> list[Array]:
-    """The gallery and its norms on every device."""
-    placed = blocks.place_everywhere(gallery, devices)
-    return [placed, jax.jit(KINDS[kind].norms)(placed)]
-
-
 def choose_kind(metric: str, normalize: bool) -> str:
     """The key of `KINDS` for a metric, of normalised or other descriptors."""
     if metric == "cosine":
         return "cosine" if normalize else "inner"
     return "chord" if normalize else "euclidean"
+
+
+class Gallery:
+    """Descriptors on every device, to compare blocks of queries with.
+
+    Args:
+        features: (G, D), checked.
+        kind: a key of `KINDS`.
+        look: what to make of a block of distances (see `blocks.BlockMap`); the distances if None.
+        placement: devices and block size.
+    """
+
+    def __init__(
+        self,
+        features: Float32[np.ndarray | Array, "G D"],
+        kind: str,
+        *,
+        look: Callable | None = None,
+        placement: blocks.Placement = blocks.EVERYWHERE,
+    ):
+        placed = blocks.place_everywhere(features, placement)
+        shared = [placed, jax.jit(KINDS[kind].norms)(placed)]
+        self._shape = features.shape
+        self._map = blocks.BlockMap(KINDS[kind].measure, shared, look=look, placement=placement)
+
+    def run(
+        self, num_rows: int, get: Callable[[slice], Sequence[Any]]
+    ) -> Iterator[tuple[slice, Any]]:
+        """Results block by block; `get` returns the queries of a slice, and what `look` needs."""
+        return self._map.run(num_rows, self._shape[0], get, num_features=self._shape[1])
+
+    def __call__(self, query: Any, *others: Any) -> Any:
+        """Results of (Q, D) queries; `others` are what `look` needs, of as many rows.
+
+        They may be memory of a device: not to be written to.
+        """
+        return self._map.collect(
+            len(query),
+            self._shape[0],
+            lambda rows: [array[rows] for array in (query, *others)],
+            num_features=self._shape[1],
+        )
+
+
+def restore(
+    block: Float32[np.ndarray, "B G"], metric: str, exponent: int
+) -> Float[np.ndarray, "B G"]:
+    """Distances as the metric defines them, from those of a kind that only keeps their order.
+
+    Args:
+        block: of the "euclidean" kinds, squared; not written to.
+        metric: "cosine" or "euclidean".
+        exponent: of `inputs.Pair`. Where it is not 0 the result is float64, in which the distances
+            of the descriptors as they were given have room.
+
+    Raises:
+        UserError: not even float64 holds them.
+    """
+    if metric == "euclidean":
+        block = np.sqrt(np.maximum(block, 0))
+    if exponent == 0:
+        return block
+    with np.errstate(over="ignore", under="ignore"):
+        result = np.ldexp(
+            block.astype(np.float64), (-1 if metric == "euclidean" else -2) * exponent
+        )
+    size = np.abs(result)
+    bad = ~np.isfinite(size) | ((size < np.finfo(np.float64).tiny) & (block != 0))
+    if bad.any():
+        raise UserError(
+            f"float64 cannot hold the {metric} distances of {show_rows(bad.any(1))}: scale the "
+            "descriptors, or normalise them"
+        )
+    return result
 
 
 def compute_distances(
@@ -102,76 +168,25 @@ def compute_distances(
     *,
     metric: str = "cosine",
     normalize: bool = True,
-    block_size: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
-) -> Float32[np.ndarray, "Q G"]:
+    placement: blocks.Placement = blocks.EVERYWHERE,
+) -> Float[np.ndarray, "Q G"]:
     """Distance of every query to every gallery image.
 
     Args:
         query_features: (Q, D).
         gallery_features: (G, D).
-        metric: "cosine" (1 - inner product) or "euclidean".
+        metric: "cosine" (1 - cosine; if not normalised minus the inner product) or "euclidean".
         normalize: divide each row by its Euclidean norm first.
-        block_size: queries in a block on one device; default 128 to 512 (see `blocks`).
-        devices: default all local devices.
+        placement: devices and block size.
 
     Returns:
-        (Q, G) float32.
+        (Q, G) float32; float64 where float32 could not hold unnormalised descriptors.
 
     Raises:
-        ValueError: NaN, infinite or (if normalised) zero rows; different widths; unknown metric.
+        UserError: NaN, infinite or (if normalised) zero rows; different widths; unknown metric.
     """
     check_choice(metric, "metric", METRICS)
-    query, gallery = check_pair(query_features, gallery_features, normalize=normalize)
-    kind = choose_kind(metric, normalize)
-    shared = place_gallery(gallery, kind, devices)
-    mapped = blocks.BlockMap(KINDS[kind].measure, shared, devices=devices)
-    result = np.empty((len(query), len(gallery)), np.float32)
-    for rows, block in mapped.run(
-        len(query),
-        len(gallery),
-        lambda rows: (query[rows],),
-        num_features=gallery.shape[1],
-        block_size=block_size,
-    ):
-        result[rows] = block
-    if metric == "euclidean":
-        np.sqrt(np.maximum(result, 0, out=result), out=result)
-    return result
-
-
-def make_row_function(
-    gallery: Float32[np.ndarray | Array, "G D"],
-    kind: str,
-    *,
-    block_size: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
-) -> Callable[[Any], Float32[np.ndarray, "B G"]]:
-    """Place a checked gallery on the devices; return a function from (B, D) queries to distances.
-
-    What it returns may be memory of a device: not to be written to.
-
-    Args:
-        gallery: (G, D).
-        kind: a key of `KINDS`.
-        block_size: queries in a block on one device; the block on all devices together is the
-            least that is computed at once.
-        devices: default all local devices.
-    """
-    shared = place_gallery(gallery, kind, devices)
-    mapped = blocks.BlockMap(KINDS[kind].measure, shared, devices=devices)
-
-    def compute_rows(query: Any) -> np.ndarray:
-        parts = [
-            block
-            for _, block in mapped.run(
-                len(query),
-                len(gallery),
-                lambda rows: (query[rows],),
-                num_features=gallery.shape[1],
-                block_size=block_size,
-            )
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    return compute_rows
+    query, gallery, exponent = check_pair(query_features, gallery_features, normalize=normalize)
+    compute = Gallery(gallery, choose_kind(metric, normalize), placement=placement)
+    result = restore(compute(query), metric, exponent)
+    return result if result.flags.writeable else result.copy()

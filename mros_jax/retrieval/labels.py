@@ -3,9 +3,45 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int, Int32, Int64
+from jaxtyping import Bool, Int, Int32, Int64
 
-from mros_jax.retrieval.inputs import Numbers, check_ids
+from mros_jax.errors import UserError
+from mros_jax.retrieval.inputs import Numbers, check_ids, check_pid
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """The queries, or the gallery.
+
+    Attributes:
+        features: (N, D) descriptors, numbers of any type.
+        pids: (N,) identities, whole numbers.
+        camids: (N,) cameras, whole numbers.
+    """
+
+    features: Numbers
+    pids: Numbers
+    camids: Numbers
+
+
+def make_sides(data: tuple[Side | Numbers, ...]) -> tuple[Side, Side]:
+    """Queries and gallery from two sides, or from six arrays.
+
+    Args:
+        data: two `Side`; or the features of queries and gallery, their pids, and their camids.
+
+    Raises:
+        TypeError: neither.
+    """
+    if len(data) == 2 and all(isinstance(side, Side) for side in data):
+        return data  # type: ignore[return-value]
+    if len(data) == 6 and not any(isinstance(array, Side) for array in data):
+        query, gallery = data[::2], data[1::2]
+        return Side(*query), Side(*gallery)  # type: ignore[arg-type]
+    raise TypeError(
+        f"got {len(data)} positional arguments; expected two Side, or six arrays: query_features, "
+        "gallery_features, query_pids, gallery_pids, query_camids, gallery_camids"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +95,7 @@ class Labels:
         query_pids: (Q,).
         query_camids: (Q,).
         gallery_pids: (G,) of the gallery images kept.
+        gallery_camids: (G,) of these.
         kept: (G,) their indices in the gallery as given.
         matches: true matches: the query's pid, another camera.
         removed: the query's pid and camera: they do not count in its ranking.
@@ -69,11 +106,24 @@ class Labels:
     query_pids: Int64[np.ndarray, "Q"]
     query_camids: Int64[np.ndarray, "Q"]
     gallery_pids: Int64[np.ndarray, "G"]
+    gallery_camids: Int64[np.ndarray, "G"]
     kept: Int64[np.ndarray, "G"]
     matches: Lists
     removed: Lists
     num_junk: int
     num_distractors: int
+
+    def mark(
+        self, query: int
+    ) -> tuple[Bool[np.ndarray, "num_gallery"], Bool[np.ndarray, "num_gallery"]]:
+        """Which images of the whole gallery count in a query's ranking, and which of them match."""
+        counted = np.zeros(len(self.kept) + self.num_junk, bool)
+        matches = counted.copy()
+        row = np.array([query])
+        counted[self.kept] = True
+        counted[self.kept[self.removed.cells(row)[1]]] = False
+        matches[self.kept[self.matches.cells(row)[1]]] = True
+        return counted, matches
 
     def explain_no_match(self) -> str:
         """Why no query has a match."""
@@ -119,8 +169,10 @@ def check_labels(
     """Check labels, leave junk out and list matches.
 
     Raises:
-        ValueError: labels that are no whole numbers or not as many as images; no query has a match.
+        UserError: labels that are no whole numbers or not as many as images; no query has a match.
     """
+    check_pid(junk_pid, "junk_pid")
+    check_pid(distractor_pid, "distractor_pid")
     q_pids = check_ids(query_pids, "query_pids", num_query)
     g_pids = check_ids(gallery_pids, "gallery_pids", num_gallery)
     q_cams = check_ids(query_camids, "query_camids", num_query)
@@ -145,6 +197,7 @@ def check_labels(
         query_pids=q_pids,
         query_camids=q_cams,
         gallery_pids=g_pids,
+        gallery_camids=g_cams,
         kept=kept,
         matches=select(~same_camera),
         removed=select(same_camera),
@@ -152,5 +205,5 @@ def check_labels(
         num_distractors=0 if distractor_pid is None else int((g_pids == distractor_pid).sum()),
     )
     if len(labels.matches.indices) == 0:
-        raise ValueError(labels.explain_no_match())
+        raise UserError(labels.explain_no_match())
     return labels

@@ -7,18 +7,25 @@ computed needs O(block x gallery) memory and no sort of the gallery.
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float64, Int, Int64, Shaped
+from jaxtyping import Array, Bool, Float64, Int, Int64, Shaped
 
+from mros_jax.errors import UserError
 from mros_jax.retrieval import blocks, distances
-from mros_jax.retrieval import rerank as reranking
-from mros_jax.retrieval.inputs import Numbers, check_choice, check_count, check_pair
-from mros_jax.retrieval.labels import Labels, check_labels, ragged_positions
+from mros_jax.retrieval.inputs import (
+    Numbers,
+    check_choice,
+    check_count,
+    check_matrix,
+    check_pair,
+)
+from mros_jax.retrieval.labels import Labels, Side, check_labels, make_sides, ragged_positions
+from mros_jax.retrieval.rerank import Rerank, parse
 
 AP_VARIANTS = ("standard", "trapezoid")
 
@@ -56,18 +63,23 @@ class Result:
         """A result from its plain values, as `to_dict` made them; further entries are ignored.
 
         Raises:
-            ValueError: entries are missing.
+            UserError: entries are missing.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         missing = [name for name in names if name not in values]
         if missing:
-            raise ValueError(f"this result lacks {', '.join(missing)}")
+            raise UserError(f"this result lacks {', '.join(missing)}")
         whole = ("first_match_rank", "valid_queries", "invalid_queries", "query_pids")
         fields: dict[str, Any] = {name: values[name] for name in names}
         for name, value in fields.items():
             if isinstance(value, list):
                 fields[name] = np.asarray(value, np.int64 if name in whole else np.float64)
         return cls(**fields)
+
+    def rank(self, k: int) -> float | None:
+        """Rank-k, or None where the CMC curve was not computed that far."""
+        check_count(k, "k")
+        return float(self.cmc[k - 1]) if k <= len(self.cmc) else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values, as results.json holds it."""
@@ -79,20 +91,21 @@ class Result:
         return json.dumps(self.to_dict(), indent=indent)
 
     def __str__(self) -> str:
-        ranks = [k for k in (1, 5, 10) if k <= len(self.cmc)]
-        shares = "  ".join(f"Rank-{k} {100 * self.cmc[k - 1]:.2f}" for k in ranks)
-        return f"mAP {100 * self.mAP:.2f}  mINP {100 * self.mINP:.2f}  {shares}"
+        values = {"mAP": self.mAP, "mINP": self.mINP}
+        values |= {f"Rank-{k}": self.cmc[k - 1] for k in (1, 5, 10) if k <= len(self.cmc)}
+        return "  ".join(f"{name} {100 * value:.2f}" for name, value in values.items())
 
 
 def count_ranks(
     distance: Shaped[Array, "B G"],
     matches: Int[Array, "B M"],
     removed: Int[Array, "B R"],
+    groups: Int[Array, "G"] | None = None,
 ) -> Int[Array, "B M"]:
     """Rank (from 1) of each match among the kept gallery images; -1 in a list is padding.
 
     Equal distances are ordered by gallery index, as a stable sort orders them. An image is never
-    before itself.
+    before itself. With `groups`, ranks are those among the images of the match's own group.
     """
     column = jnp.arange(distance.shape[1])
 
@@ -105,7 +118,8 @@ def count_ranks(
             at, index = d_match[:, i, None], match[:, i, None]
 
             def comes_before(d: Array, place: Array) -> Array:
-                return (place != index) & ((d < at) | ((d == at) & (place < index)))
+                before = (place != index) & ((d < at) | ((d == at) & (place < index)))
+                return before if groups is None else before & (groups[place] == groups[index])
 
             before = comes_before(d, column)
             gone_before = (gone >= 0) & comes_before(d_gone, gone)
@@ -116,21 +130,38 @@ def count_ranks(
         return jax.lax.fori_loop(0, most, count_one, jnp.zeros(match.shape, jnp.int32))
 
     # A few rows at a time stay in a core's cache while their matches are counted one by one.
-    groups = [x.reshape(-1, blocks.MULTIPLE, x.shape[1]) for x in (distance, matches, removed)]
-    return jax.lax.map(count_rows, tuple(groups)).reshape(matches.shape)
+    cut = [x.reshape(-1, blocks.MULTIPLE, x.shape[1]) for x in (distance, matches, removed)]
+    return jax.lax.map(count_rows, tuple(cut)).reshape(matches.shape)
 
 
-def _count_given(distance: Array, matches: Array, removed: Array) -> tuple[Array, Array]:
-    """Ranks, and which rows hold NaN: that comes before nothing and would improve ranks, unseen."""
-    return count_ranks(distance, matches, removed), jnp.isnan(distance).any(1)
+def _find_bad(distance: Shaped[Array, "B G"]) -> Bool[Array, "B"]:
+    """Rows with NaN or infinity, or with numbers so small that compilers may take them for 0."""
+    info = jnp.finfo(distance.dtype)
+    bits = jax.lax.bitcast_convert_type(distance, jnp.dtype(f"int{info.bits}"))
+    size = bits & jnp.iinfo(bits.dtype).max
+    lowest, infinite = 1 << info.nmant, ((1 << info.nexp) - 1) << info.nmant
+    return ((size >= infinite) | ((size > 0) & (size < lowest))).any(1)
+
+
+def _count_given(
+    distance: Array, matches: Array, removed: Array
+) -> tuple[Int[Array, "B M"], Bool[Array, "B"]]:
+    return count_ranks(distance, matches, removed), _find_bad(distance)
+
+
+def _count_grouped(
+    distance: Array, matches: Array, removed: Array, groups: Array
+) -> tuple[Int[Array, "B M"], Int[Array, "B M"], Bool[Array, "B"]]:
+    ranks = count_ranks(distance, matches, removed)
+    grouped = count_ranks(distance, matches, removed, groups)
+    return ranks, grouped, _find_bad(distance)
+
+
+Run = Callable[[int, Callable[[slice], Sequence[Any]]], Iterator[tuple[slice, Any]]]
 
 
 def _rank_matches(
-    rows_of: Callable[[np.ndarray], Any],
-    mapped: blocks.BlockMap,
-    labels: Labels,
-    num_features: int,
-    block_size: int | None,
+    run: Run, rows_of: Callable[[np.ndarray], Any], labels: Labels
 ) -> Int64[np.ndarray, "P"]:
     """Ranks of all matches, in the order of `labels.matches.indices`."""
     matches, removed = labels.matches, labels.removed
@@ -142,19 +173,96 @@ def _rank_matches(
         return rows_of(order[rows]), matches.pad(order[rows]), removed.pad(order[rows])
 
     ranks = np.empty(len(matches.indices), np.int64)
-    for rows, block in mapped.run(
-        len(order), len(labels.kept), get, num_features=num_features, block_size=block_size
-    ):
+    for rows, block in run(len(order), get):
         chosen = order[rows]
         if isinstance(block, tuple):
             block, bad = block
-            if bad.any():
-                raise ValueError(f"distance holds NaN, e.g. in row {chosen[np.argmax(bad)]}")
+            _check_distances(bad, chosen)
         ranks[matches.places(chosen)] = block[ragged_positions(matches.lengths[chosen])]
     return ranks
 
 
-def _summarise(
+def _check_distances(bad: Bool[np.ndarray, "B"], rows: np.ndarray) -> None:
+    if bad.any():
+        raise UserError(
+            f"distance holds NaN, infinity or numbers that are not 0 but too small for their type, "
+            f"e.g. in row {rows[np.argmax(bad)]}: they have no place in a ranking"
+        )
+
+
+def _rank_given(
+    rows_of: Callable[[np.ndarray], Any], labels: Labels, placement: blocks.Placement
+) -> Int64[np.ndarray, "P"]:
+    mapped = blocks.BlockMap(_count_given, placement=placement)
+
+    def run(num_rows: int, get: Callable[[slice], Sequence[Any]]) -> Iterator[tuple[slice, Any]]:
+        return mapped.run(num_rows, len(labels.kept), get, num_features=1)
+
+    return _rank_matches(run, rows_of, labels)
+
+
+def rank_by_group(
+    distance: Shaped[np.ndarray, "B G"],
+    rows: Int[np.ndarray, "B"],
+    labels: Labels,
+    groups: Int[np.ndarray, "G"],
+    placement: blocks.Placement = blocks.EVERYWHERE,
+) -> tuple[Int64[np.ndarray, "K"], Int64[np.ndarray, "K"]]:
+    """Ranks of the matches of some queries, among all and among images of the match's group.
+
+    Args:
+        distance: of these queries to the gallery images that `labels` keeps.
+        rows: which queries they are.
+        labels: of all queries.
+        groups: (G,) whole numbers of 32 bits, e.g. which camera took each of those images.
+        placement: devices and block size.
+
+    Returns:
+        Both in the order of `labels.matches.cells(rows)`.
+
+    Raises:
+        UserError: NaN or infinite distances.
+    """
+    mapped = blocks.BlockMap(_count_grouped, [groups], placement=placement)
+
+    def get(part: slice) -> tuple[np.ndarray, ...]:
+        own = rows[part]
+        return distance[part], labels.matches.pad(own), labels.removed.pad(own)
+
+    with jax.enable_x64(distance.dtype == np.float64):
+        among_all, grouped, bad = mapped.collect(len(rows), len(labels.kept), get, num_features=1)
+    _check_distances(bad, rows)
+    places = ragged_positions(labels.matches.lengths[rows])
+    return among_all[places].astype(np.int64), grouped[places].astype(np.int64)
+
+
+def average_precisions(
+    ranks: Int64[np.ndarray, "P"], lists: Int64[np.ndarray, "P"], num_lists: int, ap: str
+) -> Float64[np.ndarray, "num_lists"]:
+    """Average precision of many ranked lists from the ranks of their matches.
+
+    With ranks r_1 < ... < r_n the average precision is the mean of i / r_i ("standard"), or of the
+    means of that and (i - 1) / (r_i - 1), which is 1 at rank 1 ("trapezoid", the Market-1501 code).
+
+    Args:
+        ranks: of the matches, from 1, in any order.
+        lists: which list each belongs to.
+        num_lists: lists without a match get NaN.
+        ap: "standard" or "trapezoid".
+    """
+    order = np.lexsort((ranks, lists))
+    ranks, lists = ranks[order], lists[order]
+    lengths = np.bincount(lists, minlength=num_lists)
+    i = ragged_positions(lengths)[1] + 1.0
+    precision = i / ranks
+    if ap == "trapezoid":
+        before = np.where(ranks == 1, 1.0, (i - 1) / np.maximum(ranks - 1, 1))
+        precision = (precision + before) / 2
+    sums = np.bincount(lists, precision, minlength=num_lists)
+    return np.divide(sums, lengths, out=np.full(num_lists, np.nan), where=lengths > 0)
+
+
+def _summarize(
     ranks: Int64[np.ndarray, "P"],
     labels: Labels,
     ap: str,
@@ -163,16 +271,11 @@ def _summarise(
 ) -> Result:
     """Metrics in float64 from the ranks of all matches."""
     lengths, starts = labels.matches.lengths, labels.matches.starts
-    row, position = ragged_positions(lengths)
-    ranks = ranks[np.lexsort((ranks, row))]
-    i = position + 1.0
-    precision = i / ranks
-    if ap == "trapezoid":
-        # The Market-1501 rule: the mean with the precision just before the match, 1 at rank 1.
-        before = np.where(ranks == 1, 1.0, (i - 1) / np.maximum(ranks - 1, 1))
-        precision = (precision + before) / 2
+    row, _ = ragged_positions(lengths)
     valid = np.flatnonzero(lengths)
-    per_query = np.bincount(row, precision, minlength=len(lengths))[valid] / lengths[valid]
+    ranks = ranks[np.lexsort((ranks, row))]
+    _check_ranks(ranks, row, len(labels.kept))
+    per_query = average_precisions(ranks, row, len(lengths), ap)[valid]
     first_match_rank = ranks[starts[valid]]
     inp = lengths[valid] / ranks[starts[valid + 1] - 1]
     counts = np.bincount(np.minimum(first_match_rank, max_rank + 1), minlength=max_rank + 2)
@@ -199,6 +302,25 @@ def _summarise(
     )
 
 
+def _check_ranks(
+    ranks: Int64[np.ndarray, "P"], row: Int64[np.ndarray, "P"], num_gallery: int
+) -> None:
+    """Ranks of a query, in order, rise from at least 1 to at most the gallery's size.
+
+    Every metric is between 0 and 1 then.
+
+    Raises:
+        RuntimeError: they do not, which is a bug here or in what computed them.
+    """
+    same_query = row[1:] == row[:-1]
+    rising = (ranks[1:] > ranks[:-1]) | ~same_query
+    if ranks.min() < 1 or ranks.max() > num_gallery or not rising.all():
+        raise RuntimeError(
+            f"internal error: ranks {ranks.min()}..{ranks.max()} of {num_gallery} gallery images, "
+            f"{(~rising).sum()} of them twice in one query; please report this"
+        )
+
+
 def evaluate_distances(
     distance: Numbers,
     query_pids: Numbers,
@@ -211,8 +333,7 @@ def evaluate_distances(
     junk_pid: int | None = -1,
     distractor_pid: int | None = 0,
     protocol: Mapping[str, Any] | None = None,
-    block_size: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    placement: blocks.Placement = blocks.EVERYWHERE,
 ) -> Result:
     """CMC, mAP and mINP of a given matrix of distances (smaller is more alike).
 
@@ -229,24 +350,15 @@ def evaluate_distances(
         junk_pid: gallery images of this pid do not count at all; None if there are none such.
         distractor_pid: images of this pid never match; None where it is a person like others.
         protocol: further entries for the result's protocol.
-        block_size: queries in a block on one device.
-        devices: default all local devices.
+        placement: devices and block size.
 
     Raises:
-        ValueError: NaN distances, wrong shapes, labels that are no whole numbers, no valid query.
+        UserError: NaN or infinite distances, wrong shapes, labels that are no whole numbers, no
+            valid query.
     """
     check_choice(ap, "ap", AP_VARIANTS)
     check_count(max_rank, "max_rank")
-    matrix = distance if isinstance(distance, jax.Array) else np.asarray(distance)
-    if matrix.ndim != 2 or matrix.dtype.kind not in "fiubV" or 0 in matrix.shape:
-        raise ValueError(
-            f"distance has shape {matrix.shape} and type {matrix.dtype}; expected numbers of shape "
-            "(queries, gallery)"
-        )
-    if matrix.dtype.kind == "f" and matrix.dtype.itemsize < 4:
-        matrix = matrix.astype(np.float32)
-    if matrix.dtype not in (np.float32, np.float64):
-        matrix = matrix.astype(np.float64)
+    matrix = check_matrix(distance)
     labels = check_labels(
         query_pids,
         gallery_pids,
@@ -261,37 +373,28 @@ def evaluate_distances(
         return matrix[rows][:, labels.kept] if labels.num_junk else matrix[rows]
 
     with jax.enable_x64(matrix.dtype == np.float64):
-        mapped = blocks.BlockMap(None, look=_count_given, devices=devices)
-        ranks = _rank_matches(rows_of, mapped, labels, 1, block_size)
+        ranks = _rank_given(rows_of, labels, placement)
     described = {
         "metric": "given distances",
         "rerank": None,
         "junk_pid": junk_pid,
         "distractor_pid": distractor_pid,
     }
-    return _summarise(ranks, labels, ap, max_rank, described | dict(protocol or {}))
+    return _summarize(ranks, labels, ap, max_rank, described | dict(protocol or {}))
 
 
 def evaluate(
-    query_features: Numbers,
-    gallery_features: Numbers,
-    query_pids: Numbers,
-    gallery_pids: Numbers,
-    query_camids: Numbers,
-    gallery_camids: Numbers,
-    *,
+    *data: Side | Numbers,
     metric: str = "cosine",
     ap: str = "standard",
     max_rank: int = 50,
-    rerank: str | None = None,
-    rerank_options: Mapping[str, Any] | None = None,
+    rerank: Rerank | str | None = None,
     normalize: bool = True,
     keep_junk: bool = False,
     junk_pid: int | None = -1,
     distractor_pid: int | None = 0,
     protocol: Mapping[str, Any] | None = None,
-    block_size: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    placement: blocks.Placement = blocks.EVERYWHERE,
 ) -> Result:
     """CMC, mAP and mINP of descriptors by the Market-1501 protocol (single query).
 
@@ -301,79 +404,73 @@ def evaluate(
     are float32 (products at the highest precision); average precisions are summed in float64.
 
     Args:
-        query_features: (Q, D) float32; other types are converted.
-        gallery_features: (G, D).
-        query_pids: (Q,) identities, whole numbers.
-        gallery_pids: (G,).
-        query_camids: (Q,) cameras.
-        gallery_camids: (G,).
+        *data: queries and gallery as two `Side`; or six arrays: query_features (Q, D) and
+            gallery_features (G, D), numbers of any type; query_pids (Q,) and gallery_pids (G,),
+            identities; query_camids (Q,) and gallery_camids (G,), cameras; whole numbers.
         metric: "cosine" or "euclidean".
         ap: "standard" (mean of i / r_i, as fast-reid, torchreid and the strong baseline) or
             "trapezoid" (the Market-1501 MATLAB code; lower by up to 1 point of mAP).
         max_rank: length of the CMC curve.
-        rerank: None, "ecn", "k_reciprocal" or "aqe" (see `mros_jax.retrieval.rerank`).
-        rerank_options: keyword arguments for it, e.g. {"k": 25}.
-        normalize: divide descriptors by their norm first. Re-ranking always does.
+        rerank: a method with its parameters, as `ECN(k=20)`, or its name, "ecn", "k_reciprocal" or
+            "aqe", for the usual ones (see `mros_jax.retrieval.rerank`).
+        normalize: divide descriptors by their norm first. Re-ranking always does. Unnormalised
+            "cosine" ranks by the inner product.
         keep_junk: let junk images take part in re-ranking as neighbours. They never count.
         junk_pid: pid of junk images; None if there are none.
         distractor_pid: pid that never matches; None where 0 is a person like others.
         protocol: further entries for the result's protocol, e.g. the data set's name.
-        block_size: queries in a block on one device; default 128 to 512 (see `blocks`).
-        devices: blocks of queries are spread over them; default all local devices.
+        placement: devices and block size.
 
     Returns:
         A `Result`.
 
     Raises:
-        ValueError: NaN or zero features (their rows are named), mismatched lengths, labels that
+        UserError: NaN or zero features (their rows are named), mismatched lengths, labels that
             are no whole numbers, no valid query (and why), lists longer than the gallery.
 
     Example:
         >>> features = np.eye(4, dtype=np.float32)
-        >>> result = evaluate(features[:1], features[[0, 1]], [7], [7, 8], [1], [2, 2])
-        >>> result.mAP
+        >>> query = Side(features[:1], [7], [1])
+        >>> evaluate(query, Side(features[:2], [7, 8], [2, 2])).mAP
         1.0
     """
+    query_side, gallery_side = make_sides(data)
     check_choice(metric, "metric", distances.METRICS)
     check_choice(ap, "ap", AP_VARIANTS)
-    check_choice(rerank, "rerank", (None, *reranking.METHODS))
     check_count(max_rank, "max_rank")
-    query, gallery = check_pair(
-        query_features, gallery_features, normalize=normalize or rerank is not None
+    if isinstance(rerank, str):
+        (rerank,) = parse([rerank])
+    query, gallery, _ = check_pair(
+        query_side.features, gallery_side.features, normalize=normalize or rerank is not None
     )
     labels = check_labels(
-        query_pids,
-        gallery_pids,
-        query_camids,
-        gallery_camids,
+        query_side.pids,
+        gallery_side.pids,
+        query_side.camids,
+        gallery_side.camids,
         len(query),
         len(gallery),
         junk_pid=junk_pid,
         distractor_pid=distractor_pid,
     )
-    options = dict(rerank_options or {})
     keep_junk = keep_junk and rerank is not None
     if labels.num_junk and not keep_junk:
         gallery = blocks.take_rows(gallery, labels.kept)
     described = {
         "metric": metric,
         "normalize": normalize,
-        "rerank": rerank,
-        "rerank_options": reranking.describe(rerank, options) if rerank else None,
+        "rerank": None if rerank is None else rerank.name,
+        "rerank_options": None if rerank is None else rerank.describe(),
         "junk": "neighbours in re-ranking" if keep_junk else "dropped",
         "junk_pid": junk_pid,
         "distractor_pid": distractor_pid,
     }
     if rerank is None:
         kind = distances.choose_kind(metric, normalize)
-        shared = distances.place_gallery(gallery, kind, devices)
-        mapped = blocks.BlockMap(
-            distances.KINDS[kind].measure, shared, look=count_ranks, devices=devices
-        )
-        ranks = _rank_matches(lambda rows: query[rows], mapped, labels, query.shape[1], block_size)
+        compared = distances.Gallery(gallery, kind, look=count_ranks, placement=placement)
+        ranks = _rank_matches(compared.run, lambda rows: query[rows], labels)
     else:
-        prepare = reranking.METHODS[rerank]
-        write = prepare(query, gallery, block_size=block_size, devices=devices, **options)
+        write = rerank.prepare(query, gallery, placement)
         columns = labels.kept if keep_junk else slice(None)
 
         def rows_of(rows: np.ndarray) -> np.ndarray:
@@ -381,6 +478,5 @@ def evaluate(
             write(rows, block)
             return block[:, columns]
 
-        mapped = blocks.BlockMap(None, look=_count_given, devices=devices)
-        ranks = _rank_matches(rows_of, mapped, labels, 1, block_size)
-    return _summarise(ranks, labels, ap, max_rank, described | dict(protocol or {}))
+        ranks = _rank_given(rows_of, labels, placement)
+    return _summarize(ranks, labels, ap, max_rank, described | dict(protocol or {}))

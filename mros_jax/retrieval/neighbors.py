@@ -2,14 +2,15 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Float64, Int, Int32
 
+from mros_jax.errors import UserError
 from mros_jax.retrieval import blocks, distances
 from mros_jax.retrieval.inputs import Numbers
 
@@ -19,13 +20,13 @@ class Neighbors(NamedTuple):
 
     Attributes:
         indices: (N, k) by falling similarity; equal ones by index.
-        similarity: (N, k) cosines (of the image with itself: 1); None where lists were given.
-        smallest: (N,) cosine with the farthest image; None where lists were given.
+        similarity: (N, k) cosines (of the image with itself: 1).
+        smallest: (N,) cosine with the farthest image.
     """
 
     indices: Int32[np.ndarray, "N k"]
-    similarity: Float32[np.ndarray, "N k"] | None
-    smallest: Float32[np.ndarray, "N"] | None
+    similarity: Float32[np.ndarray, "N k"]
+    smallest: Float32[np.ndarray, "N"]
 
 
 def select_top(
@@ -52,10 +53,6 @@ def select_top(
     return top, group * size + position % size
 
 
-def _place(features: Any, devices: Sequence[jax.Device] | None) -> list[Array]:
-    return distances.place_gallery(features, "similarity", devices)
-
-
 @functools.cache
 def _make_look(k: int) -> Callable:
     def look(similarity: Float[Array, "B N"], index: Int[Array, "B"]) -> tuple[Array, Array, Array]:
@@ -70,33 +67,17 @@ def _make_look(k: int) -> Callable:
 def search_neighbors(
     features: Float32[np.ndarray | Array, "N D"],
     k: int,
-    *,
-    block_size: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    placement: blocks.Placement = blocks.EVERYWHERE,
 ) -> Neighbors:
     """Find the k nearest images (itself included, and first) of every image by cosine.
 
     Args:
         features: (N, D), checked, of any norm but zero.
         k: length of the lists, at most N.
-        block_size: images in a block on one device.
-        devices: default all local devices.
+        placement: devices and block size.
     """
-    num = len(features)
-    mapped = blocks.BlockMap(
-        distances.compute_similarity, _place(features, devices), look=_make_look(k), devices=devices
-    )
-    indices, similarity = np.empty((num, k), np.int32), np.empty((num, k), np.float32)
-    smallest = np.empty(num, np.float32)
-
-    def get(rows: slice) -> tuple[Any, Any]:
-        return features[rows], np.arange(rows.start, rows.stop, dtype=np.int32)
-
-    for rows, block in mapped.run(
-        num, num, get, num_features=features.shape[1], block_size=block_size
-    ):
-        indices[rows], similarity[rows], smallest[rows] = block
-    return Neighbors(indices, similarity, smallest)
+    search = distances.Gallery(features, "similarity", look=_make_look(k), placement=placement)
+    return Neighbors(*search(features, np.arange(len(features), dtype=np.int32)))
 
 
 @functools.cache
@@ -108,53 +89,43 @@ def search_gallery(
     query: Float32[np.ndarray | Array, "Q D"],
     gallery: Float32[np.ndarray | Array, "G D"],
     k: int,
-    *,
-    block_size: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    placement: blocks.Placement = blocks.EVERYWHERE,
 ) -> Int32[np.ndarray, "Q k"]:
     """The k gallery images nearest to each query by cosine, nearest first."""
-    mapped = blocks.BlockMap(
-        distances.compute_similarity,
-        _place(gallery, devices),
-        look=_make_select(k),
-        devices=devices,
-    )
-    result = np.empty((len(query), k), np.int32)
-    for rows, block in mapped.run(
-        len(query),
-        len(gallery),
-        lambda rows: (query[rows],),
-        num_features=query.shape[1],
-        block_size=block_size,
-    ):
-        result[rows] = block
-    return result
+    look = _make_select(k)
+    return distances.Gallery(gallery, "similarity", look=look, placement=placement)(query)
 
 
-def _smallest(
-    query: Float[Array, "B D"], features: Float[Array, "N D"], norms: Float[Array, "N"]
-) -> Float[Array, "B"]:
-    return distances.compute_similarity(query, features, norms).min(1)
+def _smallest(similarity: Float[Array, "B N"]) -> Float[Array, "B"]:
+    return similarity.min(1)
 
 
-def find_farthest(
+def describe_neighbors(
     features: Float32[np.ndarray | Array, "N D"],
-    *,
-    block_size: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
-) -> Float32[np.ndarray, "N"]:
-    """Cosine of each image with the farthest one."""
-    mapped = blocks.BlockMap(_smallest, _place(features, devices), devices=devices)
-    num = len(features)
-    result = np.empty(num, np.float32)
-    for rows, block in mapped.run(
-        num,
-        num,
-        lambda rows: (features[rows],),
-        num_features=features.shape[1],
-        block_size=block_size,
-    ):
-        result[rows] = block
+    lists: Int32[np.ndarray, "N k"],
+    placement: blocks.Placement = blocks.EVERYWHERE,
+) -> Neighbors:
+    """Lists from another search, with the cosines that the exact search finds on its way."""
+    row = np.repeat(np.arange(len(lists)), lists.shape[1])
+    similarity = compute_cosines(features, row, lists.ravel()).reshape(lists.shape)
+    farthest = distances.Gallery(features, "similarity", look=_smallest, placement=placement)
+    return Neighbors(lists, similarity.astype(np.float32), farthest(features))
+
+
+def compute_cosines(
+    features: Float32[np.ndarray | Array, "N D"],
+    row: Int[np.ndarray, "P"],
+    column: Int[np.ndarray, "P"],
+) -> Float64[np.ndarray, "P"]:
+    """Cosine of each pair of images (row, column)."""
+    features = np.asarray(features)
+    norms = np.sqrt(np.einsum("nd,nd->n", features, features))
+    result = np.empty(len(row))
+    step = max(1, 2**24 // features.shape[1])  # two gathers of at most 64 MiB
+    for start in range(0, len(row), step):
+        i, j = row[start : start + step], column[start : start + step]
+        product = np.einsum("pd,pd->p", features[i], features[j])
+        result[start : start + step] = product / (norms[i] * norms[j])
     return result
 
 
@@ -168,37 +139,64 @@ def stack(
     return np.concatenate([query, gallery], out=out)
 
 
+def check_search(neighbors: str) -> None:
+    """Raise a UserError unless a search has this name and can be used: "exact" or "faiss...".
+
+    See `search_faiss` for what may follow "faiss".
+    """
+    name, *rest = neighbors.split(":")
+    if neighbors != "exact" and (name != "faiss" or len(rest) > 2):
+        raise UserError(
+            f"neighbors is {neighbors!r}; expected 'exact', 'faiss', 'faiss:INDEX' or "
+            "'faiss:INDEX:PARAMETERS', as in 'faiss:IVF1024,Flat:nprobe=32'"
+        )
+    if name == "faiss":
+        _import_faiss()
+
+
+def _import_faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise UserError(
+            "neighbors='faiss' needs faiss, which is not installed: pip install 'mros_jax[faiss]'"
+        ) from error
+    return faiss
+
+
 def search_faiss(
-    features: Float32[np.ndarray | Array, "N D"], k: int, *, factory: str = "Flat", nprobe: int = 16
+    features: Float32[np.ndarray | Array, "N D"], k: int, neighbors: str = "faiss"
 ) -> Int32[np.ndarray, "N k"]:
     """The k nearest images of every image by cosine, found by faiss.
 
-    For galleries where the exact search takes too long: `factory="IVF4096,Flat"` looks at `nprobe`
+    For galleries where the exact search takes too long: "faiss:IVF4096,Flat:nprobe=32" looks at 32
     of 4,096 clusters only. faiss searches a normalised copy of the features, on the CPU.
 
     Args:
         features: (N, D), checked.
         k: length of the lists.
-        factory: faiss's description of an index; "Flat" is exact.
-        nprobe: clusters that are searched, for indexes that have them.
+        neighbors: "faiss" (exact), or "faiss:" and faiss's description of an index, or after a
+            further ":" parameters of its search as faiss writes them (nprobe is 16 if not said).
 
     Raises:
-        ImportError: faiss is not installed.
+        UserError: faiss is not installed, or does not take the index or its parameters.
     """
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            "neighbors='faiss' needs faiss, which is not installed: pip install 'mros_jax[faiss]'"
-        ) from error
+    faiss = _import_faiss()
+    factory, parameters = [*neighbors.split(":")[1:], "", ""][:2]
     unit = np.array(features, np.float32, order="C")
     faiss.normalize_L2(unit)
-    index = faiss.index_factory(unit.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-    if not index.is_trained:
-        index.train(unit)
-    index.add(unit)
-    if hasattr(index, "nprobe"):
-        index.nprobe = nprobe
+    try:
+        index = faiss.index_factory(unit.shape[1], factory or "Flat", faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            index.train(unit)
+        index.add(unit)
+        if hasattr(index, "nprobe"):
+            index.nprobe = 16
+        if parameters:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)
+    except RuntimeError as error:
+        said = str(error).splitlines()[-1]
+        raise UserError(f"neighbors is {neighbors!r}, but faiss says: {said}") from error
     return index.search(unit, k)[1].astype(np.int32)
 
 
@@ -211,21 +209,21 @@ def check_neighbors(neighbors: Numbers, num: int, least: int) -> Int32[np.ndarra
         least: how long they must be.
 
     Raises:
-        ValueError: another shape or type, too short, indices out of range or twice in a list.
+        UserError: another shape or type, too short, indices out of range or twice in a list.
     """
     lists = np.asarray(neighbors)
     if lists.ndim != 2 or lists.dtype.kind not in "iu" or len(lists) != num:
-        raise ValueError(
+        raise UserError(
             f"neighbors has shape {lists.shape} and type {lists.dtype}; expected whole numbers of "
             f"shape ({num}, k): one list for each query, then for each gallery image"
         )
     if lists.shape[1] < least:
-        raise ValueError(
+        raise UserError(
             f"neighbors has lists of {lists.shape[1]}; these parameters need at least {least} "
             "(the image itself counts as one)"
         )
     if lists.min() < 0 or lists.max() >= num:
-        raise ValueError(
+        raise UserError(
             f"neighbors holds indices {lists.min()}..{lists.max()}; expected 0..{num - 1} (an "
             "approximate search that found too few puts -1)"
         )
@@ -233,7 +231,7 @@ def check_neighbors(neighbors: Numbers, num: int, least: int) -> Int32[np.ndarra
     ordered = np.sort(lists, axis=1)
     twice = (ordered[:, 1:] == ordered[:, :-1]).any(1)
     if twice.any():
-        raise ValueError(f"neighbors lists an image twice, e.g. in row {np.argmax(twice)}")
+        raise UserError(f"neighbors lists an image twice, e.g. in row {np.argmax(twice)}")
     itself = np.arange(num, dtype=np.int32)[:, None]
     # With duplicates a search may put another image first; one that it left out replaces the last.
     found = lists == itself

@@ -6,7 +6,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Bool, Float64, Int, Int32
 
-from mros_jax.retrieval.neighbors import Neighbors
+from mros_jax.retrieval.neighbors import Neighbors, compute_cosines
 
 
 def make_rows(columns: np.ndarray, data: np.ndarray, num: int) -> scipy.sparse.csr_array:
@@ -65,23 +65,14 @@ def _pair_cosines(
 ) -> Float64[np.ndarray, "P"]:
     """Cosine of each (row, column): from the lists where it is there, else computed."""
     num = len(neighbors.indices)
-    result = np.empty(len(row))
-    missing = np.arange(len(row))
-    if neighbors.similarity is not None:
-        keys = np.arange(num, dtype=np.int64)[:, None] * num + neighbors.indices
-        order = np.argsort(keys, axis=None)
-        keys, known = keys.ravel()[order], neighbors.similarity.ravel()[order]
-        wanted = row.astype(np.int64) * num + column
-        place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        result[:] = known[place]
-        missing = np.flatnonzero(keys[place] != wanted)
-    features = np.asarray(features)
-    norms = np.sqrt(np.einsum("nd,nd->n", features, features))
-    step = max(1, 2**24 // features.shape[1])  # two gathers of at most 64 MiB
-    for start in range(0, len(missing), step):
-        pairs = missing[start : start + step]
-        i, j = row[pairs], column[pairs]
-        result[pairs] = np.einsum("pd,pd->p", features[i], features[j]) / (norms[i] * norms[j])
+    keys = np.arange(num, dtype=np.int64)[:, None] * num + neighbors.indices
+    order = np.argsort(keys, axis=None)
+    keys, known = keys.ravel()[order], neighbors.similarity.ravel()[order]
+    wanted = row.astype(np.int64) * num + column
+    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    result = known[place].astype(np.float64)
+    missing = np.flatnonzero(keys[place] != wanted)
+    result[missing] = compute_cosines(features, row[missing], column[missing])
     return result
 
 
@@ -93,7 +84,6 @@ def encode(features: Any, neighbors: Neighbors, k1: int, k2: int) -> scipy.spars
     """
     sets = expand_sets(neighbors.indices, k1)
     row = np.repeat(np.arange(sets.shape[0]), np.diff(sets.indptr))
-    assert neighbors.smallest is not None
     cosine = _pair_cosines(features, neighbors, row, sets.indices)
     weights = np.exp(-scale_distances(1.0 - cosine, neighbors.smallest[row]))
     weights /= np.bincount(row, weights)[row]

@@ -8,13 +8,20 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Float64
 
+from mros_jax.errors import UserError
 from mros_jax.retrieval import blocks, distances
-from mros_jax.retrieval.inputs import Numbers, check_choice, check_pair
-from mros_jax.retrieval.labels import Labels, check_labels
+from mros_jax.retrieval.inputs import (
+    Numbers,
+    check_choice,
+    check_matrix,
+    check_number,
+    check_pair,
+    show_rows,
+)
+from mros_jax.retrieval.labels import Labels, Side, check_labels, make_sides
 
 RATES = (1e-1, 1e-2, 1e-3, 1e-4)
 
@@ -87,20 +94,13 @@ class Verification:
 
 
 def verify(
-    query_features: Numbers,
-    gallery_features: Numbers,
-    query_pids: Numbers,
-    gallery_pids: Numbers,
-    query_camids: Numbers,
-    gallery_camids: Numbers,
-    *,
+    *data: Side | Numbers,
     metric: str = "cosine",
     normalize: bool = True,
     rates: Sequence[float] = RATES,
     junk_pid: int | None = -1,
     distractor_pid: int | None = 0,
-    block_size: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    placement: blocks.Placement = blocks.EVERYWHERE,
 ) -> Verification:
     """Verification scores of descriptors: exact, in O(block x gallery) memory.
 
@@ -111,30 +111,27 @@ def verify(
     out of the gallery, and the queries that have none anyhow.
 
     Args:
-        query_features: (Q, D).
-        gallery_features: (G, D).
-        query_pids: (Q,) identities, whole numbers.
-        gallery_pids: (G,).
-        query_camids: (Q,) cameras.
-        gallery_camids: (G,).
+        *data: two `Side`, or six arrays, as `evaluate` takes them.
         metric: "cosine" or "euclidean".
         normalize: divide descriptors by their norm.
         rates: false rates to report at.
         junk_pid: pid of junk gallery images; None if there are none.
         distractor_pid: pid that matches nobody; None if there is none.
-        block_size: queries in a block on one device.
-        devices: default all local devices.
+        placement: devices and block size.
 
     Raises:
-        ValueError: as `evaluate`; no genuine or no impostor pair.
+        UserError: as `evaluate`; no genuine or no impostor pair.
     """
+    query_side, gallery_side = make_sides(data)
     check_choice(metric, "metric", distances.METRICS)
-    query, gallery = check_pair(query_features, gallery_features, normalize=normalize)
+    query, gallery, exponent = check_pair(
+        query_side.features, gallery_side.features, normalize=normalize
+    )
     labels = check_labels(
-        query_pids,
-        gallery_pids,
-        query_camids,
-        gallery_camids,
+        query_side.pids,
+        gallery_side.pids,
+        query_side.camids,
+        gallery_side.camids,
         len(query),
         len(gallery),
         junk_pid=junk_pid,
@@ -142,12 +139,12 @@ def verify(
     )
     if labels.num_junk:
         gallery = blocks.take_rows(gallery, labels.kept)
-    kind = distances.choose_kind(metric, normalize)
-    compute = distances.make_row_function(gallery, kind, block_size=block_size, devices=devices)
+    compute = distances.Gallery(
+        gallery, distances.choose_kind(metric, normalize), placement=placement
+    )
 
     def rows_of(rows: np.ndarray) -> np.ndarray:
-        block = compute(query[rows])
-        return np.sqrt(np.maximum(block, 0)) if metric == "euclidean" else block
+        return distances.restore(compute(query[rows]), metric, exponent)
 
     return _verify(rows_of, labels, rates)
 
@@ -166,11 +163,12 @@ def verify_distances(
     """As `verify`, of a given (Q, G) matrix of distances.
 
     Raises:
-        ValueError: as `evaluate_distances`; no genuine or no impostor pair.
+        UserError: as `evaluate_distances`; no genuine or no impostor pair.
     """
-    matrix = np.asarray(distance)
-    if matrix.ndim != 2 or np.isnan(matrix).any():
-        raise ValueError(f"distance must be (queries, gallery) without NaN, got {matrix.shape}")
+    matrix = np.asarray(check_matrix(distance))
+    bad = ~np.isfinite(matrix).all(1)
+    if bad.any():
+        raise UserError(f"distance holds NaN or infinity in {show_rows(bad)}")
     labels = check_labels(
         query_pids,
         gallery_pids,
@@ -187,8 +185,7 @@ def _verify(
     rows_of: Callable[[np.ndarray], np.ndarray], labels: Labels, rates: Sequence[float]
 ) -> Verification:
     for rate in rates:
-        if not 0 < rate < 1:
-            raise ValueError(f"rates holds {rate}; expected shares between 0 and 1")
+        check_number(rate, "one of rates", 0, 1, ends=False)
     num_query, num_gallery = len(labels.query_pids), len(labels.gallery_pids)
     genuine, known = _collect_genuine(rows_of, labels)
     thresholds, ties = np.unique(genuine, return_counts=True)
@@ -207,7 +204,7 @@ def _verify(
         accepted += np.searchsorted(impostors, thresholds, "right")
         below += np.searchsorted(impostors, thresholds, "left")
     if num_impostor == 0:
-        raise ValueError("there are no impostor pairs: query and gallery show one person only")
+        raise UserError("there are no impostor pairs: query and gallery show one person only")
     tpr = np.cumsum(ties) / len(genuine)
     fpr, fpr_below = accepted / num_impostor, below / num_impostor
     eer, eer_threshold = _equal_error_rate(thresholds, fpr, fpr_below, tpr)
@@ -244,7 +241,7 @@ def _collect_genuine(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distances of all genuine pairs, and of each query's nearest match (infinite without one)."""
     if len(labels.matches.indices) == 0:
-        raise ValueError(labels.explain_no_match())
+        raise UserError(labels.explain_no_match())
     found, nearest = [], np.full(len(labels.query_pids), np.inf)
     for rows in _blocks(len(labels.query_pids), len(labels.gallery_pids)):
         row, column = labels.matches.cells(rows)

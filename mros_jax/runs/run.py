@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mros_jax.files import read_jsonl
-from mros_jax.retrieval import files
+from mros_jax.retrieval import descriptors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,5 +91,5 @@ def load_run(path: str | os.PathLike) -> Run:
         train=[record for record in metrics if record["kind"] == "train"],
         evals=[record for record in metrics if record["kind"] == "eval"],
         timing=read_jsonl(path / "timing.jsonl"),
-        features=files.load_features(path / "features.npz") if has_features else None,
+        features=descriptors.load_features(path / "features.npz") if has_features else None,
     )

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mros_jax.retrieval import Result
+
 
 def format_results(results: Mapping[str, Any]) -> str:
     """The content of results.json as a table, with intervals and verification where present."""
@@ -18,10 +20,10 @@ def format_results(results: Mapping[str, Any]) -> str:
         f"{'':14}{'mAP':>7}{'mINP':>8}{'Rank-1':>8}{'Rank-5':>8}{'Rank-10':>9}",
     ]
     for entry in results["results"]:
-        cmc = entry["cmc"] + [entry["cmc"][-1]] * 10  # a short curve is flat beyond its end
-        values = (entry["mAP"], entry["mINP"], cmc[0], cmc[4], cmc[9])
-        widths = (7, 8, 8, 8, 9)
-        numbers = "".join(f"{100 * v:{w}.2f}" for v, w in zip(values, widths, strict=True))
+        result = Result.from_dict(entry)
+        values = (result.mAP, result.mINP, result.rank(1), result.rank(5), result.rank(10))
+        shown = ["-" if value is None else f"{100 * value:.2f}" for value in values]
+        numbers = "".join(f"{v:>{w}}" for v, w in zip(shown, (7, 8, 8, 8, 9), strict=True))
         lines.append(f"{entry['name']:14}{numbers}")
         if "intervals" in entry:
             ranges = {k: v for k, v in entry["intervals"].items() if isinstance(v, tuple)}

@@ -20,6 +20,7 @@ from mros_jax.files import cache_directory
 from mros_jax.losses import Objective, make_objective
 from mros_jax.models import torch_weights
 from mros_jax.models.outputs import Network, Outputs
+from mros_jax.retrieval import rerank
 from mros_jax.training import optimizers
 from mros_jax.training.state import TrainState, make_state
 from mros_jax.training.step import Augment, Step, make_train_step
@@ -80,6 +81,7 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {value}; it must be from 0 {below}")
     if config.clip_norm < 0:
         raise UserError(f"config.clip_norm is {config.clip_norm}; it must be 0 (off) or more")
+    _parse_rerank(config)
     batch, devices = make_sampler(config.batch.to_dict()).size, jax.device_count()
     if batch % devices:
         raise UserError(
@@ -99,18 +101,19 @@ def check_fit(config: ConfigDict, dataset: Dataset) -> None:
         doctor.check_cheap(dataset, identities=sampler.identities, images=sampler.images)
     else:
         doctor.check_cheap(dataset, identities=1, images=1)
-    searched = len(dataset.query) + int((config.eval.keep_junk or ~dataset.gallery.junk).sum())
-    for name in config.eval.rerank:
-        longest = max(
-            (v for k, v in config.eval.rerank_options[name].items() if k.startswith(("k", "q"))),
-            default=0,
-        )
-        if longest >= searched:
-            raise UserError(
-                f"config.eval.rerank_options.{name} looks for {longest} neighbours, but query and "
-                f"gallery of {dataset.name} have only {searched} images; lower it, or leave {name} "
-                "out of config.eval.rerank"
-            )
+    gallery = int((config.eval.keep_junk or ~dataset.gallery.junk).sum())
+    for method in _parse_rerank(config):
+        try:
+            method.check(len(dataset.query), gallery)
+        except UserError as error:
+            raise UserError(f"config.eval.rerank_options, {error}") from error
+
+
+def _parse_rerank(config: ConfigDict) -> tuple[rerank.Rerank, ...]:
+    try:
+        return rerank.parse(config.eval.rerank, config.eval.rerank_options.to_dict())
+    except UserError as error:
+        raise UserError(f"config.eval.rerank, rerank_options: {error}") from error
 
 
 # torchvision's files by trunk, first choice first: V1 is where re-identification codes start from.

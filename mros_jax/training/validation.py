@@ -14,7 +14,7 @@ from mros_jax.evaluate import evaluate_features, extract_features
 from mros_jax.files import write_json
 from mros_jax.inference import Embedder, make_checkpoint_id
 from mros_jax.models.outputs import Network
-from mros_jax.retrieval import files
+from mros_jax.retrieval import descriptors, rerank
 from mros_jax.training.state import TrainState
 
 RANKS = (1, 5, 10)
@@ -62,8 +62,7 @@ class Evaluator:
         results = evaluate_features(
             features,
             dataset=self._dataset.name,
-            reranks=config.rerank if workdir else (),
-            rerank_options=config.rerank_options.to_dict(),
+            reranks=rerank.parse(config.rerank, config.rerank_options.to_dict()) if workdir else (),
             metric=config.metric,
             ap=config.ap,
             flip_test=config.flip_test,
@@ -76,7 +75,7 @@ class Evaluator:
         if workdir and parallel.is_main_process():
             identity = make_checkpoint_id("last", int(state.step), self._embedder.variables)
             features["checkpoint_id"] = np.asarray(identity)
-            files.save_features(workdir / "features.npz", features)
+            descriptors.save_features(workdir / "features.npz", features)
             write_json(workdir / "results.json", results)
         plain = results["results"][0]
         ranks = {f"rank{k}": plain["cmc"][min(k, len(plain["cmc"])) - 1] for k in RANKS}

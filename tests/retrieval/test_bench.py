@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mros_jax.retrieval import rerank
+from mros_jax.retrieval import ECN
 from scripts import bench_retrieval as bench
 from scripts import common
 
@@ -28,7 +28,7 @@ def test_reranked_distances_agree(data):
     assert bench.ours_reranked("ecn")(data) == pytest.approx(bench.dense_ecn(data), rel=1e-5)
     expected = bench.dense_k_reciprocal(data)
     assert bench.ours_reranked("k_reciprocal")(data) == pytest.approx(expected, abs=1e-6)
-    half = rerank.ecn(data["query_features"], data["gallery_features"], dtype="float32")
+    half = ECN().distances(data["query_features"], data["gallery_features"], dtype="float32")
     assert half.dtype == "float32"
 
 

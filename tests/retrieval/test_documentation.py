@@ -6,7 +6,7 @@ import shlex
 import shutil
 
 from mros_jax import compare, evaluate
-from mros_jax.retrieval import files
+from mros_jax.retrieval import descriptors
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "evaluation.md").read_text()
@@ -24,7 +24,10 @@ def test_commands_and_examples(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         evaluate,
         "load_run_features",
-        lambda run, **options: (files.load_features(demo / "features.npz"), {"dataset": "demo"}),
+        lambda run, **options: (
+            descriptors.load_features(demo / "features.npz"),
+            {"dataset": "demo"},
+        ),
     )
     assert evaluate.main(
         ["--features", str(demo / "features.npz"), "--out", str(demo / "results.json")]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from mros_jax.retrieval import evaluate
+from mros_jax.retrieval import Placement, evaluate
 
 SHAPES = [
     (1, 1, 1),
@@ -78,8 +78,8 @@ def check_shape(shape, num_devices, metric, normalize, *, whole):
         if shape[2] == 1 and normalize:  # one number becomes a sign: ties, whatever the seed
             return
     ranks = rank_plainly(distance, *case[2:])
-    devices = jax.local_devices()[:num_devices]
-    result = evaluate(*case, metric=metric, normalize=normalize, devices=devices)
+    placement = Placement(devices=jax.local_devices()[:num_devices])
+    result = evaluate(*case, metric=metric, normalize=normalize, placement=placement)
     np.testing.assert_array_equal(result.first_match_rank, [r[0] for r in ranks])
     expected = [np.mean([(i + 1) / r for i, r in enumerate(found)]) for found in ranks]
     np.testing.assert_allclose(result.ap, expected, rtol=1e-12)

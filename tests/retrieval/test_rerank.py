@@ -5,8 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from mros_jax.retrieval import rerank
-from mros_jax.retrieval.neighbors import search_neighbors, select_top, stack
+from mros_jax.errors import UserError
+from mros_jax.retrieval import AQE, ECN, KReciprocal, Placement
+from mros_jax.retrieval.neighbors import search_faiss, search_neighbors, select_top, stack
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "data"
 
@@ -26,14 +27,14 @@ def features_of(data):
 @pytest.mark.parametrize("method", ["rankdist", "origdist"])
 @pytest.mark.parametrize(("k", "t", "q"), [(25, 3, 8), (10, 2, 4)])
 def test_ecn_equals_golden(golden, method, k, t, q):
-    got = rerank.ecn(*features_of(golden), k=k, t=t, q=q, method=method)
+    got = ECN(k=k, t=t, q=q, method=method).distances(*features_of(golden))
     assert got.dtype == np.float64
     np.testing.assert_allclose(got, golden[f"ecn_{method}_k{k}_t{t}_q{q}"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("k1", "k2", "lambda_value"), [(20, 6, 0.3), (10, 3, 0.5)])
 def test_k_reciprocal_equals_golden(golden, k1, k2, lambda_value):
-    got = rerank.k_reciprocal(*features_of(golden), k1=k1, k2=k2, lambda_value=lambda_value)
+    got = KReciprocal(k1=k1, k2=k2, lambda_value=lambda_value).distances(*features_of(golden))
     expected = golden[f"kreciprocal_k{k1}_{k2}_l{lambda_value}"]
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
@@ -77,13 +78,13 @@ def ecn_by_definition(query, gallery, k, t, q):
 @pytest.mark.parametrize(("k", "t", "q"), [(6, 2, 3), (3, 1, 5), (5, 4, 1)])
 def test_ecn_equals_its_definition(k, t, q):
     query, gallery = make_features()
-    got = rerank.ecn(query, gallery, k=k, t=t, q=q)
+    got = ECN(k=k, t=t, q=q).distances(query, gallery)
     np.testing.assert_allclose(got, ecn_by_definition(query, gallery, k, t, q), atol=1e-6)
 
 
 def test_ecn_of_unrelated_images_is_their_cosine_distance():
     query, gallery = make_features()
-    got = rerank.ecn(query, gallery, k=2, t=1, q=1)
+    got = ECN(k=2, t=1, q=1).distances(query, gallery)
     plain = 1 - unit(query) @ unit(gallery).T
     unrelated = got > 0
     assert unrelated.any()
@@ -96,11 +97,14 @@ def test_methods_ignore_scale_and_gallery_order():
     rng = np.random.default_rng(3)
     order = rng.permutation(len(gallery))
     scale = np.float32(2.0) ** rng.integers(-5, 5, (len(gallery), 1))
-    for method in (rerank.ecn, rerank.k_reciprocal, rerank.aqe):
-        expected = method(query, gallery)
-        np.testing.assert_allclose(method(query, gallery * scale), expected, atol=1e-6)
+    for method in (ECN(), KReciprocal(), AQE()):
+        expected = method.distances(query, gallery)
+        np.testing.assert_allclose(method.distances(query, gallery * scale), expected, atol=1e-6)
         np.testing.assert_allclose(
-            method(query, gallery[order]), expected[:, order], atol=2e-6, err_msg=str(method)
+            method.distances(query, gallery[order]),
+            expected[:, order],
+            atol=2e-6,
+            err_msg=str(method),
         )
 
 
@@ -112,9 +116,9 @@ def test_aqe_equals_numpy(alpha):
     near = np.argsort(-cosine, axis=1, kind="stable")[:, :4]
     weights = np.take_along_axis(cosine, near, axis=1) ** alpha
     expanded = unit(a + np.einsum("qk,qkd->qd", weights, b[near]))
-    got = rerank.aqe(query, gallery, k=4, alpha=alpha)
+    got = AQE(k=4, alpha=alpha).distances(query, gallery)
     np.testing.assert_allclose(got, 1 - expanded @ b.T, atol=1e-6)
-    given = rerank.aqe(query, gallery, k=4, alpha=alpha, neighbors=near)
+    given = AQE(k=4, alpha=alpha, neighbors=near).distances(query, gallery)
     np.testing.assert_array_equal(got, given)
 
 
@@ -147,32 +151,34 @@ def test_given_neighbours_equal_the_search():
     swapped[:, [0, 1]] = swapped[:, [1, 0]]  # itself second: as with a duplicate
     for neighbors in (lists, swapped):
         np.testing.assert_array_equal(
-            rerank.ecn(query, gallery, neighbors=neighbors), rerank.ecn(query, gallery)
+            ECN(neighbors=neighbors).distances(query, gallery), ECN().distances(query, gallery)
         )
         np.testing.assert_allclose(
-            rerank.k_reciprocal(query, gallery, neighbors=neighbors),
-            rerank.k_reciprocal(query, gallery),
+            KReciprocal(neighbors=neighbors).distances(query, gallery),
+            KReciprocal().distances(query, gallery),
             atol=1e-6,
         )
 
 
 def test_devices_and_blocks_do_not_change_the_result():
     query, gallery = make_features(4, num_query=70, num_gallery=200)
-    one = jax.local_devices()[:1]
-    for method in (rerank.ecn, rerank.k_reciprocal):
-        np.testing.assert_allclose(
-            method(query, gallery, devices=one), method(query, gallery, block_size=32), atol=1e-6
-        )
+    one, small = Placement(devices=jax.local_devices()[:1]), Placement(block_size=32)
+    for method in (ECN(), KReciprocal()):
+        expected = method.distances(query, gallery, placement=one)
+        got = method.distances(query, gallery, placement=small)
+        np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_accepts_jax_arrays():
     query, gallery = make_features(5)
     on_device = jax.device_put(query), jax.device_put(gallery)
-    for method in (rerank.ecn, rerank.k_reciprocal, rerank.aqe):
-        np.testing.assert_allclose(method(*on_device), method(query, gallery), atol=1e-6)
+    for method in (ECN(), KReciprocal(), AQE()):
+        np.testing.assert_allclose(
+            method.distances(*on_device), method.distances(query, gallery), atol=1e-6
+        )
     np.testing.assert_allclose(
-        rerank.ecn(*on_device, method="origdist"),
-        rerank.ecn(query, gallery, method="origdist"),
+        ECN(method="origdist").distances(*on_device),
+        ECN(method="origdist").distances(query, gallery),
         atol=1e-6,
     )
 
@@ -180,20 +186,20 @@ def test_accepts_jax_arrays():
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        (rerank.ecn, {"k": 81}, "k is 81, but there are only 80 images"),
-        (rerank.ecn, {"t": 80}, "t is 80, but there are only 79"),
-        (rerank.ecn, {"q": 0}, "q is 0; expected a whole number of at least 1"),
-        (rerank.ecn, {"method": "other"}, "'rankdist', 'origdist'"),
-        (rerank.ecn, {"neighbors": "magic"}, "neighbors is 'magic'"),
-        (rerank.k_reciprocal, {"k1": 80}, "k1 is 80, but there are only 79"),
-        (rerank.k_reciprocal, {"lambda_value": 2}, "lambda_value is 2"),
-        (rerank.aqe, {"k": 61}, "k is 61, but there are only 60 gallery images"),
-        (rerank.aqe, {"alpha": -1}, "alpha is -1"),
+        (ECN, {"k": 81}, "k is 81, but there are only 80 images"),
+        (ECN, {"t": 80}, "t is 80, but there are only 79"),
+        (ECN, {"q": 0}, "q is 0; expected a whole number of at least 1"),
+        (ECN, {"method": "other"}, "'rankdist', 'origdist'"),
+        (ECN, {"neighbors": "magic"}, "neighbors is 'magic'"),
+        (KReciprocal, {"k1": 80}, "k1 is 80, but there are only 79"),
+        (KReciprocal, {"lambda_value": 2}, "lambda_value is 2"),
+        (AQE, {"k": 61}, "k is 61, but there are only 60 gallery images"),
+        (AQE, {"alpha": -1}, "alpha is -1"),
     ],
 )
 def test_bad_parameters(method, options, message):
     with pytest.raises(ValueError, match=message):
-        method(*make_features(), **options)
+        method(**options).distances(*make_features())
 
 
 LISTS = np.stack([np.roll(np.arange(80), -i)[:30] for i in range(80)])
@@ -211,13 +217,13 @@ LISTS = np.stack([np.roll(np.arange(80), -i)[:30] for i in range(80)])
 )
 def test_bad_neighbours(neighbors, message):
     with pytest.raises(ValueError, match=message):
-        rerank.ecn(*make_features(), neighbors=neighbors)
+        ECN(neighbors=neighbors).distances(*make_features())
 
 
 def test_missing_faiss_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ImportError, match=r"mros_jax\[faiss\]"):
-        rerank.ecn(*make_features(), neighbors="faiss")
+    with pytest.raises(UserError, match=r"mros_jax\[faiss\]"):
+        ECN(neighbors="faiss")
 
 
 def test_faiss_equals_the_exact_search():
@@ -225,5 +231,21 @@ def test_faiss_equals_the_exact_search():
     query, gallery = make_features(6)
     for neighbors in ("faiss", "faiss:Flat"):
         np.testing.assert_allclose(
-            rerank.ecn(query, gallery, neighbors=neighbors), rerank.ecn(query, gallery), atol=1e-6
+            ECN(neighbors=neighbors).distances(query, gallery),
+            ECN().distances(query, gallery),
+            atol=1e-6,
         )
+
+
+def test_faiss_takes_an_index_and_its_parameters():
+    pytest.importorskip("faiss")
+    query, gallery = make_features(6)
+    exact = search_neighbors(stack(query, gallery), 10).indices
+
+    def share(neighbors):
+        return (search_faiss(stack(query, gallery), 10, neighbors) == exact).mean()
+
+    assert share("faiss:IVF2,Flat:nprobe=1") < share("faiss:IVF2,Flat:nprobe=2") == 1
+    for neighbors in ("faiss:Nonsense", "faiss:Flat:nonsense=1"):
+        with pytest.raises(UserError, match="but faiss says"):
+            ECN(neighbors=neighbors).distances(query, gallery)

@@ -134,7 +134,7 @@ def test_bad_input():
         verify_one([0.1], [1])
     with pytest.raises(ValueError, match="true match"):
         verify_one([0.1], [2])
-    with pytest.raises(ValueError, match=r"rates holds 1\.5"):
+    with pytest.raises(ValueError, match=r"rates is 1\.5"):
         verify_one([0.1, 0.2], [1, 2], rates=[1.5])
     with pytest.raises(ValueError, match="NaN"):
         verify_one([np.nan, 0.2], [1, 2])
