@@ -31,6 +31,8 @@ from PIL import Image, ImageOps
 
 from mros_jax.data import augment, batches, store
 from mros_jax.data.datasets import sources, splits
+from mros_jax.data.decoding import decode_image
+from mros_jax.data.images import EncodedImages
 from mros_jax.runs import provenance
 
 _ROOT = flags.DEFINE_string("root", None, "Directory in Market-1501 layout.")
@@ -65,7 +67,7 @@ def best(run: Callable[[], object], repeats: int) -> float:
 def read_jpegs(count: int) -> list[bytes]:
     root = _ROOT.value or pathlib.Path(__file__).parents[1] / "tests" / "data" / "pedestrians"
     train = sources.load_dataset("folder", root).train
-    files = [train.read(i) for i in range(len(train))]
+    files = [train.images.encoded(i) for i in range(len(train))]
     return [files[i % len(files)] for i in range(count)]
 
 
@@ -73,7 +75,13 @@ def make_split(files: list[bytes]) -> splits.Split:
     numbers = np.arange(len(files), dtype=np.int32)
     names = np.array([f"{i:07}.jpg" for i in numbers])
     return splits.Split(
-        "train", names, numbers + 1, numbers, numbers, numbers, reader=files.__getitem__
+        "train",
+        names,
+        numbers + 1,
+        numbers,
+        numbers,
+        EncodedImages(files.__getitem__, len(files)),
+        labels=numbers,
     )
 
 
@@ -142,7 +150,7 @@ def make_shared_batch(files: list[bytes], name: str) -> None:
 
 def bench_augment(files: list[bytes]) -> Rows:
     batch = files[: _BATCH.value]
-    pixels = np.stack([store.decode_image(data)[0] for data in batch])
+    pixels = np.stack([decode_image(data).pixels for data in batch])
     keys = augment.example_keys(0, 0, np.arange(len(batch)))
     on_device = jnp.asarray(pixels)
     rows: Rows = []
@@ -206,7 +214,7 @@ def bench_step(files: list[bytes]) -> Rows:
 
     count, classes = _STEP_BATCH.value, 751
     model = MROS(num_classes=classes, backbone=_BACKBONE.value)
-    pixels = np.stack([store.decode_image(data)[0] for data in files[: max(count, 256)]])
+    pixels = np.stack([decode_image(data).pixels for data in files[: max(count, 256)]])
     data = jnp.asarray(pixels)
     ready = augment.preprocess(pixels[:count], height=HEIGHT, width=WIDTH)
     variables = jax.jit(model.init, static_argnames="train")(jax.random.key(0), ready, train=False)

@@ -28,7 +28,7 @@ def measure(size: str) -> list[str]:
     height, width = map(int, size.split("x"))
     preset = synthetic.PRESETS[_PRESET.value]
     dataset = synthetic.make_dataset(**{**preset, "height": height, "width": width})
-    renderer = dataset.gallery.pixels
+    renderer = dataset.gallery.images
     assert isinstance(renderer, synthetic.Renderer)
     start = time.perf_counter()
     next(renderer.chunks())
@@ -36,7 +36,7 @@ def measure(size: str) -> list[str]:
     walls, cpus = [], []
     for _ in range(_REPEATS.value):
         start, cpu = time.perf_counter(), time.process_time()
-        images = renderer()
+        images = renderer.render()
         walls.append(time.perf_counter() - start)
         cpus.append(time.process_time() - cpu)
     with tempfile.TemporaryDirectory() as scratch:

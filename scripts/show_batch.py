@@ -16,9 +16,9 @@ from absl import app, flags
 from PIL import Image
 
 from mros_jax.data import augment, batches, store
-from mros_jax.data.datasets import sources
+from mros_jax.data.datasets import records, sources
 
-_DATASET = flags.DEFINE_enum("dataset", "synthetic", sorted(sources.DATASETS), "Data set.")
+_DATASET = flags.DEFINE_enum("dataset", "synthetic", sorted(records.DATASETS), "Data set.")
 _ROOT = flags.DEFINE_string("root", None, "Directory with the data.")
 _PRESET = flags.DEFINE_string("preset", "demo", "Size of the synthetic data set.")
 _OUT = flags.DEFINE_string("out", "batch.png", "PNG to write.")

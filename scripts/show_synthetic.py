@@ -3,6 +3,7 @@
 python scripts/show_synthetic.py --out sheet.png
 """
 
+import numpy as np
 from absl import app, flags
 from PIL import Image
 
@@ -25,8 +26,8 @@ def main(_: list[str]) -> None:
         seed=_SEED.value,
     )
     keep = (dataset.train.pids - 1) % 8 < _MEMBERS.value
-    assert dataset.train.pixels is not None
-    images = dataset.train.pixels()[keep]
+    pictures = dataset.train.images.select(np.flatnonzero(keep)).map(lambda picture: picture)
+    images = np.stack([picture.require() for picture in pictures])
     _, height, width, _ = images.shape
     rows = _GROUPS.value * _MEMBERS.value
     grid = images.reshape(rows, -1, height, width, 3).transpose(0, 2, 1, 3, 4)
