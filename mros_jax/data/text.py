@@ -20,7 +20,6 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _WHOLE = re.compile(r"([+-]?)0*([0-9]{1,19})(\.0*)?", re.ASCII)
-INT64 = range(-(2**63), 2**63)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,4 +143,9 @@ def parse_whole(text: str) -> int | None:
     """Parse a whole number that fits 64 bits, "5.0" as spreadsheets write it included, or None."""
     match = _WHOLE.fullmatch(text.strip())
     number = int(match[1] + match[2]) if match else None
-    return number if number in INT64 else None
+    return number if number is not None and fits_64_bits(number) else None
+
+
+def fits_64_bits(number: int) -> bool:
+    """Whether a whole number lies in -2^63..2^63 - 1."""
+    return -(2**63) <= number < 2**63

@@ -20,7 +20,7 @@ from mros_jax.data.datasets.splits import (
 )
 from mros_jax.data.images import EncodedImages
 from mros_jax.data.listing import list_images
-from mros_jax.data.text import INT64, parse_whole
+from mros_jax.data.text import fits_64_bits, parse_whole
 from mros_jax.errors import NotFoundError, UserError
 
 log = logging.getLogger(__name__)
@@ -137,9 +137,7 @@ def make_split(name: str, entries: Iterable[Entry], where: str) -> Split:
     if not rows:
         raise UserError(f"the {name} split is empty: no images found in {where}")
     for row in rows:
-        if row.pid < JUNK_PID or any(
-            number not in INT64 for number in (row.pid, row.camid, row.sequence)
-        ):
+        if row.pid < JUNK_PID or not all(map(fits_64_bits, (row.pid, row.camid, row.sequence))):
             raise UserError(
                 f"{where}: {row.name} has pid {row.pid}, camera {row.camid}, sequence "
                 f"{row.sequence}; expected whole numbers below 2^63, and a pid from 1 on (0 for "
