@@ -20,8 +20,10 @@ from mros_jax.errors import UserError
 
 # Part of every cache key: whatever changes decoded pixels must change it.
 VERSION = 2
-# What PIL reads by itself; others, such as EPS, it hands to programs of the machine.
-_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+# What PIL reads by itself; others, such as EPS, it hands to programs of the machine. Its reader of
+# JPEG takes MPO as well.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
+PIL.Image.init()  # PIL loads its formats when they are first asked for, which threads must not do
 _MAX_PIXELS = 89_478_485  # where PIL begins to warn of decompression bombs
 _EXIF_ORIENTATION = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF

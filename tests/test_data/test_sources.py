@@ -143,7 +143,7 @@ def test_folder_with_wrong_csv_row(layout, row):
 def test_folder_with_wrong_csv_header(layout):
     layout.write("a", "one.jpg")
     (layout.root / "images.csv").write_text("file,person\na,1\n")
-    with pytest.raises(ValueError, match="column path, pid, camid, split missing; the header is file,person"):
+    with pytest.raises(ValueError, match="column path, pid, camid, split missing; the header"):
         load_dataset("folder", layout.root)
 
 
@@ -163,11 +163,11 @@ def test_missing_root_says_what_to_do(name, root, tmp_path):
 
 
 def test_unknown_option(market):
-    with pytest.raises(ValueError, match=r"no option include_val \(given: False\); it has distractors_500k"):
+    with pytest.raises(ValueError, match=r"no option include_val .*; it has distractors_500k"):
         load_dataset("market1501", market.root, include_val=False)
-    with pytest.raises(ValueError, match=r"'dukemtmc' has no option test_set \(given: 1\); it has none"):
+    with pytest.raises(ValueError, match=r"'dukemtmc' has no option test_set .*; it has none"):
         load_dataset("dukemtmc", market.root, test_set=1)
-    with pytest.raises(ValueError, match="'msmt17' has no option version .*; it has include_val"):
+    with pytest.raises(ValueError, match=r"'msmt17' has no option version .*; it has include_val"):
         load_dataset("msmt17", market.root, version=1)
 
 
