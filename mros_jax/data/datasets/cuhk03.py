@@ -141,7 +141,7 @@ def _read_config(config: pathlib.Path, folder: pathlib.Path) -> list[list[Entry]
             ]
             for part in ("train", "query", "gallery")
         ]
-    except OSError:
+    except PermissionError:
         raise
     except Exception as error:  # scipy raises many types on damaged files
         raise UserError(

@@ -29,11 +29,14 @@ class Option:
         default: the value where nothing is chosen; its type is the option's.
         help: one line.
         values: all that is allowed; None for anything of the type.
+        ignored_elsewhere: whether data sets without this option pass over it. Others refuse a value
+            that is not the default: nobody shall believe that it had an effect.
     """
 
     default: bool | int | str
     help: str
     values: tuple[str, ...] | range | None = None
+    ignored_elsewhere: bool = False
 
     def check(self, name: str, value: object) -> None:
         """Check a value.
@@ -129,8 +132,9 @@ class Record:
                 self.options[name].check(name, value)
                 chosen[name] = value
             elif not any(
-                name in other.options and other.options[name].default == value
-                for other in DATASETS.values()
+                other.ignored_elsewhere or other.default == value
+                for other in (record.options.get(name) for record in DATASETS.values())
+                if other is not None
             ):
                 raise UserError(
                     f"data set {self.name!r} has no option {name} (given: {value!r}); "
@@ -277,7 +281,12 @@ _RECORDS = (
         source="this library, which renders it",
         layout="",
         options={
-            "preset": Option("demo", "size of the synthetic data set", tuple(synthetic.PRESETS)),
+            "preset": Option(
+                "demo",
+                "size of the synthetic data set",
+                tuple(synthetic.PRESETS),
+                ignored_elsewhere=True,  # configs of every size choose one
+            ),
             "seed": Option(0, "of the synthetic data set: other seed, other people", range(2**31)),
         },
     ),
