@@ -36,7 +36,7 @@ _IMAGES_PER_VIEW = 5
 def read_new_protocol(
     root: pathlib.Path, *, kind: Kind, on_bad_image: OnBadImage = "error"
 ) -> Dataset:
-    """Reads CUHK03 (Li et al., CVPR 2014) with the 767 / 700 split of Zhong et al., CVPR 2017.
+    """Read CUHK03 (Li et al., CVPR 2014) with the 767 / 700 split of Zhong et al., CVPR 2017.
 
     Any of these will do, looked for in this order: the image folders of CUHK03-NP
     (`labeled/bounding_box_train/`, ...); the split file `cuhk03_new_protocol_config_labeled.mat`
@@ -49,8 +49,8 @@ def read_new_protocol(
       on_bad_image: what to do about files whose names cannot be read: "error" or "skip".
 
     Raises:
-      FileNotFoundError: none of them is there.
-      ValueError: a misnamed file, or an empty split.
+      MissingDataError: none of them is there.
+      UserError: a misnamed file, or an empty split.
       ImportError: `cuhk-03.mat` is to be read and h5py is not installed.
     """
     name = f"cuhk03_{kind}"
@@ -70,7 +70,7 @@ def read_new_protocol(
 
 
 def read_classic(root: pathlib.Path, *, kind: Kind, test_set: int = 0) -> Dataset:
-    """Reads CUHK03 with one of its 20 original test sets of 100 identities.
+    """Read CUHK03 with one of its 20 original test sets of 100 identities.
 
     All other identities (1,367) train. Queries are the test images of view 1, the gallery those of
     view 2; the single-shot evaluation draws one gallery image per identity, see `draw_trials`.
@@ -82,8 +82,8 @@ def read_classic(root: pathlib.Path, *, kind: Kind, test_set: int = 0) -> Datase
       test_set: which test set, 0..19.
 
     Raises:
-      FileNotFoundError: `cuhk-03.mat` is not there.
-      ValueError: there is no such test set.
+      MissingDataError: `cuhk-03.mat` is not there.
+      UserError: there is no such test set.
       ImportError: h5py is not installed.
     """
     name = f"cuhk03_{kind}_classic"
@@ -108,18 +108,18 @@ def read_classic(root: pathlib.Path, *, kind: Kind, test_set: int = 0) -> Datase
 def draw_trials(
     gallery: Split, *, trials: int = 100, rng: np.random.Generator
 ) -> Int64[np.ndarray, "trials identities"]:
-    """Draws the galleries of the classic protocol: one image of every identity, `trials` times.
+    """Draw the galleries of the classic protocol: one image of every identity, `trials` times.
 
     Every row selects the columns of a distance matrix (queries x gallery) that one trial is
     evaluated on; the result of the protocol is the mean over the trials.
 
     Args:
-      gallery: the gallery split.
-      trials: number of draws; 100 is usual.
-      rng: where the randomness comes from.
+        gallery: the gallery split.
+        trials: number of draws; 100 is usual.
+        rng: where the randomness comes from.
 
     Returns:
-      (trials, identities) indices into the gallery, identities in ascending order of pid.
+        (trials, identities) indices into the gallery, identities in ascending order of pid.
     """
     order = np.argsort(gallery.pids, kind="stable")
     _, first, counts = np.unique(gallery.pids[order], return_index=True, return_counts=True)
@@ -221,7 +221,7 @@ class _Mat:
             ]
 
     def read(self, kind: str, name: str) -> bytes:
-        """Returns image `pair_person_view_image.png` as a PNG."""
+        """Return image `pair_person_view_image.png` as a PNG."""
         pair, person, _, image = map(int, pathlib.PurePath(name).stem.split("_"))
         with self._lock:  # HDF5 is not safe to use from several threads
             cells = self._file[self._file[kind][0][pair - 1]]
