@@ -150,16 +150,16 @@ def apply_params(
     normalising (`"public"`, what the usual public code does).
 
     Args:
-      image: RGB grey levels.
-      params: from `draw_params`.
-      height: of the result.
-      width: of the result.
-      pad: as given to `draw_params`.
-      erase_fill: "mean" or "public".
-      dtype: of the result; the arithmetic is float32.
+        image: RGB grey levels.
+        params: from `draw_params`.
+        height: of the result.
+        width: of the result.
+        pad: as given to `draw_params`.
+        erase_fill: "mean" or "public".
+        dtype: of the result; the arithmetic is float32.
 
     Raises:
-      UserError: unknown `erase_fill`.
+        UserError: unknown `erase_fill`.
     """
     _check_fill(erase_fill)
     rows = jnp.arange(height) + params.offset[0] - pad
@@ -210,23 +210,23 @@ def augment_batch(
     mean and standard deviation, random erasing. See `draw_params` and `apply_params`.
 
     Args:
-      images: (B, h, w, 3) uint8 as stored; any size.
-      keys: (B,) from `example_keys`.
-      height: of the network's input, in pixels.
-      width: of the network's input, in pixels.
-      flip: probability of mirroring.
-      pad: zero pixels on each side before the crop.
-      erase: probability of erasing.
-      erase_area: smallest and largest share of the image.
-      erase_aspect: smallest and largest height / width.
-      erase_fill: "mean" (0 after normalising) or "public" (0.485, 0.456, 0.406).
-      dtype: of the result.
+        images: (B, h, w, 3) uint8 as stored; any size.
+        keys: (B,) from `example_keys`.
+        height: of the network's input, in pixels.
+        width: of the network's input, in pixels.
+        flip: probability of mirroring.
+        pad: zero pixels on each side before the crop.
+        erase: probability of erasing.
+        erase_area: smallest and largest share of the image.
+        erase_aspect: smallest and largest height / width.
+        erase_fill: "mean" (0 after normalising) or "public" (0.485, 0.456, 0.406).
+        dtype: of the result.
 
     Returns:
-      (B, height, width, 3) normalised images.
+        (B, height, width, 3) normalised images.
 
     Raises:
-      UserError: parameters out of range.
+        UserError: parameters out of range.
     """
     _check_fill(erase_fill)
 

@@ -44,14 +44,14 @@ def read_new_protocol(
     (needs h5py). Camera 1 or 2 is the view; a person is seen by one of the five camera pairs only.
 
     Args:
-      root: the directory with them.
-      kind: "labeled" boxes, drawn by hand, or "detected" ones.
-      on_bad_image: what to do about files whose names cannot be read: "error" or "skip".
+        root: the directory with them.
+        kind: "labeled" boxes, drawn by hand, or "detected" ones.
+        on_bad_image: what to do about files whose names cannot be read: "error" or "skip".
 
     Raises:
-      MissingDataError: none of them is there.
-      UserError: a misnamed file, or an empty split.
-      ImportError: `cuhk-03.mat` is to be read and h5py is not installed.
+        MissingDataError: none of them is there.
+        UserError: a misnamed file, or an empty split.
+        UserError: `cuhk-03.mat` is to be read and h5py is not installed.
     """
     name = f"cuhk03_{kind}"
     bad_files = BadFiles(on_bad_image)
@@ -77,14 +77,14 @@ def read_classic(root: pathlib.Path, *, kind: Kind, test_set: int = 0) -> Datase
     Pids number the persons of the first camera pair from 1, then those of the second, and so on.
 
     Args:
-      root: the directory with `cuhk-03.mat`, or with `cuhk03_release/`.
-      kind: "labeled" or "detected" boxes.
-      test_set: which test set, 0..19.
+        root: the directory with `cuhk-03.mat`, or with `cuhk03_release/`.
+        kind: "labeled" or "detected" boxes.
+        test_set: which test set, 0..19.
 
     Raises:
-      MissingDataError: `cuhk-03.mat` is not there.
-      UserError: there is no such test set.
-      ImportError: h5py is not installed.
+        MissingDataError: `cuhk-03.mat` is not there.
+        UserError: there is no such test set.
+        UserError: h5py is not installed.
     """
     name = f"cuhk03_{kind}_classic"
     mat = _Mat(_find_mat(root))
