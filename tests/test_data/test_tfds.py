@@ -68,6 +68,13 @@ def test_prepared_twice_is_read_once(market, tmp_path):
     assert len(load_dataset("market1501", tmp_path / "tfds").train) == 5
 
 
+def test_prepared_from_other_data_is_not_taken_for_these(market, tmp_path):
+    tfds_builders.prepare("market1501", market.root, tmp_path / "tfds")
+    market.write("query", "0003_c1s6_015971_00.jpg")  # the same name, another picture
+    with pytest.raises(UserError, match="prepared from other data: the query split differs"):
+        tfds_builders.prepare("market1501", market.root, tmp_path / "tfds")
+
+
 def test_options_choose_the_records(market, tmp_path):
     market.write("distractors_500k", "0000_c1s1_000151_01.jpg")
     out = tmp_path / "tfds"

@@ -74,15 +74,17 @@ class _ReidBuilder(  # type: ignore[call-arg]
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
-        config = self.builder_config
-        record = records.DATASETS[config.dataset]
-        root = pathlib.Path(dl_manager.manual_dir)
-        options = record.choose(config.options)
+        dataset = self.read(pathlib.Path(dl_manager.manual_dir))
+        return {split.name: self._generate_examples(split) for split in dataset.splits}
+
+    def read(self, root: pathlib.Path) -> Dataset:
+        """Read the data set as distributed."""
+        record = records.DATASETS[self.builder_config.dataset]
+        options = record.choose(self.builder_config.options)
         try:
-            dataset = records.read(record, root, self.on_bad_image, options)
+            return records.read(record, root, self.on_bad_image, options)
         except layouts.MissingDataError as error:
             raise NotFoundError(record.missing(root, str(error))) from error
-        return {split.name: self._generate_examples(split) for split in dataset.splits}
 
     def _generate_examples(self, split: Split) -> Iterator[tuple[int, Any]]:
         content = ContentDigest()
@@ -152,9 +154,7 @@ class Cuhk03(_ReidBuilder):
 BUILDERS: tuple[type[_ReidBuilder], ...] = (Market1501, Dukemtmc, Msmt17, Cuhk03)
 
 
-def make_builder(
-    name: str, data_dir: str | os.PathLike[str], **options: Any
-) -> tfds.core.DatasetBuilder:
+def make_builder(name: str, data_dir: str | os.PathLike[str], **options: Any) -> _ReidBuilder:
     """Make the TFDS builder for a data set and the reader's options.
 
     Raises:
@@ -191,7 +191,9 @@ def prepare(
     on_bad_image: layouts.OnBadImage = "error",
     **options: Any,
 ) -> pathlib.Path:
-    """Store a data set as ArrayRecord, once; TFDS writes to a temporary directory and renames it.
+    """Store a data set as ArrayRecord; TFDS writes to a temporary directory and renames it.
+
+    What is prepared already is left alone, if it holds the same.
 
     Args:
         name: as for `sources.load_dataset`.
@@ -204,7 +206,7 @@ def prepare(
         The directory with the records.
 
     Raises:
-        UserError: no such data set; a misnamed file.
+        UserError: no such data set; a misnamed file; other data were prepared there before.
         NotFoundError: no data at `root`.
     """
     layouts.check_choice(on_bad_image)
@@ -213,10 +215,24 @@ def prepare(
     path = pathlib.Path(root).expanduser()
     if not path.is_dir():
         raise NotFoundError(records.find_record(name).missing(path, "no such directory"))
+    stored = pathlib.Path(builder.data_path)
+    if stored.is_dir():
+        _check_same(builder, builder.read(path))
+        return stored
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(manual_dir=os.fspath(path))
     )
-    return pathlib.Path(builder.data_path)
+    return stored
+
+
+def _check_same(builder: _ReidBuilder, dataset: Dataset) -> None:
+    for split in dataset.splits:
+        claim = builder.info.metadata.get(split.name) or {}
+        if claim.get("fingerprint") != fingerprint.fingerprint_split(split, progress=True):
+            raise UserError(
+                f"{builder.data_path} was prepared from other data: the {split.name} split differs "
+                "from that of the root; remove that directory, or prepare into another"
+            )
 
 
 def load_prepared(name: str, data_dir: str | os.PathLike[str], **options: Any) -> Dataset:
@@ -246,7 +262,7 @@ def load_prepared(name: str, data_dir: str | os.PathLike[str], **options: Any) -
     return Dataset(name, train, query, gallery, pid_of_label=relabel(train.pids)[1])
 
 
-def _read_split(builder: tfds.core.DatasetBuilder, name: str) -> Split:
+def _read_split(builder: _ReidBuilder, name: str) -> Split:
     source = builder.as_data_source(name, decoders={"image": tfds.decode.SkipDecoding()})
     columns: dict[str, list[Any]] = {
         field: [] for field in ("index", "name", "pid", "camid", "sequence")
