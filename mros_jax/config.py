@@ -19,7 +19,7 @@ from ml_collections.config_dict import placeholder
 
 from mros_jax import parallel
 from mros_jax.data import store
-from mros_jax.data.datasets import sources
+from mros_jax.data.datasets import records, sources
 from mros_jax.data.datasets.splits import Dataset, Split
 from mros_jax.errors import NotFoundError, UserError
 from mros_jax.models.outputs import Network
@@ -37,7 +37,7 @@ def base(dataset: str = "market1501") -> ConfigDict:
     optimizer are for the system to fill.
 
     Args:
-        dataset: a name in `mros_jax.data.datasets.sources.DATASETS`.
+        dataset: a name in `mros_jax.data.datasets.records.DATASETS`.
     """
     config = ConfigDict()
     config.name = ""  # of the system, as in the paper's tables
@@ -137,13 +137,13 @@ def choose(arg: str | None, variants: Sequence[str]) -> tuple[str, str]:
     for word in filter(None, (arg or "").split(",")):
         if word in variants:
             variant = word
-        elif _SHORT.get(word, word) in sources.DATASETS:
+        elif _SHORT.get(word, word) in records.DATASETS:
             dataset = _SHORT.get(word, word)
         else:
             raise UserError(
                 f"unknown config argument {word!r}: expected a variant "
                 f"({', '.join(filter(None, variants))}) or a data set "
-                f"({', '.join((*_SHORT, *sources.DATASETS))})"
+                f"({', '.join((*_SHORT, *records.DATASETS))})"
             )
     return variant, dataset
 
@@ -166,17 +166,6 @@ def shrink(config: ConfigDict) -> ConfigDict:
     return config
 
 
-# Fields of config.dataset that only some data sets have.
-_DATASET_OPTIONS = {
-    "market1501": ("distractors_500k",),
-    "msmt17": ("include_val",),
-    "msmt17_v2": ("include_val",),
-    "cuhk03_labeled_classic": ("test_set",),
-    "cuhk03_detected_classic": ("test_set",),
-    "synthetic": ("preset", "seed"),
-}
-
-
 def load_dataset(config: ConfigDict) -> Dataset:
     """The data set that a config names.
 
@@ -184,7 +173,7 @@ def load_dataset(config: ConfigDict) -> Dataset:
         UserError: no such data set, or none at its root.
     """
     data = config.dataset
-    options = {name: data[name] for name in _DATASET_OPTIONS.get(data.name, ())}
+    options = records.pick_options(data.to_dict())
     return sources.load_dataset(data.name, data.root, on_bad_image=data.on_bad_image, **options)
 
 

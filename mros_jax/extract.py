@@ -20,11 +20,12 @@ from jaxtyping import Float, Float32
 from tqdm import tqdm
 
 from mros_jax import console, parallel
+from mros_jax.data import listing, text
 from mros_jax.data.decoding import decode_images
+from mros_jax.errors import NotFoundError, UserError
 from mros_jax.inference import Embedder, load_model
 from mros_jax.retrieval import compute_distances, descriptors
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 _BATCH = 128
 
 
@@ -40,26 +41,25 @@ def list_images(source: str | os.PathLike) -> tuple[pathlib.Path, list[str]]:
         The root, and the names relative to it; sorted for a directory, in order for a list.
 
     Raises:
-        FileNotFoundError: there is no such directory or list.
-        ValueError: it holds no images.
+        NotFoundError: there is no such directory or list.
+        UserError: it holds no images, or is no text.
     """
     source = pathlib.Path(source)
     if source.is_dir():
-        found = (p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        names = sorted(p.relative_to(source).as_posix() for p in found)
+        names, _ = listing.list_images(source, recursive=True)
         root = source
-        expected = f"files ending in {', '.join(SUFFIXES)}"
+        expected = f"files ending in {', '.join(listing.IMAGE_SUFFIXES)}"
     elif source.is_file():
-        if source.suffix.lower() in SUFFIXES:
-            raise ValueError(f"{source} is an image; expected a directory or a list of paths")
-        lines = source.read_text(encoding="utf-8").splitlines()
-        names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if source.suffix.lower() in listing.IMAGE_SUFFIXES:
+            raise UserError(f"{source} is an image; expected a directory or a list of paths")
+        lines = (line for _, line in text.read_lines(source) if not line.startswith("#"))
+        names = [line.replace("\\", "/") for line in lines]
         root = source.parent
         expected = "one path a line"
     else:
-        raise FileNotFoundError(f"{source} is neither a directory of images nor a list of paths")
+        raise NotFoundError(f"{source} is neither a directory of images nor a list of paths")
     if not names:
-        raise ValueError(f"{source} holds no images; expected {expected}")
+        raise UserError(f"{source} holds no images; expected {expected}")
     return root.resolve(), names
 
 
@@ -98,7 +98,7 @@ def extract(
             images = []
             for name, image in zip(batch, decoded, strict=True):
                 if isinstance(image, Exception):
-                    bad[name] = f"{type(image).__name__}: {image}"
+                    bad[name] = image.reason
                 else:
                     images.append(image)
                     kept.append(name)

@@ -34,6 +34,8 @@ from PIL import Image, ImageOps
 from mros_jax import console, parallel
 from mros_jax.data import augment, batches, store
 from mros_jax.data.datasets import sources, splits
+from mros_jax.data.decoding import decode_image
+from mros_jax.data.images import EncodedImages
 from mros_jax.training import recipe
 from scripts import common
 
@@ -55,7 +57,7 @@ def best(run: Callable[[], object], repeats: int) -> float:
 
 def read_jpegs(root: pathlib.Path, count: int) -> list[bytes]:
     train = sources.load_dataset("folder", root).train
-    files = [train.read(i) for i in range(len(train))]
+    files = [train.images.encoded(i) for i in range(len(train))]
     return [files[i % len(files)] for i in range(count)]
 
 
@@ -63,7 +65,13 @@ def make_split(files: list[bytes]) -> splits.Split:
     numbers = np.arange(len(files), dtype=np.int32)
     names = np.array([f"{i:07}.jpg" for i in numbers])
     return splits.Split(
-        "train", names, numbers + 1, numbers, numbers, numbers, reader=files.__getitem__
+        "train",
+        names,
+        numbers + 1,
+        numbers,
+        numbers,
+        EncodedImages(files.__getitem__, len(files)),
+        labels=numbers,
     )
 
 
@@ -131,7 +139,7 @@ def make_shared_batch(files: list[bytes], config: ConfigDict, name: str) -> None
 
 
 def bench_augment(config: ConfigDict, batch: list[bytes], workers: int, repeats: int) -> Rows:
-    pixels = jnp.asarray(np.stack([store.decode_image(data)[0] for data in batch]))
+    pixels = jnp.asarray(np.stack([decode_image(data).pixels for data in batch]))
     keys = augment.example_keys(0, 0, np.arange(len(batch)))
     rows: Rows = []
     for dtype in (jnp.float32, jnp.bfloat16):
@@ -184,7 +192,7 @@ def bench_plan(config: ConfigDict, big: int, repeats: int) -> Rows:
 def bench_step(config: ConfigDict, files: list[bytes], repeats: int) -> Rows:
     """Time the step that training runs, with pictures that are ready and with the data path."""
     sampler = batches.make_sampler(config.batch.to_dict())
-    pixels = np.stack([store.decode_image(data)[0] for data in files])
+    pixels = np.stack([decode_image(data).pixels for data in files])
     labels = (np.arange(len(files)) // 4).astype(np.int32)
     indices = sampler.plan(labels, seed=config.seed, epoch=0)[0]
     devices = jax.devices()[:1]

@@ -32,7 +32,7 @@ HEADER = (
 def measure(height: int, width: int, preset: dict[str, int], repeats: int) -> list[str]:
     """The cells of `HEADER`."""
     dataset = synthetic.make_dataset(**{**preset, "height": height, "width": width})
-    renderer = dataset.gallery.pixels
+    renderer = dataset.gallery.images
     assert isinstance(renderer, synthetic.Renderer)
     start = time.perf_counter()
     next(renderer.chunks())
@@ -40,7 +40,7 @@ def measure(height: int, width: int, preset: dict[str, int], repeats: int) -> li
     walls, cpus = [], []
     for _ in range(repeats):
         start, cpu = time.perf_counter(), time.process_time()
-        images = renderer()
+        images = renderer.render()
         walls.append(time.perf_counter() - start)
         cpus.append(time.process_time() - cpu)
     with tempfile.TemporaryDirectory() as scratch:

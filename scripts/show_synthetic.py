@@ -7,6 +7,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image
 
 from mros_jax import console
@@ -45,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=args.seed,
     )
     keep = (dataset.train.pids - 1) % _LOOKALIKES < args.members
-    assert dataset.train.pixels is not None
-    images = dataset.train.pixels()[keep]
+    pictures = dataset.train.images.select(np.flatnonzero(keep)).map(lambda picture: picture)
+    images = np.stack([picture.require() for picture in pictures])
     _, height, width, _ = images.shape
     rows = args.groups * args.members
     grid = images.reshape(rows, -1, height, width, 3).transpose(0, 2, 1, 3, 4)

@@ -1,5 +1,6 @@
 """The evaluation command: files in, numbers out; descriptors of a run kept and reused."""
 
+import io
 import json
 import pathlib
 import re
@@ -8,9 +9,11 @@ import types
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from mros_jax import evaluate, inference
 from mros_jax.data.datasets.splits import Dataset, Split
+from mros_jax.data.images import EncodedImages
 from mros_jax.retrieval import descriptors
 from mros_jax.training import recipe
 
@@ -18,14 +21,21 @@ GOLDEN = pathlib.Path(__file__).parent / "data" / "retrieval_a.npz"
 
 
 def make_split(name, num, rng, people=4):
+    pictures = [encode(pixels) for pixels in make_pixels(np.arange(num) % people)]
     return Split(
         name=name,
         names=np.array([f"{name}_{i:03}.jpg" for i in range(num)]),
         pids=(np.arange(num) % people + 1).astype(np.int32),
         camids=rng.integers(1, 4, num).astype(np.int32),
         sequences=np.zeros(num, np.int32),
-        pixels=lambda: make_pixels(np.arange(num) % people),
+        images=EncodedImages(pictures.__getitem__, num),
     )
+
+
+def encode(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def make_pixels(people):

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32, Key, Shaped, UInt8
 
 from mros_jax.data.resample import bilinear_taps, resample_axis
+from mros_jax.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -24,9 +25,9 @@ class AugmentParams(NamedTuple):
     """What happens to one example; `draw_params` draws it, `apply_params` does it.
 
     Attributes:
-      flip: mirror left and right.
-      offset: (2,) row and column, 0..2 pad, of the crop's corner in the padded image.
-      erase_box: (4,) top, left, height, width of the erased rectangle; height 0 erases nothing.
+        flip: mirror left and right.
+        offset: (2,) row and column, 0..2 pad, of the crop's corner in the padded image.
+        erase_box: (4,) top, left, height, width of the erased rectangle; height 0 erases nothing.
     """
 
     flip: Bool[Array, ""]
@@ -37,12 +38,12 @@ class AugmentParams(NamedTuple):
 def example_keys(
     seed: int | Int[Array, ""], step: int | Int[Array, ""], positions: Int[np.ndarray | Array, "B"]
 ) -> Key[Array, "B"]:
-    """Returns one key per example, a pure function of (seed, step, position).
+    """Return one key per example, a pure function of (seed, step, position).
 
     Args:
-      seed: the run's seed.
-      step: the training step, counted from the start of the run.
-      positions: (B,) places in the global batch (not in this device's share of it).
+        seed: the run's seed.
+        step: the training step, counted from the start of the run.
+        positions: (B,) places in the global batch (not in this device's share of it).
     """
     of_step = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
     return jax.vmap(lambda position: jax.random.fold_in(of_step, position))(jnp.asarray(positions))
@@ -53,13 +54,13 @@ def draw_params(
     *,
     height: int,
     width: int,
-    flip: float | int = 0.5,
+    flip: float = 0.5,
     pad: int = 10,
-    erase: float | int = 0.5,
-    erase_area: tuple[float | int, float | int] = (0.02, 0.4),
-    erase_aspect: tuple[float | int, float | int] = (0.3, 1 / 0.3),
+    erase: float = 0.5,
+    erase_area: tuple[float, float] = (0.02, 0.4),
+    erase_aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> AugmentParams:
-    """Draws what happens to one example.
+    """Draw what happens to one example.
 
     The crop's corner is uniform over the (2 pad + 1)^2 possible ones. Random erasing (Zhong et al.,
     AAAI 2020): up to 100 times draw an area, uniform in `erase_area` x the image's, and an aspect
@@ -69,17 +70,17 @@ def draw_params(
     100 candidates are drawn at once and the first that fits is taken: the same distribution.
 
     Args:
-      key: one key of `example_keys`.
-      height: of the network's input, in pixels.
-      width: of the network's input, in pixels.
-      flip: probability of mirroring.
-      pad: zero pixels added on each side before the crop.
-      erase: probability of erasing.
-      erase_area: smallest and largest share of the image.
-      erase_aspect: smallest and largest height / width.
+        key: one key of `example_keys`.
+        height: of the network's input, in pixels.
+        width: of the network's input, in pixels.
+        flip: probability of mirroring.
+        pad: zero pixels added on each side before the crop.
+        erase: probability of erasing.
+        erase_area: smallest and largest share of the image.
+        erase_aspect: smallest and largest height / width.
 
     Raises:
-      ValueError: a probability outside 0..1, a negative pad, or an empty range.
+        UserError: a probability outside 0..1, a negative pad, or an empty range.
     """
     _check(flip, pad, erase, erase_area, erase_aspect)
     # One call for all numbers: multiples of 2^-23 below 1, so that floor(u n) is 0..n-1, each as
@@ -101,34 +102,34 @@ def draw_params(
     )
 
 
-def _stretch(unit: Float[Array, "A"], limits: tuple[float | int, float | int]) -> Float[Array, "A"]:
+def _stretch(unit: Float[Array, "A"], limits: tuple[float, float]) -> Float[Array, "A"]:
     low, high = limits
     if low == high:
         return jnp.full_like(unit, low)
-    return (unit + low / (high - low)) * (high - low)  # the order as in _normalise, and why
+    return (unit + low / (high - low)) * (high - low)  # the order as in _normalize, and why
 
 
 def _check(
-    flip: float | int,
+    flip: float,
     pad: int,
-    erase: float | int,
-    area: tuple[float | int, float | int],
-    aspect: tuple[float | int, float | int],
+    erase: float,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
 ) -> None:
     for name, value in (("flip", flip), ("erase", erase)):
         if not 0 <= value <= 1:
-            raise ValueError(f"augmentation: {name} is a probability in 0..1, got {value}")
+            raise UserError(f"augmentation: {name} is a probability in 0..1, got {value}")
     if pad < 0:
-        raise ValueError(f"augmentation: pad must not be negative, got {pad}")
+        raise UserError(f"augmentation: pad must not be negative, got {pad}")
     if not 0 <= area[0] <= area[1] <= 1:
-        raise ValueError(f"augmentation: erase_area must be ascending shares in 0..1, got {area}")
+        raise UserError(f"augmentation: erase_area must be ascending shares in 0..1, got {area}")
     if not 0 < aspect[0] <= aspect[1]:
-        raise ValueError(f"augmentation: erase_aspect must be ascending and positive, got {aspect}")
+        raise UserError(f"augmentation: erase_aspect must be ascending and positive, got {aspect}")
 
 
 def _check_fill(erase_fill: str) -> None:
     if erase_fill not in ("mean", "public"):
-        raise ValueError(f"erase_fill must be 'mean' or 'public', got {erase_fill!r}")
+        raise UserError(f"erase_fill must be 'mean' or 'public', got {erase_fill!r}")
 
 
 def apply_params(
@@ -141,7 +142,7 @@ def apply_params(
     erase_fill: str = "mean",
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "height width 3"]:
-    """Resizes, mirrors, pads, crops, normalises and erases one image as told.
+    """Resize, mirror, pad, crop, normalize and erase one image as told.
 
     Mirror, padding and crop only choose which pixel of the resized image goes where, so the resize
     computes just those. Padding is black before normalising. The erased rectangle becomes the mean
@@ -149,16 +150,16 @@ def apply_params(
     normalising (`"public"`, what the usual public code does).
 
     Args:
-      image: RGB grey levels.
-      params: from `draw_params`.
-      height: of the result.
-      width: of the result.
-      pad: as given to `draw_params`.
-      erase_fill: "mean" or "public".
-      dtype: of the result; the arithmetic is float32.
+        image: RGB grey levels.
+        params: from `draw_params`.
+        height: of the result.
+        width: of the result.
+        pad: as given to `draw_params`.
+        erase_fill: "mean" or "public".
+        dtype: of the result; the arithmetic is float32.
 
     Raises:
-      ValueError: unknown `erase_fill`.
+        UserError: unknown `erase_fill`.
     """
     _check_fill(erase_fill)
     rows = jnp.arange(height) + params.offset[0] - pad
@@ -172,16 +173,16 @@ def apply_params(
     levels = resample_axis(
         narrow, bilinear_taps(image.shape[0], height), 0, jnp.clip(rows, 0, height - 1)
     )  # (height, width, 3)
-    normalised = _normalise(jnp.where(inside[..., None], levels, 0))
+    normalized = _normalize(jnp.where(inside[..., None], levels, 0))
 
     top, left, tall, wide = params.erase_box
     y, x = jnp.arange(height)[:, None], jnp.arange(width)
     erased = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
     fill = jnp.array(IMAGENET_MEAN if erase_fill == "public" else (0.0, 0.0, 0.0), jnp.float32)
-    return jnp.where(erased[..., None], fill, normalised).astype(dtype)
+    return jnp.where(erased[..., None], fill, normalized).astype(dtype)
 
 
-def _normalise(levels: Float[Array, "*B H W 3"]) -> Float[Array, "*B H W 3"]:
+def _normalize(levels: Float[Array, "*B H W 3"]) -> Float[Array, "*B H W 3"]:
     """Grey levels 0..255 to (level / 255 - mean) / standard deviation of ImageNet."""
     mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
     # Subtract, then multiply: a product and a sum after it may or may not be fused by the compiler,
@@ -195,11 +196,11 @@ def augment_batch(
     *,
     height: int,
     width: int,
-    flip: float | int = 0.5,
+    flip: float = 0.5,
     pad: int = 10,
-    erase: float | int = 0.5,
-    erase_area: tuple[float | int, float | int] = (0.02, 0.4),
-    erase_aspect: tuple[float | int, float | int] = (0.3, 1 / 0.3),
+    erase: float = 0.5,
+    erase_area: tuple[float, float] = (0.02, 0.4),
+    erase_aspect: tuple[float, float] = (0.3, 1 / 0.3),
     erase_fill: str = "mean",
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "B height width 3"]:
@@ -209,23 +210,23 @@ def augment_batch(
     mean and standard deviation, random erasing. See `draw_params` and `apply_params`.
 
     Args:
-      images: (B, h, w, 3) uint8 as stored; any size.
-      keys: (B,) from `example_keys`.
-      height: of the network's input, in pixels.
-      width: of the network's input, in pixels.
-      flip: probability of mirroring.
-      pad: zero pixels on each side before the crop.
-      erase: probability of erasing.
-      erase_area: smallest and largest share of the image.
-      erase_aspect: smallest and largest height / width.
-      erase_fill: "mean" (0 after normalising) or "public" (0.485, 0.456, 0.406).
-      dtype: of the result.
+        images: (B, h, w, 3) uint8 as stored; any size.
+        keys: (B,) from `example_keys`.
+        height: of the network's input, in pixels.
+        width: of the network's input, in pixels.
+        flip: probability of mirroring.
+        pad: zero pixels on each side before the crop.
+        erase: probability of erasing.
+        erase_area: smallest and largest share of the image.
+        erase_aspect: smallest and largest height / width.
+        erase_fill: "mean" (0 after normalising) or "public" (0.485, 0.456, 0.406).
+        dtype: of the result.
 
     Returns:
-      (B, height, width, 3) normalised images.
+        (B, height, width, 3) normalised images.
 
     Raises:
-      ValueError: parameters out of range.
+        UserError: parameters out of range.
     """
     _check_fill(erase_fill)
 
@@ -260,32 +261,32 @@ def preprocess(
     width: int,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "B height width 3"]:
-    """Resizes and normalises a batch for evaluation.
+    """Resize and normalises a batch for evaluation.
 
     Args:
-      images: (B, h, w, 3) uint8, any size.
-      height: of the network's input, in pixels.
-      width: of the network's input, in pixels.
-      dtype: of the result.
+        images: (B, h, w, 3) uint8, any size.
+        height: of the network's input, in pixels.
+        width: of the network's input, in pixels.
+        dtype: of the result.
 
     Returns:
-      (B, height, width, 3) normalised images.
+        (B, height, width, 3) normalised images.
     """
-    return _normalise(resize(images, height=height, width=width)).astype(dtype)
+    return _normalize(resize(images, height=height, width=width)).astype(dtype)
 
 
 def resize(
     images: Shaped[np.ndarray | Array, "B h w 3"], *, height: int, width: int
 ) -> Float[Array, "B height width 3"]:
-    """Resizes as PIL's `Image.resize((width, height), BILINEAR)` does, to one grey level.
+    """Resize as PIL's `Image.resize((width, height), BILINEAR)` does, to one grey level.
 
     Args:
-      images: (B, h, w, 3) grey levels.
-      height: of the result.
-      width: of the result.
+        images: (B, h, w, 3) grey levels.
+        height: of the result.
+        width: of the result.
 
     Returns:
-      float32 (B, height, width, 3), whole numbers 0..255.
+        float32 (B, height, width, 3), whole numbers 0..255.
     """
     narrow = resample_axis(jnp.asarray(images), bilinear_taps(images.shape[2], width), 2)
     return resample_axis(narrow, bilinear_taps(images.shape[1], height), 1)

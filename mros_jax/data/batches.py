@@ -13,33 +13,33 @@ _IDENTITIES, _SHUFFLED = 0, 1  # so that the two kinds of plan never share a str
 
 
 def steps_per_epoch(num_images: int, batch: int) -> int:
-    """Returns the number of steps of every epoch, N // batch.
+    """Return the number of steps of every epoch, N // batch.
 
     Raises:
-      ValueError: there are fewer images than one batch needs.
+        UserError: there are fewer images than one batch needs.
     """
     if batch < 1:
-        raise ValueError(f"the batch must hold at least one image, got {batch}")
+        raise UserError(f"the batch must hold at least one image, got {batch}")
     if num_images < batch:
-        raise ValueError(
+        raise UserError(
             f"the training split has {num_images} images, fewer than one batch of {batch}: "
-            "lower batch.identities or batch.images"
+            "lower identities or images of a batch"
         )
     return num_images // batch
 
 
 def process_slice(batch: int, process_index: int, process_count: int) -> slice:
-    """Returns the columns of the global batch that one process of a multi-host run takes.
+    """Return the columns of the global batch that one process of a multi-host run takes.
 
     Raises:
-      ValueError: the batch does not divide evenly, or there is no such process.
+        UserError: the batch does not divide evenly, or there is no such process.
     """
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is not in 0..{process_count - 1}")
+        raise UserError(f"process_index {process_index} is not in 0..{process_count - 1}")
     if batch % process_count:
-        raise ValueError(
+        raise UserError(
             f"a batch of {batch} images cannot be shared evenly by {process_count} processes: "
-            "choose batch.identities x batch.images as a multiple of the number of processes"
+            "choose identities x images as a multiple of the number of processes"
         )
     share = batch // process_count
     return slice(process_index * share, (process_index + 1) * share)
@@ -55,7 +55,7 @@ def plan_epoch(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Int32[np.ndarray, "steps local_batch"]:
-    """Plans the P x K batches of one epoch.
+    """Plan the P x K batches of one epoch.
 
     Every batch holds P different identities with K consecutive entries each. Within the epoch an
     identity goes through its images in a random order and starts over, in the same order, only when
@@ -67,27 +67,27 @@ def plan_epoch(
     suffice.
 
     Args:
-      labels: (N,) identity of every training image; any integers, junk excluded by the caller.
-      identities: P, different identities in a batch.
-      images: K, images per identity in a batch.
-      seed: the run's seed, not negative.
-      epoch: the epoch, counted from 0. The plan depends on seed and epoch alone.
-      process_index: which process of a multi-host run this is.
-      process_count: how many processes share the batch; each takes consecutive columns.
+        labels: (N,) identity of every training image; any integers, junk excluded by the caller.
+        identities: P, different identities in a batch.
+        images: K, images per identity in a batch.
+        seed: the run's seed, not negative.
+        epoch: the epoch, counted from 0. The plan depends on seed and epoch alone.
+        process_index: which process of a multi-host run this is.
+        process_count: how many processes share the batch; each takes consecutive columns.
 
     Returns:
-      (N // (P K), P K / process_count) int32 indices into `labels`.
+        (N // (P K), P K / process_count) int32 indices into `labels`.
 
     Raises:
-      ValueError: fewer than P identities, fewer than P K images, or a batch that does not divide.
+        UserError: fewer than P identities, fewer than P K images, or a batch that does not divide.
     """
     if identities < 1 or images < 1:
-        raise ValueError(f"P and K must be at least 1, got P = {identities} and K = {images}")
+        raise UserError(f"P and K must be at least 1, got P = {identities} and K = {images}")
     _, label, counts = np.unique(labels, return_inverse=True, return_counts=True)
     if len(counts) < identities:
-        raise ValueError(
+        raise UserError(
             f"the training split has {len(counts)} identities and a batch needs {identities} "
-            f"different ones: set batch.identities to {len(counts)} or less"
+            f"different ones: set identities to {len(counts)} or less"
         )
     columns = process_slice(identities * images, process_index, process_count)
     steps = steps_per_epoch(len(labels), identities * images)
@@ -117,7 +117,7 @@ def _count_groups(
     wanted: int,
     rng: np.random.Generator,
 ) -> Int[np.ndarray, "C"]:
-    """Returns how many groups of K each identity gives; at most one a step, `wanted` in all."""
+    """Return how many groups of K each identity gives; at most one a step, `wanted` in all."""
     full = np.clip(counts // images, 1, steps)
     surplus = int(full.sum()) - wanted
     if surplus > 0:
@@ -138,7 +138,7 @@ def _count_groups(
 def _assign_identities(
     groups: Int[np.ndarray, "C"], steps: int, identities: int, rng: np.random.Generator
 ) -> Int[np.ndarray, "steps P"]:
-    """Deals the groups to steps at random so that no step holds an identity twice.
+    """Deal the groups to steps at random so that no step holds an identity twice.
 
     The groups, identity after identity in random order, fill a table of P rows of `steps` places; a
     random permutation of each row says which step a place means. An identity has at most `steps`
@@ -172,21 +172,21 @@ def plan_shuffled(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Int32[np.ndarray, "steps local_batch"]:
-    """Plans plain batches: a random permutation of all images, without the last incomplete batch.
+    """Plan plain batches: a random permutation of all images, without the last incomplete batch.
 
     Args:
-      num_images: N.
-      batch: images in the global batch.
-      seed: the run's seed, not negative.
-      epoch: the epoch, counted from 0.
-      process_index: which process of a multi-host run this is.
-      process_count: how many processes share the batch.
+        num_images: N.
+        batch: images in the global batch.
+        seed: the run's seed, not negative.
+        epoch: the epoch, counted from 0.
+        process_index: which process of a multi-host run this is.
+        process_count: how many processes share the batch.
 
     Returns:
-      (N // batch, batch / process_count) int32 indices in 0..N-1, no index twice.
+        (N // batch, batch / process_count) int32 indices in 0..N-1, no index twice.
 
     Raises:
-      ValueError: fewer images than a batch needs, or a batch that does not divide.
+        UserError: fewer images than a batch needs, or a batch that does not divide.
     """
     columns = process_slice(batch, process_index, process_count)
     steps = steps_per_epoch(num_images, batch)

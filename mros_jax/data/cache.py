@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import logging
 import os
 import pathlib
 import shutil
 import time
 import uuid
-import warnings
 from typing import Any
 
 import numpy as np
@@ -17,58 +18,98 @@ from jaxtyping import UInt8
 
 from mros_jax.files import cache_directory
 
-Images = UInt8[np.ndarray, "N H W 3"]
+log = logging.getLogger(__name__)
+
 _STALE_SECONDS = 24 * 3600
 _BLOCK = 64 << 20
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """A split, decoded.
+
+    Attributes:
+        images: those that can be decoded, in order.
+        native: whether they have the size of their files, which all share.
+        skipped: row of the split -> why its image cannot be decoded.
+        changed: row of the split -> what was done to its image, see `decoding.Decoded`.
+    """
+
+    images: UInt8[np.ndarray, "N H W 3"]
+    native: bool
+    skipped: dict[int, str]
+    changed: dict[int, tuple[str, ...]]
+
+
 def directory(chosen: str | os.PathLike[str] | None = None) -> pathlib.Path:
-    """Returns the directory chosen, or `mros_jax/images` in the user's cache directory."""
+    """Return the directory chosen, or `mros_jax/images` in the user's cache directory."""
     if chosen is not None:
         return pathlib.Path(chosen).expanduser()
     return cache_directory("images")
 
 
-def load(path: pathlib.Path) -> tuple[pathlib.Path, Images, dict[str, Any]] | None:
-    """Returns the file's path, images (memory-mapped) and description; None if they are not there.
+def load(path: pathlib.Path, count: int) -> Decoding | None:
+    """Load a split's images, memory-mapped; None if they are not there.
 
-    A file that something else has damaged is reported by a warning and treated as not there.
+    Files that something else has damaged or exchanged are reported and treated as not there.
+
+    Args:
+        path: the `.npy` file; its description lies beside it.
+        count: images of the split, those that cannot be decoded included.
     """
     try:
-        meta = json.loads(path.with_suffix(".json").read_text())
+        meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         images = np.load(path, mmap_mode="r")
-        if images.dtype != np.uint8 or list(images.shape) != meta["shape"]:
-            raise ValueError(f"holds {images.dtype} {images.shape}, expected uint8 {meta['shape']}")
+        return _check(meta, images, path.stem, count)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError) as error:
-        warnings.warn(f"image cache {path} cannot be used ({error}); decoding again", stacklevel=3)
+    except Exception as error:  # NumPy and json raise many types on damaged files
+        log.warning("Image cache %s cannot be used (%s); decoding again", path, error)
         return None
-    return path, images, meta
 
 
-def save(path: pathlib.Path, images: Images, meta: dict[str, Any], on_error: str) -> Images | None:
-    """Writes images and their description; returns the images memory-mapped.
+def _check(meta: Any, images: Any, key: str, count: int) -> Decoding:
+    if not isinstance(meta, dict) or meta.get("key") != key:
+        raise ValueError("its description belongs to other images")
+    skipped = {int(row): str(reason) for row, reason in meta["skipped"].items()}
+    changed = {int(row): tuple(map(str, changes)) for row, changes in meta["changed"].items()}
+    expected = [count - len(skipped), *meta["shape"][1:]]
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        raise ValueError("expected an array of uint8")
+    if images.ndim != 4 or list(images.shape) != expected or images.shape[-1] != 3:
+        raise ValueError(f"holds {images.shape}, expected {expected}")
+    if not {*skipped, *changed} <= set(range(count)):
+        raise ValueError("its description names rows that are not there")
+    return Decoding(images, bool(meta["native"]), skipped, changed)
+
+
+def save(path: pathlib.Path, decoding: Decoding) -> Decoding:
+    """Write images and their description, and map them into memory.
 
     Both are written under temporary names and renamed, the images last. Ordinary writes are used
     rather than a memory map: on a full disk a map would kill the process.
 
     Returns:
-      The memory-mapped images, or None after a warning if they could not be written.
-
-    Raises:
-      OSError: they could not be written and `on_error` is "error".
+        The same with memory-mapped images; as it was, after a message, if they cannot be written.
     """
     mark = f".{uuid.uuid4().hex}.tmp"
     temporary = path.with_name(path.name + mark)
+    described = path.with_suffix(".json" + mark)
+    images = decoding.images
+    meta = {
+        "key": path.stem,
+        "shape": list(images.shape),
+        "native": decoding.native,
+        "skipped": decoding.skipped,
+        "changed": decoding.changed,
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path.parent)
         free = shutil.disk_usage(path.parent).free
         if free < images.nbytes:
             raise OSError(f"{images.nbytes / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
-        described = path.with_suffix(".json" + mark)
-        described.write_text(json.dumps({**meta, "shape": list(images.shape)}))
+        described.write_text(json.dumps(meta), encoding="utf-8")
         os.replace(described, path.with_suffix(".json"))
         with open(temporary, "wb") as file:
             np.lib.format.write_array_header_1_0(
@@ -80,23 +121,23 @@ def save(path: pathlib.Path, images: Images, meta: dict[str, Any], on_error: str
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        return np.load(path, mmap_mode="r")
+        return dataclasses.replace(decoding, images=np.load(path, mmap_mode="r"))
     except OSError as error:
-        for leftover in (temporary, path.with_suffix(".json" + mark)):
+        log.warning(
+            "Decoded images cannot be kept in %s (%s); going on with them in memory. Another "
+            "cache_dir would save decoding them each time",
+            path.parent,
+            error,
+        )
+        return decoding
+    finally:
+        for leftover in (temporary, described):
             with contextlib.suppress(OSError):
                 leftover.unlink(missing_ok=True)
-        text = (
-            f"decoded images cannot be kept in {path.parent} ({error}); "
-            "choose another place with dataset.cache_dir"
-        )
-        if on_error == "error":
-            raise OSError(text) from error
-        warnings.warn(f"{text}. Going on with the images in memory", stacklevel=3)
-        return None
 
 
 def _remove_stale(where: pathlib.Path) -> None:
-    """Removes what writers killed long ago left behind."""
+    """Remove what writers killed long ago left behind."""
     for leftover in where.glob("*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:

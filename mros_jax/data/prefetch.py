@@ -1,64 +1,54 @@
-"""The next batches are made in a thread while the accelerator works on this one."""
+"""Make things ahead in threads while what was made before is in use."""
 
-import queue
-import threading
+import collections
+import concurrent.futures
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TypeVar
 
-_POLL_SECONDS = 0.1
+from mros_jax.errors import UserError
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
-def prefetch(items: Iterable[Any], make: Callable[[Any], Any], *, depth: int = 2) -> Iterator[Any]:
-    """Yields `make(item)` for every item, in order, made ahead in a thread.
+def prefetch(
+    items: Iterable[Item],
+    make: Callable[[Item], Made],
+    *,
+    depth: int = 2,
+    num_threads: int = 1,
+) -> Iterator[Made]:
+    """Yield `make(item)` for every item, in order, made ahead in threads.
 
-    The thread ends when the items do, when `make` raises (the exception comes out here), and when
+    The threads end when the items do, when `make` raises (the exception comes out here), and when
     this iterator is closed or collected.
 
     Args:
-      items: what to make batches of, for example rows of a plan.
-      make: gathers a batch and puts it on the devices.
-      depth: batches that wait at most; each takes memory on the devices.
+        items: what to make something of, for example rows of a plan. It may be endless.
+        make: makes it, for example gathers a batch and puts it on the devices.
+        depth: how many are made ahead at most; each takes memory until it is its turn.
+        num_threads: how many are made at a time.
 
     Raises:
-      ValueError: depth below 1.
+        UserError: `depth` below 1.
     """
     if depth < 1:
-        raise ValueError(f"prefetch depth must be at least 1, got {depth}")
-    return _prefetch(items, make, depth)
+        raise UserError(f"prefetch depth is {depth}; it must be at least 1")
+    return _prefetch(items, make, depth, num_threads)
 
 
-def _prefetch(items: Iterable[Any], make: Callable[[Any], Any], depth: int) -> Iterator[Any]:
-    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def offer(kind: str, value: Any) -> None:
-        while not stop.is_set():
-            try:
-                ready.put((kind, value), timeout=_POLL_SECONDS)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
+def _prefetch(
+    items: Iterable[Item], make: Callable[[Item], Made], depth: int, num_threads: int
+) -> Iterator[Made]:
+    ahead: collections.deque[concurrent.futures.Future[Made]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(num_threads, "prefetch") as pool:
         try:
             for item in items:
-                if stop.is_set():
-                    return
-                offer("batch", make(item))
-            offer("end", None)
-        except BaseException as error:
-            offer("error", error)
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-    finally:
-        stop.set()
-        thread.join()
+                ahead.append(pool.submit(make, item))
+                if len(ahead) > depth:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()

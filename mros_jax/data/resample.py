@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
+from mros_jax.errors import UserError
+
 # Weights are whole multiples of 1 / _UNIT. Grey levels of 8 bits times weights of 16 are exact in
 # float32, sums below 256 as well: no result depends on the order of sums or on fused operations,
 # and so none depends on the device count or the program around it.
@@ -18,9 +20,9 @@ class Taps:
     """One axis of a resize: output i is the sum over t of weights[i, t] * input[indices[i, t]].
 
     Attributes:
-      indices: (out, T) int32, inside the input.
-      weights: (out, T) float32, multiples of 2^-16 with rows that sum to 1 exactly; taps that are
-        not needed weigh 0.
+        indices: (out, T) int32, inside the input.
+        weights: (out, T) float32, multiples of 2^-16 with rows that sum to 1 exactly; taps that are
+            not needed weigh 0.
     """
 
     indices: Int32[np.ndarray, "out T"]
@@ -29,20 +31,20 @@ class Taps:
 
 @functools.cache
 def bilinear_taps(size: int, out: int) -> Taps:
-    """Returns the taps of PIL's bilinear filter along one axis.
+    """Return the taps of PIL's bilinear filter along one axis.
 
     The filter is a triangle; when shrinking, it is as wide as the shrinkage (antialiasing), so that
     more than two inputs count. The formula is that of Pillow's `Resample.c`.
 
     Args:
-      size: pixels of the input along the axis.
-      out: pixels of the output along the axis.
+        size: pixels of the input along the axis.
+        out: pixels of the output along the axis.
 
     Raises:
-      ValueError: a size below 1.
+        UserError: a size below 1.
     """
     if size < 1 or out < 1:
-        raise ValueError(f"cannot resize {size} pixels to {out}: sizes must be at least 1")
+        raise UserError(f"cannot resize {size} pixels to {out}: sizes must be at least 1")
     scale = size / out
     support = max(scale, 1.0)
     rows = []
@@ -71,16 +73,16 @@ def resample_axis(
     axis: int,
     positions: Int[Array, "P"] | None = None,
 ) -> Float[Array, "..."]:
-    """Resizes along one axis, rounded to whole grey levels as PIL does after each axis.
+    """Resize along one axis, rounded to whole grey levels as PIL does after each axis.
 
     Args:
-      images: grey levels 0..255 in any real type, whole numbers.
-      taps: from `bilinear_taps`, for the size of that axis.
-      axis: the axis to resize.
-      positions: the outputs wanted, in any order and any number of times; by default all.
+        images: grey levels 0..255 in any real type, whole numbers.
+        taps: from `bilinear_taps`, for the size of that axis.
+        axis: the axis to resize.
+        positions: the outputs wanted, in any order and any number of times; by default all.
 
     Returns:
-      float32, whole numbers 0..255, with P entries along the axis.
+        float32, whole numbers 0..255, with P entries along the axis.
     """
     indices: Array | np.ndarray = taps.indices
     weights: Array | np.ndarray = taps.weights

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import io
+import hashlib
+import logging
 import os
-import pathlib
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
 import numpy as np
-import PIL.Image
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import PIL
 from jaxtyping import UInt8
 
-from mros_jax.data import cache, fingerprint
-from mros_jax.data.datasets.layouts import OnBadImage, check_choice, report_bad
+from mros_jax.data import cache, decoding, fingerprint
+from mros_jax.data.cache import Decoding
+from mros_jax.data.datasets.layouts import BadFiles, OnBadImage
 from mros_jax.data.datasets.splits import Split
+from mros_jax.data.images import Picture
 from mros_jax.data.prefetch import prefetch
+from mros_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +31,18 @@ class ImageStore:
     """All images of a split.
 
     Attributes:
-      images: (N, H, W, 3) uint8 RGB; memory-mapped where the cache holds it.
-      kept: (N,) int64, row i is image `kept[i]` of the split that was loaded; all of them unless
-        some were skipped. `split` is already reduced to them.
-      split: the split with exactly these images.
-      cached: the file that holds `images`, or None.
-      fingerprint: of the split as it was given, see `fingerprint_split`.
+        images: (N, H, W, 3) uint8 RGB; memory-mapped where the cache holds it.
+        split: the split with exactly these images: without those that were skipped.
+        fingerprint: of the split as it was given, see `fingerprint_split`.
+        skipped: name -> why the image cannot be decoded.
+        changed: name -> what was done to an image that is not upright 8-bit RGB.
     """
 
     images: UInt8[np.ndarray, "N H W 3"]
-    kept: np.ndarray
     split: Split
-    cached: pathlib.Path | None
     fingerprint: str
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    changed: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,10 +58,10 @@ class Placed:
     """Where the images of a store are during training.
 
     Attributes:
-      kind: "device" (all images on every device) or "host".
-      reason: one sentence with the numbers that decided it, for the log.
-      data: `{"images": (N, H, W, 3), "labels": (N,)}` on the devices, or None.
-      store: the store in host memory.
+        kind: "device" (all images on every device) or "host".
+        reason: one sentence with the numbers that decided it, for the log.
+        data: `{"images": (N, H, W, 3), "labels": (N,)}` on the devices, or None.
+        store: the store in host memory.
     """
 
     kind: Literal["device", "host"]
@@ -71,16 +72,16 @@ class Placed:
     def batches(
         self, plan: np.ndarray, put: Callable[[dict[str, np.ndarray]], Any], *, depth: int = 2
     ) -> Iterator[Any]:
-        """Yields what the training step gets, one item per row of a plan.
+        """Yield what the training step gets, one item for each row of a plan.
 
         Args:
-          plan: (steps, B) indices into the store.
-          put: puts a batch on the devices, splitting its leading axis B over them.
-          depth: batches made ahead in a thread (host memory only).
+            plan: (steps, B) indices into the store.
+            put: puts a batch on the devices, splitting its leading axis B over them.
+            depth: batches made ahead in a thread (host memory only).
 
         Yields:
-          `put({"indices": (B,)})` if the images are on the devices, where the step looks them up in
-          `data`; otherwise `put({"images": (B, H, W, 3), "labels": (B,)})`, the same images.
+            `put({"indices": (B,)})` if the images are on the devices, where the step looks them up
+            in `data`; otherwise `put({"images": (B, H, W, 3), "labels": (B,)})`, the same images.
         """
         if self.kind == "device":
             return (put({"indices": row}) for row in plan)
@@ -99,107 +100,161 @@ def load_store(
     width: int,
     cache_dir: str | os.PathLike[str] | None = None,
     use_cache: bool = True,
-    on_cache_error: str = "warn",
     num_threads: int | None = None,
     on_bad_image: OnBadImage = "error",
     progress: bool = True,
 ) -> ImageStore:
-    """Decodes all images of a split, or finds them in the cache.
+    """Decode all images of a split, or find them in the cache.
 
     Images keep their size where they all share one (Market-1501: 128 x 64); otherwise each is
     resized to `height` x `width` by PIL's bilinear filter, as the evaluation transform would.
-    Images that are not RGB (greyscale, CMYK, palette, 16 bit) are converted, and a warning counts
-    them.
+    Images that are not upright 8-bit RGB are converted (see `decoding.decode_image`); the log
+    counts them, and `ImageStore.changed` names them.
 
-    The cache is one `.npy` file per split, its name a hash of the encoded bytes of all images in
-    order (of `pixels_key` for rendered ones): changing, adding or reordering files makes another
-    file, renaming or touching them does not. It is written under a temporary name and renamed, so a
-    killed writer leaves nothing that would be read.
+    The cache is one `.npy` file for each split, its name a hash of the encoded bytes of all images
+    in order (of the parameters of rendered ones) and of the decoder: changing, adding or reordering
+    files makes another file, renaming or touching them does not. It is written under a temporary
+    name and renamed, so a killed writer leaves nothing that would be read. If it cannot be written
+    (read-only, disk full), the log says so and the images stay in memory.
 
     Args:
-      split: the images.
-      height: common height, where they differ in size.
-      width: common width, where they differ in size.
-      cache_dir: where decoded images are kept; by default `mros_jax/images` in the user's cache
-        directory ($XDG_CACHE_HOME, or ~/.cache).
-      use_cache: read and write the cache at all.
-      on_cache_error: if the cache cannot be written (read-only, disk full): "warn" and go on with
-        the images in memory, or raise an "error".
-      num_threads: decoding threads; by default one per CPU.
-      on_bad_image: unreadable or truncated images: "error", or "skip" with a warning naming them.
-      progress: show a progress bar.
+        split: the images.
+        height: common height, where they differ in size.
+        width: common width, where they differ in size.
+        cache_dir: where decoded images are kept; by default `mros_jax/images` in the user's cache
+            directory ($XDG_CACHE_HOME, or ~/.cache).
+        use_cache: read and write the cache at all.
+        num_threads: decoding threads; by default one per CPU.
+        on_bad_image: unreadable or truncated images: "error", or "skip" to leave them out; the log
+            and `ImageStore.skipped` name them.
+        progress: show a progress bar.
 
     Raises:
-      ValueError: unreadable images, named (`on_bad_image="error"`), or no readable image.
-      OSError: the cache cannot be written (`on_cache_error="error"`).
+        UserError: unreadable images, named (`on_bad_image="error"`), or no readable image.
     """
-    if on_cache_error not in ("warn", "error"):
-        raise ValueError(f"on_cache_error must be 'warn' or 'error', got {on_cache_error!r}")
-    check_choice(on_bad_image)
-    loader = _Loader(split, num_threads or os.cpu_count() or 1, progress)
-    content = fingerprint.digest_images(split, num_threads=num_threads, progress=progress)
-    unnamed = split.pixels is not None and split.pixels_key is None
-    digest = content if use_cache and not unnamed else None
+    bad_files = BadFiles(on_bad_image)
+    if height < 1 or width < 1:
+        raise UserError(f"images of {height} x {width} pixels; both must be at least 1")
+    content = split.images.digest(num_threads=num_threads, progress=progress)
     directory = cache.directory(cache_dir)
+    key = _cache_key(content)
     found = None
-    if digest is not None:
-        for stem in (f"{digest}-native", f"{digest}-{height}x{width}"):
-            found = found or cache.load(directory / f"{stem}.npy")
-    path = None
-    if found is not None:
-        path, images, meta = found
-    else:
-        images, meta = loader.decode(height, width)
-        if digest is not None:
-            stem = f"{digest}-{'native' if meta['native'] else f'{height}x{width}'}"
-            saved = cache.save(directory / f"{stem}.npy", images, meta, on_cache_error)
-            if saved is not None:
-                path, images = directory / f"{stem}.npy", saved
-    bad = {int(i): reason for i, reason in meta["bad"].items()}
-    described = [f"{split.names[i]} ({reason})" for i, reason in bad.items()]
-    report_bad(f"{split.name} split", described, "cannot be decoded", on_bad_image)
-    if meta["converted"]:
-        counts = ", ".join(f"{count} {mode}" for mode, count in sorted(meta["converted"].items()))
-        warnings.warn(
-            f"{split.name} split: some images are not 8-bit RGB and were converted: {counts}",
-            stacklevel=2,
-        )
-    kept = np.setdiff1d(np.arange(len(split)), np.array(list(bad), np.int64))
-    if not len(kept):
-        raise ValueError(f"{split.name} split: none of {len(split)} images can be decoded")
+    if use_cache:
+        for stem in (f"{key}-native", f"{key}-{height}x{width}"):
+            found = found or cache.load(directory / f"{stem}.npy", len(split))
+    if found is None:
+        found = decode_split(split, height, width, num_threads=num_threads, progress=progress)
+        if use_cache:
+            stem = f"{key}-native" if found.native else f"{key}-{height}x{width}"
+            found = cache.save(directory / f"{stem}.npy", found)
+    names = [str(name) for name in split.names]
+    skipped = {names[row]: reason for row, reason in found.skipped.items()}
+    changed = {names[row]: changes for row, changes in found.changed.items()}
+    described = [f"{name} ({reason})" for name, reason in skipped.items()]
+    bad_files.report(f"{split.name} split", described, "cannot be decoded")
+    if changed:
+        log.warning("%s split: some images were converted: %s", split.name, count_changes(changed))
+    if len(skipped) == len(split):
+        raise UserError(f"{split.name} split: none of {len(split)} images can be decoded")
+    kept = np.setdiff1d(np.arange(len(split)), np.array(list(found.skipped), np.int64))
     return ImageStore(
-        images,
-        kept,
-        split.select(kept) if bad else split,
-        path,
-        fingerprint.combine(split, content),
+        images=found.images,
+        split=split.select(kept) if skipped else split,
+        fingerprint=fingerprint.combine(split, content),
+        skipped=skipped,
+        changed=changed,
     )
+
+
+def _cache_key(content: str) -> str:
+    """Name everything that decides the decoded pixels."""
+    decoder = f"{content} decoder {decoding.VERSION} Pillow {PIL.__version__}"
+    return hashlib.blake2b(decoder.encode(), digest_size=16).hexdigest()
+
+
+def count_changes(changed: dict[str, tuple[str, ...]]) -> str:
+    """Summarize what was done to images: "3 L to RGB, 1 16 bit scaled to 8"."""
+    counts = collections.Counter(change for changes in changed.values() for change in changes)
+    return ", ".join(f"{count} x {change}" for change, count in sorted(counts.items()))
+
+
+def decode_split(
+    split: Split,
+    height: int,
+    width: int,
+    *,
+    num_threads: int | None = None,
+    progress: bool = False,
+) -> Decoding:
+    """Decode the images of a split into one array: in their own size, if they all share one."""
+    native = _first_size(split) or (height, width)
+    run = {"num_threads": num_threads, "progress": progress}
+    try:
+        return _decode_to(split, native, resize=False, **run)
+    except _OtherSizeError:
+        return _decode_to(split, (height, width), resize=True, **run)
+
+
+class _OtherSizeError(Exception):
+    """An image is not of the size that the others share."""
+
+
+def _first_size(split: Split) -> tuple[int, int] | None:
+    """Find the size of the first image that can be read."""
+    for row in range(len(split)):
+        [picture] = split.images.select(np.array([row])).map(lambda picture: picture)
+        if picture.pixels is not None:
+            return picture.pixels.shape[:2]
+    return None
+
+
+def _decode_to(split: Split, shape: tuple[int, int], *, resize: bool, **run: Any) -> Decoding:
+    """Decode everything into one array; raise at the first other size if not to be resized."""
+    images = np.empty((len(split), *shape, 3), np.uint8)
+
+    def copy(picture: Picture) -> tuple[str, tuple[str, ...], bool]:
+        if picture.pixels is None:
+            return picture.error, (), True
+        fits = resize or picture.pixels.shape[:2] == shape
+        if fits:
+            images[picture.row] = decoding.resize(picture.pixels, *shape)
+        return "", picture.changes, fits
+
+    skipped, changed = {}, {}
+    for row, (error, changes, fits) in enumerate(split.images.map(copy, **run)):
+        if not fits:
+            raise _OtherSizeError
+        if error:
+            skipped[row] = error
+        if changes:
+            changed[row] = changes
+    if skipped:
+        images = np.delete(images, list(skipped), axis=0)
+    return Decoding(images, not resize, skipped, changed)
 
 
 def place(
     store: ImageStore,
     *,
-    fraction: float | int = 0.5,
-    devices: Sequence[jax.Device] | None = None,
-    replicate: Callable[[dict[str, np.ndarray]], dict[str, Any]] | None = None,
+    fraction: float = 0.5,
+    replicate: Callable[[dict[str, np.ndarray]], dict[str, Any]],
 ) -> Placed:
-    """Puts a training store on every device if it fits there, or leaves it in host memory.
+    """Put a training store on every device if it fits there, or leave it in host memory.
 
     Args:
-      store: a training store, with labels.
-      fraction: the images may take up to this share of the memory of a device. 0 keeps them in host
-        memory. A device that does not tell its memory (a CPU) is taken to have an equal part of the
-        machine's.
-      devices: this process's devices; by default all of them.
-      replicate: puts a tree of arrays whole on each device; by default with a replicated sharding.
+        store: a training store, with labels.
+        fraction: the images may take up to this share of the memory of a device. 0 keeps them in
+            host memory. A device that does not tell its memory (a CPU) is taken to have an equal
+            part of the machine's.
+        replicate: puts a tree of arrays whole on each device, such as `parallel.replicate`.
 
     Raises:
-      ValueError: a fraction outside 0..1, or a store without labels.
+        UserError: a fraction outside 0..1, or a store without labels.
     """
     if not 0 <= fraction <= 1:
-        raise ValueError(f"the share of device memory must be in 0..1, got {fraction}")
+        raise UserError(f"the share of device memory is {fraction}; it must be in 0..1")
     labels = labels_of(store)
-    devices = list(devices or jax.local_devices())
+    devices = jax.local_devices()
     memory = min(_memory(device, len(devices)) for device in devices)
     needed = store.images.nbytes
     fits = needed <= fraction * memory
@@ -210,126 +265,23 @@ def place(
     )
     if not fits:
         return Placed("host", reason, None, store)
-    if replicate is None:
-        sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
-
-        def replicate(tree: dict[str, np.ndarray]) -> dict[str, Any]:
-            return {name: jax.device_put(array, sharding) for name, array in tree.items()}
-
     return Placed("device", reason, replicate({"images": store.images, "labels": labels}), store)
 
 
 def labels_of(store: ImageStore) -> np.ndarray:
-    """The training labels, (N,) int32.
+    """Return the training labels, (N,) int32.
 
     Raises:
-      UserError: the split is none to train on.
+        UserError: the split is none to train on.
     """
     if store.labels is None:
-        raise ValueError(f"the {store.split.name} split has no training labels")
+        raise UserError(f"the {store.split.name} split has no training labels")
     return store.labels
 
 
 def _memory(device: jax.Device, count: int) -> float:
-    """Returns the bytes of a device's memory."""
+    """Return the bytes of a device's memory."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return float(stats["bytes_limit"])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / count
-
-
-def decode_image(data: bytes) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-    """Decodes one image.
-
-    Args:
-      data: an encoded image in any format that PIL reads.
-
-    Returns:
-      RGB grey levels (H, W, 3) uint8, and the mode the file has in PIL's terms ("RGB", "L", ...).
-      16-bit grey levels are scaled to 8 bit; transparency is dropped.
-
-    Raises:
-      OSError: truncated, or not an image (also as PIL's other exceptions for broken files).
-    """
-    with PIL.Image.open(io.BytesIO(data)) as file:
-        mode = file.mode
-        if file.format == "PNG" and data[24] == 16 and mode == "RGB":
-            mode = "RGB;16"  # PIL keeps the upper 8 bits without saying so
-        file.load()
-        image: PIL.Image.Image = file
-        if mode.startswith("I"):
-            # PIL would clip 16-bit levels at 255 instead of scaling them.
-            levels = (np.asarray(file).astype(np.int64) * 255 + 32767) // 65535
-            image = PIL.Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
-        elif mode == "P" or "transparency" in file.info:
-            image = file.convert("RGBA")
-        return np.asarray(image.convert("RGB")), mode
-
-
-class _Loader:
-    """Reads, hashes and decodes the images of one split in threads."""
-
-    def __init__(self, split: Split, threads: int, progress: bool):
-        self.split, self.threads, self.progress = split, threads, progress
-
-    def _each(self, task: Callable[[int], Any], what: str) -> Iterable[Any]:
-        """Yields `task(i)` for every image, in order, with a progress bar."""
-        text = f"{what} {self.split.name}"
-        return fingerprint.run_threaded(task, len(self.split), text, self.threads, self.progress)
-
-    def decode(
-        self, height: int, width: int
-    ) -> tuple[UInt8[np.ndarray, "N H W 3"], dict[str, Any]]:
-        """Returns the images that can be decoded, and what was met on the way."""
-        if self.split.pixels is not None:
-            return self.split.pixels(), {"native": True, "bad": {}, "converted": {}}
-        native = self._decode_to(self._first_size(height, width), resize=False)
-        if native is not None:
-            return native[0], {"native": True, **native[1]}
-        resized = self._decode_to((height, width), resize=True)
-        assert resized is not None
-        return resized[0], {"native": False, **resized[1]}
-
-    def _first_size(self, height: int, width: int) -> tuple[int, int]:
-        for i in range(len(self.split)):
-            try:
-                return decode_image(self.split.read(i))[0].shape[:2]
-            except Exception:  # decoding all of them reports it
-                continue
-        return height, width
-
-    def _decode_to(
-        self, shape: tuple[int, int], *, resize: bool
-    ) -> tuple[UInt8[np.ndarray, "N H W 3"], dict[str, Any]] | None:
-        """Decodes everything into one array; None at the first other size if not to be resized."""
-        images = np.empty((len(self.split), *shape, 3), np.uint8)
-        bad: dict[int, str] = {}
-        converted: collections.Counter[str] = collections.Counter()
-        other_size = threading.Event()
-
-        def decode(i: int) -> str | Exception:
-            if other_size.is_set():
-                return ""
-            try:
-                pixels, mode = decode_image(self.split.read(i))
-            except Exception as error:  # PIL raises what it likes on broken files
-                return error
-            if pixels.shape[:2] != shape:
-                if not resize:
-                    other_size.set()
-                    return ""
-                image = PIL.Image.fromarray(pixels)
-                pixels = np.asarray(image.resize(shape[::-1], PIL.Image.Resampling.BILINEAR))
-            images[i] = pixels
-            return mode
-
-        for i, result in enumerate(self._each(decode, "decoding")):
-            if isinstance(result, Exception):
-                bad[i] = f"{type(result).__name__}: {result}"
-            elif result != "RGB":
-                converted[result] += 1
-        if other_size.is_set():
-            return None
-        if bad:
-            images = np.delete(images, list(bad), axis=0)
-        return images, {"bad": bad, "converted": dict(converted)}

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mros_jax import config as configs
-from mros_jax.data import store
 from mros_jax.data.datasets.splits import Split
+from mros_jax.data.images import Picture
 from mros_jax.losses import make_objective
 from mros_jax.models.outputs import Part
 from mros_jax.report import plots
@@ -383,7 +383,7 @@ def _load_pictures(
     try:
         dataset = configs.load_dataset(config)
         return {
-            split.name: _read_pictures(split, rows, run.features, config)
+            split.name: _read_pictures(split, rows, run.features)
             for split, rows in ((dataset.query, queries), (dataset.gallery, gallery))
         }
     except (OSError, ValueError, KeyError) as error:
@@ -392,20 +392,18 @@ def _load_pictures(
 
 
 def _read_pictures(
-    split: Split, rows: Sequence[int], arrays: dict[str, np.ndarray], config: ConfigDict
+    split: Split, rows: Sequence[int], arrays: dict[str, np.ndarray]
 ) -> dict[int, str]:
     index = {str(name): i for i, name in enumerate(split.names)}
     names = arrays.get(f"{split.name}_names")
     # Images that were skipped as unreadable shift the rows: names find them again.
     places = {row: row if names is None else index[str(names[row])] for row in rows}
-    if split.reader is not None:
-        return {row: _encode(store.decode_image(split.read(i))[0]) for row, i in places.items()}
-    images = configs.load_images(config, split, progress=False).images
-    return {row: _encode(np.asarray(images[i])) for row, i in places.items()}
+    chosen = split.images.select(np.array(list(places.values())))
+    return dict(zip(places, chosen.map(_encode), strict=True))
 
 
-def _encode(pixels: np.ndarray) -> str:
-    image = PIL.Image.fromarray(pixels)
+def _encode(picture: Picture) -> str:
+    image = PIL.Image.fromarray(picture.require())
     image.thumbnail(_THUMBNAIL)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=88)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mros_jax import config as configs
-from mros_jax.data import augment, doctor
+from mros_jax.data import augment, examination
 from mros_jax.data.batches import Identities, make_sampler
 from mros_jax.data.datasets.splits import Dataset
 from mros_jax.errors import UserError
@@ -98,9 +98,9 @@ def check_fit(config: ConfigDict, dataset: Dataset) -> None:
     """
     sampler = make_sampler(config.batch.to_dict())
     if isinstance(sampler, Identities):
-        doctor.check_cheap(dataset, identities=sampler.identities, images=sampler.images)
+        examination.check_names(dataset, identities=sampler.identities, images=sampler.images)
     else:
-        doctor.check_cheap(dataset, identities=1, images=1)
+        examination.check_names(dataset, identities=1, images=1)
     gallery = int((config.eval.keep_junk or ~dataset.gallery.junk).sum())
     for method in _parse_rerank(config):
         try:

@@ -1,6 +1,7 @@
 """Tiny replicas of data sets in their layouts as distributed."""
 
 import io
+import logging
 import pathlib
 
 import numpy as np
@@ -11,6 +12,21 @@ from PIL import Image
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-home"))
+
+
+@pytest.fixture
+def messages():
+    """The messages that the library logs, as a list of texts."""
+    texts: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            texts.append(record.getMessage())
+
+    handler, logger = Keep(logging.WARNING), logging.getLogger("mros_jax")
+    logger.addHandler(handler)
+    yield texts
+    logger.removeHandler(handler)
 
 
 def _encode(pixels: np.ndarray, format: str = "jpeg") -> bytes:

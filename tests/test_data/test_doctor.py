@@ -1,19 +1,18 @@
+import dataclasses
 import json
-import logging
-import sys
+import re
 
-import numpy as np
 import pytest
-from absl import logging as absl_logging
 
-from mros_jax.data import doctor
-from mros_jax.data.datasets.checks import PUBLISHED, Published
+from mros_jax.data import doctor, examination
+from mros_jax.data.datasets.records import DATASETS, Counts
 from mros_jax.data.datasets.sources import load_dataset
+from mros_jax.errors import UserError
 
 
 def examine(market, identities=2, images=2):
     data = load_dataset("folder", market.root)
-    return doctor.examine(data, identities=identities, images=images, progress=False)
+    return examination.examine(data, identities=identities, images=images, progress=False)
 
 
 def found(report, check):
@@ -45,7 +44,7 @@ def test_healthy(market):
 
 
 def test_counts_against_the_published(market, monkeypatch):
-    report = doctor.examine(
+    report = examination.examine(
         load_dataset("market1501", market.root), identities=2, images=2, progress=False
     )
     messages = [f.message for f in report.findings if f.check == "counts"]
@@ -58,14 +57,15 @@ def test_counts_against_the_published(market, monkeypatch):
     text = doctor.format_report(report)
     assert "19,732" in text
     exact = {
-        "train": Published(5, 2, 3),
-        "query": Published(3, 2, 2),
-        "gallery": Published(6, 2, 2),
+        "train": Counts(5, 2, 3),
+        "query": Counts(3, 2, 2),
+        "gallery": Counts(6, 2, 2),
     }
-    monkeypatch.setitem(PUBLISHED, "market1501", exact)
+    record = dataclasses.replace(DATASETS["market1501"], published=exact)
+    monkeypatch.setitem(DATASETS, "market1501", record)
     market.write("distractors_500k", "0000_c1s1_000151_01.jpg")
     data = load_dataset("market1501", market.root, distractors_500k=True)
-    assert doctor.examine(data, identities=2, images=2, progress=False).findings == ()
+    assert examination.examine(data, identities=2, images=2, progress=False).findings == ()
 
 
 def test_few_images_and_few_identities(market):
@@ -101,9 +101,9 @@ def test_one_camera_is_fatal(market):
     assert "all images are of camera 1" in finding.message
 
 
-def test_queries_of_nobody(market):
+def test_queries_without_identity(market):
     market.write("query", "-1_c1s1_000001_00.jpg", "0000_c1s1_000001_00.jpg")
-    ((level, names),) = found(examine(market), "queries of nobody")
+    ((level, names),) = found(examine(market), "queries without identity")
     assert level == "error"
     assert set(names) == {"-1_c1s1_000001_00.jpg", "0000_c1s1_000001_00.jpg"}
 
@@ -151,113 +151,176 @@ def test_unreadable_images_modes_and_sizes(market, encode, random_pixels):
         "0002_c1s1_000451_03.jpg",
         "0007_c2s3_071052_01.jpg",
     ]
-    assert found(report, "colour modes") == [("warning", ("0007_c3s3_077419_03.jpg",))]
+    assert found(report, "converted images") == [("warning", ("0007_c3s3_077419_03.jpg",))]
     assert report.sizes["train"]["different"] == 2
     assert report.sizes["train"]["largest"] == [40, 20]
 
 
-def run(capsys, monkeypatch, *arguments):
-    argv = ["doctor", *map(str, arguments)]
-    monkeypatch.setattr(sys, "argv", argv)
-    code = doctor.main(argv)
+def test_skipping_checks_what_is_left(market):
+    """With on_bad_image="skip" training loses these images, and no query keeps a match."""
+    for name in ("0001_c1s1_001051_00.jpg", "0003_c1s6_015971_00.jpg", "0003_c2s1_000151_00.jpg"):
+        (market.root / "query" / name).write_bytes(b"damaged")
+    market.write("query", "0009_c1s1_000001_00.jpg")
+    data = load_dataset("folder", market.root)
+    levels = {}
+    for choice in ("error", "skip"):
+        report = examination.examine(
+            data, identities=2, images=2, on_bad_image=choice, progress=False
+        )
+        levels[choice] = {(f.check, f.level) for f in report.findings}
+    assert ("unreadable images", "error") in levels["error"]
+    assert ("no valid query", "fatal") not in levels["error"]
+    assert {("unreadable images", "warning"), ("no valid query", "fatal")} <= levels["skip"]
+
+
+def test_no_image_at_all(market):
+    for path in (market.root / "query").iterdir():
+        path.write_bytes(b"")
+    report = examine(market)
+    assert found(report, "no image") == [("fatal", ())]
+
+
+def test_place_for_decoded_images(market, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    data = load_dataset("folder", market.root)
+    report = examination.examine(
+        data, identities=2, images=2, cache_dir=tmp_path / "file" / "below", progress=False
+    )
+    [finding] = [f for f in report.findings if f.check == "cache"]
+    assert "is a file" in finding.message
+
+
+def run(capsys, *arguments):
+    code = doctor.main([*map(str, arguments)])
     return code, capsys.readouterr()
 
 
-def test_command_line(market, capsys, monkeypatch):
+def test_command_line(market, capsys):
     common = ("--dataset", "market1501", "--root", market.root, "--images", 2)
-    code, output = run(capsys, monkeypatch, *common, "--identities", 2)
+    code, output = run(capsys, *common, "--identities", 2)
     assert code == 0
     assert "WARNING counts: train: 5 images" in output.out
     assert "2 (2)" in output.out  # images and identities per camera
-    code, output = run(capsys, monkeypatch, *common, "--identities", 3)
+    code, output = run(capsys, *common, "--identities", 3)
     assert code == 1
     assert "FATAL   identities: 2 training identities, and a batch needs 3" in output.out
 
 
-def test_command_line_json(market, capsys, monkeypatch):
+def test_command_line_json(market, capsys):
     market.write("query", "person.jpg")
-    code, output = run(
-        capsys,
-        monkeypatch,
-        "--dataset",
-        "folder",
-        "--root",
-        market.root,
-        "--identities=2",
-        "--images=2",
-        "--json",
-    )
+    common = ("--dataset=folder", f"--root={market.root}", "--identities=2", "--images=2", "--json")
+    code, output = run(capsys, *common)
     report = json.loads(output.out)
     assert code == 1
     assert report["healthy"] is False
     assert report["splits"]["train"]["images"] == 5
-    assert "person.jpg" in report["findings"][0]["message"]
+    assert report["findings"][0]["names"] == ["person.jpg"]
     assert report["findings"][0]["level"] == "error"
+    code, output = run(capsys, *common, "--on_bad_image=skip")
+    assert code == 0
+    assert json.loads(output.out)["findings"][0]["level"] == "warning"
 
 
 CONFIG = """
 from ml_collections import ConfigDict, config_dict
 
-def get_config():
+def get_config(arg=None):
     config = ConfigDict()
-    config.dataset = ConfigDict(
-        {"name": "market1501", "root": config_dict.placeholder(str), "preset": "small", "seed": 3}
-    )
+    config.dataset = ConfigDict({
+        "name": "market1501", "root": config_dict.placeholder(str), "on_bad_image": "error",
+        "cache_dir": config_dict.placeholder(str), "device_fraction": 0.5,
+        "distractors_500k": False, "include_val": True, "test_set": 0, "preset": "small", "seed": 0,
+    })
     config.batch = ConfigDict({"identities": 2, "images": 2})
+    config.input = ConfigDict({"height": 16, "width": 8})
     return config
 """
 
 
-def test_command_line_with_a_config(market, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def config(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
-    config = f"--config={tmp_path / 'config.py'}"
+    return f"--config={tmp_path / 'config.py'}"
+
+
+def test_every_option_of_a_config_is_obeyed(market, layout, config, capsys):
     root = f"--config.dataset.root={market.root}"
-    code, output = run(capsys, monkeypatch, config, root)
+    code, output = run(capsys, config, root)
     assert code == 0
-    assert "data set market1501" in output.out
-    code, output = run(capsys, monkeypatch, config, root, "--config.batch.identities=5")
-    assert code == 1
-    code, output = run(capsys, monkeypatch, config, "--config.dataset.name=synthetic")
+    assert "data set market1501 distractors_500k=False" in output.out
+    assert run(capsys, config, root, "--config.batch.identities=5")[0] == 1
+    market.write("images", "a_frame.jpg")
+    code, output = run(capsys, config, root, "--config.dataset.distractors_500k=True")
+    assert re.search(r"gallery +7 ", output.out)
+    market.write("query", "person.jpg")
+    assert run(capsys, config, root)[0] == 1
+    assert run(capsys, config, root, "--config.dataset.on_bad_image=skip")[0] == 0
+    cache_dir = f"--config.dataset.cache_dir={layout.root / 'readme.txt'}"
+    output = run(capsys, config, root, cache_dir)[1]
+    assert "readme.txt is a file" in output.out
+    with pytest.raises(UserError, match="'market1501' has no option test_set"):
+        doctor.main([config, root, "--config.dataset.test_set=3"])
+    synthetic = ("--config.dataset.name=synthetic", "--config.dataset.seed=3")
+    code, output = run(capsys, config, *synthetic)
     assert code == 0
-    assert "data set synthetic" in output.out
+    assert "data set synthetic preset=small seed=3" in output.out
+
+
+@pytest.mark.parametrize("by_config", [True, False])
+def test_msmt17_without_its_validation_list(layout, config, capsys, by_config):
+    line = "0000/0000_000_01_0303morning_0015_0.jpg 0"
+    for folder in ("train", "test"):
+        layout.write(folder, line.split()[0])
+    for name in ("train", "val", "query", "gallery"):
+        (layout.root / f"list_{name}.txt").write_text(line if name != "val" else "nonsense")
+    arguments = ("--dataset=msmt17", f"--root={layout.root}", "--include_val=False")
+    if by_config:
+        fields = (argument.removeprefix("--") for argument in arguments[1:])
+        fields = [f"--config.dataset.{field}" for field in fields]
+        arguments = (config, "--config.dataset.name=msmt17", *fields)
+    (layout.root / "list_val.txt").write_text(line.replace("_0015", "_0016"))
+    _, output = run(capsys, *arguments)
+    assert re.search(r"train +1 +30,248 ", output.out)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "either --dataset or --config"),
+        ([], "either --dataset NAME or --config FILE"),
         (["--dataset", "market1501"], "no root was given"),
         (["--dataset", "market1501", "--root", "/nowhere"], "nothing usable at /nowhere"),
         (["--dataset", "mars", "--root", "/"], "unknown data set 'mars'"),
-        (["--nonsense"], "nonsense"),
+        (["--dataset", "synthetic", "--preset=huge"], "option preset is 'huge'"),
+        (["--dataset", "dukemtmc", "--root=/", "--test_set=3"], "has no option test_set"),
+        (["--dataset", "synthetic", "--on_bad_image=ignore"], "got 'ignore'"),
     ],
 )
-def test_command_line_errors(arguments, message, capsys, monkeypatch):
-    code, output = run(capsys, monkeypatch, *arguments)
-    assert code == 2
-    assert message in output.err
+def test_command_line_errors(arguments, message):
+    with pytest.raises(UserError, match=message):
+        doctor.main(arguments)
 
 
-def test_cheap_check(market, caplog, monkeypatch):
-    absl_logging.get_absl_logger().addHandler(caplog.handler)
-    try:
-        data = load_dataset("market1501", market.root)
-        # It must not read images.
-        monkeypatch.setattr("mros_jax.data.datasets.checks.decode_image", lambda data: 1 / 0)
-        with caplog.at_level(logging.WARNING):
-            findings = doctor.check_cheap(data, identities=2, images=3 - 1)
-        assert {f.check for f in findings} == {"counts"}
-        assert "12,936" in caplog.text
-        with pytest.raises(ValueError, match=r"not fit for training:\n  identities: 2 .* needs 8"):
-            doctor.check_cheap(data, identities=8, images=4)
-    finally:
-        absl_logging.get_absl_logger().removeHandler(caplog.handler)
+def test_checks_of_names_read_no_image(market, messages, monkeypatch):
+    data = load_dataset("market1501", market.root)
+    monkeypatch.setattr("mros_jax.data.images.decode_image", lambda data: 1 / 0)
+    findings = examination.check_names(data, identities=2, images=2)
+    assert {f.check for f in findings} == {"counts"}
+    assert "12,936" in messages[0]
+    with pytest.raises(ValueError, match=r"not fit for training:\n  identities: 2 .* needs 8"):
+        examination.check_names(data, identities=8, images=4)
 
 
 def test_rendered_data_set():
     data = load_dataset("synthetic", preset="small")
-    report = doctor.examine(data, identities=4, images=4, progress=False)
+    report = examination.examine(data, identities=4, images=4, progress=False)
     assert report.healthy
     assert report.splits["gallery"]["junk"] > 0
-    assert report.sizes["query"]["largest"] == list(data.query.pixels().shape[1:3])
-    assert np.all([f.level != "error" for f in report.findings])
+    assert report.sizes["query"]["largest"] == [128, 64]
+
+
+def test_identities_and_cameras_of_64_bits(market):
+    market.write("query", "3000000000_c20240101123000s1_x.jpg")
+    market.write("bounding_box_test", "3000000000_c2s1_x.jpg")
+    report = examine(market)
+    assert report.healthy
+    assert report.splits["query"]["cameras"]["20240101123000"] == {"images": 1, "identities": 1}

@@ -16,6 +16,7 @@ from PIL import Image
 from mros_jax.data.datasets.layouts import read_market1501
 from mros_jax.data.synthetic import dataset as synthetic
 from mros_jax.data.synthetic import imaging, pedestrians, rendering
+from mros_jax.errors import UserError
 
 
 def small(**overrides):
@@ -29,7 +30,7 @@ def dataset():
 
 @pytest.fixture(scope="module")
 def query_pixels(dataset):
-    return dataset.query.pixels()
+    return dataset.query.images.render()
 
 
 def matches_elsewhere(dataset):
@@ -273,26 +274,35 @@ def test_junk_boxes_and_empty_boxes_differ_from_good_ones():
 
 
 def test_same_seed_same_bytes_whatever_the_chunk(dataset, query_pixels):
-    renderer = dataset.query.pixels
+    renderer = dataset.query.images
     assert query_pixels.shape == (24, 128, 64, 3)
     assert query_pixels.dtype == np.uint8
-    np.testing.assert_array_equal(small().query.pixels(), query_pixels)
+    np.testing.assert_array_equal(small().query.images.render(), query_pixels)
     pieces = list(dataclasses.replace(renderer, chunk=5).chunks())
     assert [len(piece) for piece in pieces] == [5, 5, 5, 5, 4]
     np.testing.assert_array_equal(np.concatenate(pieces), query_pixels)
 
 
 def test_another_seed_or_split_gives_other_pictures(dataset, query_pixels):
-    other = small(seed=1).query.pixels()
+    other = small(seed=1).query.images.render()
     assert (np.abs(other.astype(int) - query_pixels).mean((1, 2, 3)) > 5).all()
-    keys = {split.pixels_key for split in (*dataset.splits, *small(seed=1).splits)}
+    keys = {split.images.digest() for split in (*dataset.splits, *small(seed=1).splits)}
     assert len(keys) == 6
-    train = dataclasses.replace(dataset.query.pixels, stream=0)
-    assert (train() != query_pixels).any((1, 2, 3)).all()
+    train = dataclasses.replace(dataset.query.images, stream=0)
+    assert (train.render() != query_pixels).any((1, 2, 3)).all()
+
+
+def test_a_selection_shows_the_same_pictures(dataset, query_pixels):
+    chosen = dataset.query.select(np.array([7, 2])).images
+    np.testing.assert_array_equal(chosen.render(), query_pixels[[7, 2]])
+    with Image.open(io.BytesIO(chosen.encoded(1))) as image:
+        np.testing.assert_array_equal(np.asarray(image), query_pixels[2])
+    digests = {images.digest() for images in (chosen, dataset.query.images)}
+    assert len(digests | {dataset.query.select(np.array([2, 7])).images.digest()}) == 3
 
 
 def test_other_sizes():
-    assert small(height=64, width=32, num_test_pids=2).query.pixels().shape == (6, 64, 32, 3)
+    assert small(height=64, width=32, num_test_pids=2).query.images.render().shape == (6, 64, 32, 3)
 
 
 def test_pictures_of_an_identity_are_alike():
@@ -310,7 +320,7 @@ def test_pictures_of_an_identity_are_alike():
             values[camids == camid] -= values[camids == camid].mean(0)
         return values
 
-    q, g = describe(query.pixels(), query.camids), describe(gallery.pixels(), gallery.camids)
+    q, g = (describe(split.images.render(), split.camids) for split in (query, gallery))
     distance = np.linalg.norm(q[:, None] - g[None], axis=-1)
     distance[query.camids[:, None] == gallery.camids[None]] = np.inf
     hits = gallery.pids[distance.argmin(1)] == query.pids
@@ -362,9 +372,9 @@ def test_written_files_read_back_as_the_same_data_set(tmp_path, dataset):
     for ours, theirs in zip(dataset.splits, read.splits, strict=True):
         for column in ("names", "pids", "camids", "sequences"):
             np.testing.assert_array_equal(getattr(theirs, column), getattr(ours, column))
-        pixels = ours.pixels()
+        pixels = ours.images.render()
         for i in (0, len(ours) - 1):
-            picture = np.asarray(Image.open(io.BytesIO(theirs.read(i))))
+            picture = np.asarray(Image.open(io.BytesIO(theirs.images.encoded(i))))
             assert np.abs(picture.astype(int) - pixels[i]).mean() < 4
     np.testing.assert_array_equal(read.train.labels, dataset.train.labels)
     np.testing.assert_array_equal(read.pid_of_label, dataset.pid_of_label)
@@ -372,10 +382,10 @@ def test_written_files_read_back_as_the_same_data_set(tmp_path, dataset):
 
 def test_nothing_is_written_over_other_files(tmp_path, dataset):
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(FileExistsError, match="is not empty; nothing was written"):
+    with pytest.raises(UserError, match="is not empty; nothing was written"):
         synthetic.write_dataset(dataset, tmp_path, progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
-    with pytest.raises(NotADirectoryError, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         synthetic.write_dataset(dataset, tmp_path / "mine.txt", progress=False)
 
 
@@ -394,7 +404,7 @@ def test_a_broken_write_leaves_no_half_folder(tmp_path, dataset, monkeypatch):
 
 
 def test_command_line_errors(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="error: lookalikes is 9; at most 8"):
+    with pytest.raises(UserError, match="lookalikes is 9; at most 8"):
         synthetic.main(["--out", str(tmp_path), "--lookalikes", "9"])
     with pytest.raises(SystemExit):
         synthetic.main(["--preset", "small"])

@@ -1,5 +1,6 @@
 import concurrent.futures
 import importlib
+import json
 import pathlib
 import re
 import sys
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from mros_jax.data import fingerprint
 from mros_jax.data.datasets import prepared as tfds_builders
 from mros_jax.data.datasets.sources import load_dataset
+from mros_jax.data.fingerprint import fingerprint_split
 from mros_jax.data.store import load_store
+from mros_jax.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +35,8 @@ def assert_equal(one, other):
             assert a.labels is None
         else:
             np.testing.assert_array_equal(a.labels, b.labels)
-        assert [a.read(i) for i in range(len(a))] == [b.read(i) for i in range(len(b))]
+        bytes_of = [[x.images.encoded(i) for i in range(len(x))] for x in (a, b)]
+        assert bytes_of[0] == bytes_of[1]
 
 
 def test_records_equal_the_directory(market, tmp_path):
@@ -47,19 +52,27 @@ def test_records_equal_the_directory(market, tmp_path):
     stored = load_dataset("market1501", tmp_path / "tfds")
     assert_equal(stored, plain)
     options = {"height": 16, "width": 8, "progress": False}
-    assert load_store(stored.train, **options).cached == load_store(plain.train, **options).cached
+    paths = [load_store(d.train, **options).images.filename for d in (stored, plain)]
+    assert paths[0] == paths[1]
     assert "tensorflow" not in sys.modules
 
     # The reader is used from several threads.
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        again = list(pool.map(stored.train.read, range(len(stored.train))))
-    assert again == [plain.train.read(i) for i in range(len(plain.train))]
+        again = list(pool.map(stored.train.images.encoded, range(len(stored.train))))
+    assert again == [plain.train.images.encoded(i) for i in range(len(plain.train))]
 
 
 def test_prepared_twice_is_read_once(market, tmp_path):
     for _ in range(2):
         tfds_builders.prepare("market1501", market.root, tmp_path / "tfds")
     assert len(load_dataset("market1501", tmp_path / "tfds").train) == 5
+
+
+def test_prepared_from_other_data_is_not_taken_for_these(market, tmp_path):
+    tfds_builders.prepare("market1501", market.root, tmp_path / "tfds")
+    market.write("query", "0003_c1s6_015971_00.jpg")  # the same name, another picture
+    with pytest.raises(UserError, match="prepared from other data: the query split differs"):
+        tfds_builders.prepare("market1501", market.root, tmp_path / "tfds")
 
 
 def test_options_choose_the_records(market, tmp_path):
@@ -84,7 +97,7 @@ def test_msmt17_command_line(layout, tmp_path):
         text = lines if name != "val" else ""
         (layout.root / f"list_{name}.txt").write_text(text)
     arguments = ["--dataset", "msmt17", "--root", str(layout.root), "--out", str(tmp_path / "tfds")]
-    tfds_builders.main([*arguments, "--without_val"])
+    tfds_builders.main([*arguments, "--include_val=False"])
     stored = load_dataset("msmt17", tmp_path / "tfds", include_val=False)
     assert_equal(stored, load_dataset("msmt17", layout.root, include_val=False))
 
@@ -116,22 +129,21 @@ def test_misnamed_files(market, tmp_path):
     market.write("query", "person.jpg")
     with pytest.raises(ValueError, match=r"person\.jpg"):
         tfds_builders.prepare("market1501", market.root, tmp_path / "a")
-    with pytest.warns(UserWarning, match=r"person\.jpg. Skipped"):
-        tfds_builders.prepare("market1501", market.root, tmp_path / "b", on_bad_image="skip")
+    tfds_builders.prepare("market1501", market.root, tmp_path / "b", on_bad_image="skip")
     assert len(load_dataset("market1501", tmp_path / "b").query) == 3
 
 
 def test_missing_root_and_unknown_options(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"Market-1501-v15\.09\.15\.zip"):
         tfds_builders.prepare("market1501", tmp_path / "nowhere", tmp_path / "tfds")
-    with pytest.raises(ValueError, match="no TFDS builder for data set 'folder'"):
+    with pytest.raises(ValueError, match="'folder' cannot be prepared; these can: market1501"):
         tfds_builders.prepare("folder", tmp_path, tmp_path / "tfds")
-    with pytest.raises(ValueError, match=r"test_set.*21"):
+    with pytest.raises(ValueError, match=r"test_set is 21; expected 0 to 19"):
         tfds_builders.make_builder("cuhk03_labeled_classic", tmp_path, test_set=21)
 
 
 def test_every_file_data_set_has_a_builder(tmp_path):
-    from mros_jax.data.datasets.sources import DATASETS
+    from mros_jax.data.datasets.records import DATASETS
 
     for name in set(DATASETS) - {"folder", "synthetic"}:
         builder = tfds_builders.make_builder(name, tmp_path)
@@ -149,3 +161,44 @@ def test_sources_do_not_import_tfds_before_it_is_needed(market):
 
     subprocess.run([sys.executable, "-c", code], check=True)
     assert importlib.util.find_spec("tensorflow_datasets")
+
+
+@pytest.fixture
+def stored(market, tmp_path):
+    """Prepared records, and the files that say what they claim and what they hold."""
+    path = tfds_builders.prepare("market1501", market.root, tmp_path / "tfds")
+    return path, path / "metadata.json", next(path.glob("*-query.array_record*"))
+
+
+def test_records_that_are_not_those_prepared_are_refused(market, tmp_path, stored):
+    _, metadata, _ = stored
+    claims = json.loads(metadata.read_text())
+    assert claims["query"]["fingerprint"] == fingerprint_split(
+        load_dataset("market1501", market.root).query
+    )
+
+    def load(**changes):
+        metadata.write_text(json.dumps({**claims, **changes}))
+        return load_dataset("market1501", tmp_path / "tfds")
+
+    with pytest.raises(UserError, match=r"query split in .* are 3, 4 were stored"):
+        load(query={**claims["query"], "images": 4})
+    with pytest.raises(UserError, match=r"gallery split in .* other names, identities or cameras"):
+        load(gallery={**claims["gallery"], "fingerprint": "0" * 32})
+    with pytest.raises(UserError, match=r"train split in .* None were stored; prepare them again"):
+        load(train=None)
+    other = fingerprint.combine(load().query, "1" * 32)
+    altered = load(query={**claims["query"], "content": "1" * 32, "fingerprint": other})
+    with pytest.raises(UserError, match="bytes are not those that were stored"):
+        fingerprint_split(altered.query)
+    assert len(load().train) == 5
+
+
+@pytest.mark.parametrize("damage", ["records", "metadata.json", "dataset_info.json"])
+def test_damaged_records_are_named(tmp_path, stored, damage):
+    path, _, query = stored
+    victim = query if damage == "records" else path / damage
+    victim.chmod(0o644)
+    victim.write_bytes(victim.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"tfds.*prepare"):
+        load_dataset("market1501", tmp_path / "tfds")

@@ -1,18 +1,20 @@
 """What can be wrong with a data set: single checks, each returning findings."""
 
 import collections
-import concurrent.futures
 import dataclasses
-import hashlib
 import os
+import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
+from mros_jax.data import cache
+from mros_jax.data.datasets.layouts import DISTRACTORS_500K
+from mros_jax.data.datasets.records import DATASETS
 from mros_jax.data.datasets.splits import Dataset, Split
-from mros_jax.data.store import decode_image
+from mros_jax.data.images import Picture
 
 Level = Literal["fatal", "error", "warning", "note"]
 
@@ -22,11 +24,11 @@ class Finding:
     """One thing that a check found.
 
     Attributes:
-      level: "fatal": training or evaluation cannot run; "error": its result would be wrong;
-        "warning": look at it; "note".
-      check: short name of the check.
-      message: one sentence with numbers.
-      names: the images, identities or files concerned; all of them.
+        level: "fatal": training or evaluation cannot run; "error": its result would be wrong;
+            "warning": look at it; "note".
+        check: short name of the check.
+        message: one sentence with numbers.
+        names: the images, identities or files concerned; all of them.
     """
 
     level: Level
@@ -35,37 +37,8 @@ class Finding:
     names: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """Counts that the data set's authors publish; None where they depend on options."""
-
-    images: int | None
-    identities: int
-    cameras: int
-
-
-def _published(cameras: int, **splits: tuple[int | None, int]) -> dict[str, Published]:
-    return {split: Published(*counts, cameras) for split, counts in splits.items()}
-
-
-_CLASSIC = _published(2, train=(None, 1367), query=(None, 100), gallery=(None, 100))
-_MSMT17 = _published(15, train=(32_621, 1041), query=(11_659, 3060), gallery=(82_161, 3060))
-# Identities without junk and distractors. Market's gallery: 13,120 boxes of people, 2,793
-# distractors and 3,819 junk boxes.
-PUBLISHED: dict[str, dict[str, Published]] = {
-    "market1501": _published(6, train=(12_936, 751), query=(3368, 750), gallery=(19_732, 750)),
-    "dukemtmc": _published(8, train=(16_522, 702), query=(2228, 702), gallery=(17_661, 1110)),
-    "msmt17": _MSMT17,
-    "msmt17_v2": _MSMT17,
-    "cuhk03_labeled": _published(2, train=(7368, 767), query=(1400, 700), gallery=(5328, 700)),
-    "cuhk03_detected": _published(2, train=(7365, 767), query=(1400, 700), gallery=(5332, 700)),
-    "cuhk03_labeled_classic": _CLASSIC,
-    "cuhk03_detected_classic": _CLASSIC,
-}
-
-
-def summarise(split: Split) -> dict[str, Any]:
-    """Returns the counts of a split: images, identities, junk, distractors, and per camera."""
+def summarize(split: Split) -> dict[str, Any]:
+    """Count images, identities, junk, distractors, and images and identities of each camera."""
     people = split.pids > 0
     cameras = {}
     for camid in np.unique(split.camids).tolist():
@@ -83,15 +56,36 @@ def summarise(split: Split) -> dict[str, Any]:
     }
 
 
+def check_skipped(dataset: Dataset, *, accepted: bool) -> list[Finding]:
+    """Tell what the reader left out.
+
+    Args:
+        dataset: the data set.
+        accepted: misnamed files are to be left out, so that they are no error.
+    """
+    return [
+        Finding(
+            "warning" if skipped.harmless or accepted else "error",
+            "left out" if skipped.harmless else "misnamed files",
+            skipped.message,
+            skipped.names,
+        )
+        for skipped in dataset.skipped
+    ]
+
+
 def check_counts(dataset: Dataset) -> list[Finding]:
-    """Compares with the published counts, where there are any for this data set."""
-    findings = []
+    """Compare with the published counts, where there are any for this data set."""
+    findings: list[Finding] = []
+    if dataset.name not in DATASETS:
+        return findings
+    published = DATASETS[dataset.name].counts(dataset.options)
     for split in dataset.splits:
-        expected = PUBLISHED.get(dataset.name, {}).get(split.name)
+        expected = published.get(split.name)
         if expected is None:
             continue
-        extra = sum(str(name).startswith("500k/") for name in split.names)
-        seen = summarise(split)
+        extra = sum(str(name).startswith(DISTRACTORS_500K) for name in split.names)
+        seen = summarize(split)
         pairs = {
             "images": (len(split) - extra, expected.images),
             "identities": (seen["identities"], expected.identities),
@@ -108,7 +102,7 @@ def check_counts(dataset: Dataset) -> list[Finding]:
 
 
 def check_overlap(dataset: Dataset) -> list[Finding]:
-    """Finds identities that are both trained and tested on."""
+    """Find identities that are both trained and tested on."""
     tested = np.union1d(dataset.query.pids, dataset.gallery.pids)
     shared = np.intersect1d(dataset.train.pids, tested[tested > 0])
     if not len(shared):
@@ -124,7 +118,7 @@ def check_overlap(dataset: Dataset) -> list[Finding]:
 
 
 def check_batches(dataset: Dataset, *, identities: int, images: int) -> list[Finding]:
-    """Checks that P x K batches can be made."""
+    """Check that P x K batches can be made."""
     findings = []
     if dataset.num_classes < identities:
         findings.append(
@@ -132,7 +126,7 @@ def check_batches(dataset: Dataset, *, identities: int, images: int) -> list[Fin
                 "fatal",
                 "identities",
                 f"{dataset.num_classes} training identities, and a batch needs {identities}: "
-                f"set batch.identities to {dataset.num_classes} or less",
+                f"set identities to {dataset.num_classes} or less",
             )
         )
     if len(dataset.train) < identities * images:
@@ -141,7 +135,7 @@ def check_batches(dataset: Dataset, *, identities: int, images: int) -> list[Fin
                 "fatal",
                 "images",
                 f"{len(dataset.train)} training images, and a batch needs {identities * images}: "
-                "lower batch.identities or batch.images",
+                "lower identities or images of a batch",
             )
         )
     pids, counts = np.unique(dataset.train.pids, return_counts=True)
@@ -160,7 +154,7 @@ def check_batches(dataset: Dataset, *, identities: int, images: int) -> list[Fin
 
 
 def check_queries(dataset: Dataset) -> list[Finding]:
-    """Finds queries that cannot have a true match, and says why."""
+    """Find queries that cannot have a true match, and says why."""
     query, gallery = dataset.query, dataset.gallery
     people = query.pids > 0
     in_gallery = np.isin(query.pids, gallery.pids)
@@ -169,7 +163,8 @@ def check_queries(dataset: Dataset) -> list[Finding]:
     cameras = np.zeros(len(query), np.int64)
     cameras[in_gallery] = cameras_of[np.searchsorted(pids, query.pids[in_gallery])]
     seen = set(map(tuple, camera_pairs.T.tolist()))
-    own = np.array([pair in seen for pair in zip(query.pids, query.camids, strict=True)])
+    pairs = zip(query.pids.tolist(), query.camids.tolist(), strict=True)
+    own = np.array([pair in seen for pair in pairs])
     one_camera = people & in_gallery & (cameras - own == 0)
     absent = people & ~in_gallery
 
@@ -191,7 +186,7 @@ def check_queries(dataset: Dataset) -> list[Finding]:
         findings.append(
             Finding(
                 "error",
-                "queries of nobody",
+                "queries without identity",
                 f"{int((~people).sum())} queries are junk or distractors (pid -1 or 0)",
                 tuple(query.names[~people].tolist()),
             )
@@ -210,102 +205,110 @@ def check_queries(dataset: Dataset) -> list[Finding]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Image:
-    digest: bytes = b""
-    size: tuple[int, int] = (0, 0)  # height, width
-    mode: str = ""
-    error: str = ""
+class Look:
+    """What reading all images of a data set has shown.
+
+    Attributes:
+        findings: unreadable, converted and identical images.
+        sizes: of each split: how many different (height, width), the smallest, median and largest.
+        readable: (N,) bool for each split.
+        decoded_bytes: bytes of all images, decoded, in the size that training keeps them in.
+    """
+
+    findings: list[Finding]
+    sizes: dict[str, Any]
+    readable: dict[str, np.ndarray]
+    decoded_bytes: int
 
 
-def check_images(
-    dataset: Dataset, *, num_threads: int | None = None, progress: bool = True
-) -> tuple[list[Finding], dict[str, Any]]:
-    """Reads and decodes every image.
+def look_at_images(
+    dataset: Dataset,
+    *,
+    input_size: tuple[int, int] = (384, 128),
+    accepted: bool = False,
+    num_threads: int | None = None,
+    progress: bool = True,
+) -> Look:
+    """Read and decode every image.
 
     Args:
-      dataset: the data set.
-      num_threads: by default one per CPU.
-      progress: show a progress bar.
-
-    Returns:
-      Findings about unreadable images, colour modes, and byte-identical images; and the sizes per
-      split: count, smallest, median and largest (height, width).
+        dataset: the data set.
+        input_size: height and width of the network's input, in which images are kept that differ in
+            size.
+        accepted: unreadable images are to be left out, so that they are no error.
+        num_threads: by default one for each CPU.
+        progress: show a progress bar.
     """
-    findings, sizes = [], {}
+    findings: list[Finding] = []
+    sizes: dict[str, Any] = {}
+    readable: dict[str, np.ndarray] = {}
     digests: dict[bytes, list[tuple[str, str]]] = collections.defaultdict(list)
+    decoded_bytes = 0
+
+    def without_pixels(picture: Picture) -> tuple[Picture, tuple[int, int]]:
+        size = (0, 0) if picture.pixels is None else picture.pixels.shape[:2]
+        return dataclasses.replace(picture, pixels=None), size
+
     for split in dataset.splits:
-        images = _read_all(split, num_threads or os.cpu_count() or 1, progress)
-        bad = [
-            f"{name} ({image.error})"
-            for name, image in zip(split.names, images, strict=True)
-            if image.error
-        ]
-        if bad:
-            findings.append(
-                Finding(
-                    "error",
-                    "unreadable images",
-                    f"{split.name}: {len(bad)} images are unreadable or truncated",
-                    tuple(bad),
-                )
-            )
-        modes = collections.Counter(image.mode for image in images if not image.error)
-        odd = {mode: count for mode, count in modes.items() if mode != "RGB"}
-        if odd:
-            counts = ", ".join(f"{count} {mode}" for mode, count in sorted(odd.items()))
-            findings.append(
-                Finding(
-                    "warning",
-                    "colour modes",
-                    f"{split.name}: not 8-bit RGB, will be converted: {counts}",
-                    tuple(
-                        str(name)
-                        for name, image in zip(split.names, images, strict=True)
-                        if image.mode in odd
-                    ),
-                )
-            )
-        for name, image in zip(split.names, images, strict=True):
-            if image.digest:
-                digests[image.digest].append((split.name, str(name)))
-        sizes[split.name] = _summarise_sizes([image.size for image in images if not image.error])
-    return findings + _find_duplicates(digests), sizes
-
-
-def _read_all(split: Split, threads: int, progress: bool) -> list[_Image]:
-    if split.pixels is not None:
-        pixels = split.pixels()
-        return [
-            _Image(hashlib.blake2b(image.tobytes()).digest(), image.shape[:2], "RGB")
-            for image in pixels
-        ]
-
-    def read(i: int) -> _Image:
-        data = b""
-        try:
-            data = split.read(i)
-            pixels, mode = decode_image(data)
-        except Exception as error:  # PIL raises what it likes on broken files
-            return _Image(
-                hashlib.blake2b(data).digest() if data else b"",
-                error=f"{type(error).__name__}: {error}",
-            )
-        return _Image(hashlib.blake2b(data).digest(), pixels.shape[:2], mode)
-
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        results = pool.map(read, range(len(split)))
-        return list(
-            tqdm(
-                results,
-                total=len(split),
-                desc=f"reading {split.name}",
-                unit=" images",
-                disable=None if progress else True,
-            )
+        names = [str(name) for name in split.names]
+        looked = list(split.images.map(without_pixels, num_threads=num_threads, progress=progress))
+        pictures = [picture for picture, _ in looked]
+        for name, picture in zip(names, pictures, strict=True):
+            if picture.digest:
+                digests[picture.digest].append((split.name, name))
+        bad = tuple(
+            f"{name} ({picture.error})"
+            for name, picture in zip(names, pictures, strict=True)
+            if picture.error
         )
+        if bad:
+            level: Level = "warning" if accepted else "error"
+            message = f"{split.name}: {len(bad)} images are unreadable or truncated"
+            findings.append(Finding(level, "unreadable images", message, bad))
+        findings += _find_changes(split.name, names, pictures)
+        seen = [size for _, size in looked if size != (0, 0)]
+        sizes[split.name] = _summarize_sizes(seen)
+        readable[split.name] = np.array([not picture.error for picture in pictures])
+        height, width = seen[0] if len(set(seen)) == 1 else input_size
+        decoded_bytes += 3 * height * width * len(seen)
+    return Look(findings + _find_duplicates(digests), sizes, readable, decoded_bytes)
 
 
-def _summarise_sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _find_changes(split: str, names: Sequence[str], pictures: Sequence[Picture]) -> list[Finding]:
+    """Tell of each kind of change which images decoding changes so."""
+    changed: dict[str, list[str]] = collections.defaultdict(list)
+    for name, picture in zip(names, pictures, strict=True):
+        for change in picture.changes:
+            changed[change].append(name)
+    return [
+        Finding("warning", "converted images", f"{split}: {len(which)} x {change}", tuple(which))
+        for change, which in sorted(changed.items())
+    ]
+
+
+def check_cache(needed: int, cache_dir: str | os.PathLike[str] | None) -> list[Finding]:
+    """Check that decoded images can be kept.
+
+    Args:
+        needed: bytes.
+        cache_dir: where; None for the user's cache directory.
+    """
+    chosen = cache.directory(cache_dir)
+    place = next((path for path in (chosen, *chosen.parents) if path.exists()), pathlib.Path("/"))
+    problem = ""
+    if not place.is_dir():
+        problem = f"{place} is a file"
+    elif not os.access(place, os.W_OK):
+        problem = f"{place} is not writable"
+    elif (free := shutil.disk_usage(place).free) < needed:
+        problem = f"{needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free"
+    if not problem:
+        return []
+    message = f"decoded images cannot be kept in {chosen} ({problem}); they are decoded each time"
+    return [Finding("warning", "cache", message)]
+
+
+def _summarize_sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
     if not sizes:
         return {"different": 0}
     by_area = sorted(sizes, key=lambda size: (size[0] * size[1], size))
@@ -318,7 +321,7 @@ def _summarise_sizes(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
 
 
 def _find_duplicates(digests: dict[bytes, list[tuple[str, str]]]) -> list[Finding]:
-    """Sorts byte-identical images by the splits that they are in."""
+    """Sort byte-identical images by the splits that they are in."""
     groups: dict[tuple[str, ...], list[str]] = collections.defaultdict(list)
     for places in digests.values():
         if len(places) > 1:
@@ -327,12 +330,12 @@ def _find_duplicates(digests: dict[bytes, list[tuple[str, str]]]) -> list[Findin
     findings = []
     for splits, names in groups.items():
         if len(splits) == 1:
-            level: Level = "note"
+            severity: Level = "note"
         else:
-            level = "error" if "train" in splits else "warning"
+            severity = "error" if "train" in splits else "warning"
         findings.append(
             Finding(
-                level,
+                severity,
                 "identical images",
                 f"{len(names)} images are byte for byte in {' and '.join(splits)}"
                 + (" several times" if len(splits) == 1 else ""),

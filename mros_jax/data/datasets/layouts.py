@@ -1,28 +1,43 @@
-"""Readers of directory layouts: Market-1501, DukeMTMC-reID and everything named like them."""
+"""From files to splits; and the layout of Market-1501, which other data sets share."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
+import logging
 import pathlib
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mros_jax.data.datasets.splits import DISTRACTOR_PID, Dataset, Split, relabel
+from mros_jax.data.datasets.splits import (
+    DISTRACTOR_PID,
+    JUNK_PID,
+    Dataset,
+    Skipped,
+    Split,
+    relabel,
+)
+from mros_jax.data.images import EncodedImages
+from mros_jax.data.listing import list_images
+from mros_jax.data.text import fits_64_bits, parse_whole
+from mros_jax.errors import NotFoundError, UserError
+
+log = logging.getLogger(__name__)
 
 OnBadImage = str  # "error" or "skip"; check_choice refuses anything else
+# Before the names of the 500,000 further distractors, of which the gallery has some of its own.
+DISTRACTORS_500K = "500k/"
+_MARKET_NAME = re.compile(r"(-1|[0-9]+)_c([0-9]+)(?:s([0-9]+))?(?:_.*)?", re.DOTALL)
+_SHOWN = 5
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-# What operating systems leave behind, and what the archives themselves contain beside images.
-_CLUTTER = ("thumbs.db", "desktop.ini", "readme.txt", "readme.md")
-_MARKET_NAME = re.compile(r"^(-1|\d+)_c(\d+)(?:s(\d+))?(?:_.*)?$")
+
+class MissingDataError(NotFoundError):
+    """A root without what a reader looks for; the message says what is lacking."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class Entry:
     """One image: its file, identity, camera and sequence as distributed, and its unique name."""
 
     path: pathlib.Path
@@ -32,181 +47,151 @@ class Record:
     name: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """Where a data set can be asked for, and what is expected below its root."""
+def check_choice(on_bad_image: OnBadImage) -> None:
+    """Check that it is "error" or "skip".
 
-    source: str
-    layout: str
-
-
-_MARKET_LAYOUT = "bounding_box_train/, query/ and bounding_box_test/ with files like "
-_MSMT17_LISTS = "list_train.txt, list_val.txt, list_query.txt, list_gallery.txt"
-_CUHK03_SITE = (
-    "http://www.ee.cuhk.edu.hk/~xgwang/CUHK_identification.html (cuhk03_release.zip), "
-    "https://github.com/zhunzhong07/person-re-ranking (cuhk03_new_protocol_config_*.mat, CUHK03-NP)"
-)
+    Raises:
+        UserError: it is neither.
+    """
+    if on_bad_image not in ("error", "skip"):
+        raise UserError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image!r}")
 
 
-def _cuhk03_layout(kind: str) -> str:
-    return (
-        f"{kind}/bounding_box_train/, {kind}/query/, {kind}/bounding_box_test/ (CUHK03-NP); or "
-        f"cuhk03_new_protocol_config_{kind}.mat beside cuhk-03.mat or images_{kind}/"
-    )
+class BadFiles:
+    """What is done about files that cannot be used: refused, or left out and remembered.
 
+    Attributes:
+        skipped: what was left out so far.
+    """
 
-ORIGINS: dict[str, Origin] = {
-    "market1501": Origin(
-        "https://zheng-lab.cecs.anu.edu.au/Project/project_reid.html (Market-1501-v15.09.15.zip)",
-        _MARKET_LAYOUT + "0002_c1s1_000451_03.jpg",
-    ),
-    "dukemtmc": Origin(
-        "nowhere officially: its authors withdrew it in 2019; for those who have a copy",
-        _MARKET_LAYOUT + "0001_c2_f0046182.jpg",
-    ),
-    "msmt17": Origin(
-        "https://www.pkuvmc.com/dataset.html (on request)", f"train/, test/ and {_MSMT17_LISTS}"
-    ),
-    "msmt17_v2": Origin(
-        "https://www.pkuvmc.com/dataset.html (on request)",
-        f"mask_train_v2/, mask_test_v2/ and {_MSMT17_LISTS}",
-    ),
-    "cuhk03_labeled": Origin(_CUHK03_SITE, _cuhk03_layout("labeled")),
-    "cuhk03_detected": Origin(_CUHK03_SITE, _cuhk03_layout("detected")),
-    "cuhk03_labeled_classic": Origin(_CUHK03_SITE, "cuhk-03.mat"),
-    "cuhk03_detected_classic": Origin(_CUHK03_SITE, "cuhk-03.mat"),
-    "folder": Origin(
-        "you: it is your own directory",
-        _MARKET_LAYOUT + "0002_c1s1_000451_03.jpg, or images.csv with the columns "
-        "path,pid,camid,split",
-    ),
-}
+    def __init__(self, on_bad_image: OnBadImage):
+        check_choice(on_bad_image)
+        self.on_bad_image = on_bad_image
+        self.skipped: list[Skipped] = []
 
+    def report(self, where: str, bad: Sequence[str], reason: str, thing: str = "file") -> None:
+        """Refuse or note them, if there are any.
 
-def missing(name: str, root: pathlib.Path | None, what: str = "") -> str:
-    """Returns the message for data that are not there: what is expected, where to ask, what now."""
-    origin = ORIGINS[name]
-    seen = "no root was given" if root is None else f"nothing usable at {root}"
-    return (
-        f"data set {name!r}: {seen}{what and ' (' + what + ')'}.\n"
-        f"  expected there: {origin.layout}\n"
-        f"  available from: {origin.source}\n"
-        "  then: --config.dataset.root=PATH\n"
-        "  or use the embedded data set now, which needs no files: "
-        "--config configs/mros.py:synthetic"
-    )
+        Args:
+            where: directory, list or split that they are in.
+            bad: their names.
+            reason: what is wrong with all of them.
+            thing: what each of them is.
+
+        Raises:
+            UserError: there are some and they are not to be skipped; it names them.
+        """
+        if not bad:
+            return
+        shown = ", ".join(bad[:_SHOWN])
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        text = f"{where}: {len(bad)} {thing}{'s' if len(bad) > 1 else ''} {reason}"
+        if self.on_bad_image == "error":
+            raise UserError(
+                f"{text}: {shown}{more}. Repair or remove them, or skip them with "
+                "on_bad_image='skip'"
+            )
+        log.warning("%s: %s%s. Skipped", text, shown, more)
+        self.skipped.append(Skipped(text, tuple(bad)))
 
 
 def parse_market_name(stem: str) -> tuple[int, int, int] | None:
-    """Returns (pid, camid, sequence) of 0002_c1s1_000451_03, or None if it is no such name."""
-    match = _MARKET_NAME.match(stem)
+    """Parse 0002_c1s1_000451_03 into (pid, camid, sequence), or None if it is no such name."""
+    match = _MARKET_NAME.fullmatch(stem)
     if match is None:
         return None
-    return int(match[1]), int(match[2]), int(match[3] or 0)
+    pid, camid, sequence = (parse_whole(digits or "0") for digits in match.groups())
+    if pid is None or camid is None or sequence is None:  # more than 64 bits
+        return None
+    return pid, camid, sequence
 
 
-def list_images(directory: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """Returns the images of a directory in order of name, and what else is there but clutter."""
-    images: list[pathlib.Path] = []
-    others: list[pathlib.Path] = []
-    for path in sorted(directory.iterdir()):
-        if path.name.startswith(".") or path.name.lower() in _CLUTTER:
-            continue
-        is_image = path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-        (images if is_image else others).append(path)
-    return images, others
-
-
-def check_choice(on_bad_image: OnBadImage) -> None:
-    """Raises ValueError unless it is "error" or "skip"."""
-    if on_bad_image not in ("error", "skip"):
-        raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image!r}")
-
-
-def report_bad(
-    where: str, bad: list[str], reason: str, on_bad_image: OnBadImage, thing: str = "file"
-) -> None:
-    """Raises or warns, naming the files, if there are any bad ones.
+def scan(directory: pathlib.Path, bad_files: BadFiles) -> list[Entry]:
+    """Read all image names of a directory in Market-1501 naming.
 
     Raises:
-      ValueError: there are some and `on_bad_image` is "error"; or it is neither "error" nor "skip".
+        UserError: a name that cannot be read, unless such files are skipped.
     """
-    check_choice(on_bad_image)
-    if not bad:
-        return
-    shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-    text = f"{where}: {len(bad)} {thing}{'s' if len(bad) > 1 else ''} {reason}: {shown}"
-    if on_bad_image == "error":
-        raise ValueError(f"{text}. Repair or remove them, or skip them with on_bad_image='skip'")
-    warnings.warn(f"{text}. Skipped", stacklevel=3)
-
-
-def scan(directory: pathlib.Path, on_bad_image: OnBadImage) -> list[Record]:
-    """Reads all image names of a directory in Market-1501 naming.
-
-    Raises:
-      ValueError: a name that cannot be read (`on_bad_image="error"`).
-    """
-    images, others = list_images(directory)
-    records, bad = [], [path.name for path in others]
-    for path in images:
-        parsed = parse_market_name(path.stem)
+    images, bad = list_images(directory)
+    entries = []
+    for name in images:
+        parsed = parse_market_name(pathlib.PurePath(name).stem)
         if parsed is None:
-            bad.append(path.name)
+            bad.append(name)
         else:
-            records.append(Record(path, *parsed, name=path.name))
-    report_bad(str(directory), bad, "not named like 0002_c1s1_000451_03.jpg", on_bad_image)
-    return records
+            entries.append(Entry(directory / name, *parsed, name=name))
+    bad_files.report(
+        str(directory), sorted(bad), "not named like 0002_c1s1_000451_03.jpg (numbers below 2^63)"
+    )
+    return entries
 
 
-def make_split(name: str, records: Iterable[Record], where: str) -> Split:
-    """Builds a split from its records.
+def make_split(name: str, entries: Iterable[Entry], where: str) -> Split:
+    """Build a split from its entries.
 
     Raises:
-      ValueError: there are none, or a name occurs twice.
+        UserError: there are none, a name occurs twice, or a number has no place among identities
+            or in 64 bits.
     """
-    rows = list(records)
+    rows = list(entries)
     if not rows:
-        raise ValueError(f"the {name} split is empty: no images found in {where}")
+        raise UserError(f"the {name} split is empty: no images found in {where}")
+    for row in rows:
+        if row.pid < JUNK_PID or not all(map(fits_64_bits, (row.pid, row.camid, row.sequence))):
+            raise UserError(
+                f"{where}: {row.name} has pid {row.pid}, camera {row.camid}, sequence "
+                f"{row.sequence}; expected whole numbers below 2^63, and a pid from 1 on (0 for "
+                "distractors, -1 for junk)"
+            )
     names = np.array([row.name for row in rows])
     unique, counts = np.unique(names, return_counts=True)
     if len(unique) < len(names):
-        raise ValueError(f"the {name} split has several images named {unique[counts > 1][0]!r}")
+        raise UserError(f"the {name} split has several images named {unique[counts > 1][0]!r}")
     paths = [row.path for row in rows]
-    pids = np.array([row.pid for row in rows], np.int32)
+    pids = np.array([row.pid for row in rows], np.int64)
     return Split(
         name=name,
         names=names,
         pids=pids,
-        camids=np.array([row.camid for row in rows], np.int32),
-        sequences=np.array([row.sequence for row in rows], np.int32),
+        camids=np.array([row.camid for row in rows], np.int64),
+        sequences=np.array([row.sequence for row in rows], np.int64),
+        images=EncodedImages(lambda row: paths[row].read_bytes(), len(paths)),
         labels=relabel(pids)[0] if name == "train" else None,
-        reader=lambda i: paths[i].read_bytes(),
     )
 
 
 def make_dataset(
     name: str,
     where: str,
-    train: list[Record],
-    query: list[Record],
-    gallery: list[Record],
+    train: Sequence[Entry],
+    query: Sequence[Entry],
+    gallery: Sequence[Entry],
+    *,
+    bad_files: BadFiles,
 ) -> Dataset:
-    """Builds a data set from the records of its splits.
+    """Build a data set from the entries of its splits.
 
-    Junk and distractors have no identity to learn: they are left out of the training split, with a
-    warning that counts them.
+    Junk and distractors have no identity to learn: they are left out of the training split.
+
+    Args:
+        name: of the data set.
+        where: the directory or file it comes from, for errors.
+        train: entries to train on.
+        query: queries.
+        gallery: gallery.
+        bad_files: what was met while reading.
 
     Raises:
-      ValueError: a split is empty, or a name occurs twice in it.
+        UserError: a split is empty, or as `make_split`.
     """
-    people = [row for row in train if row.pid > DISTRACTOR_PID]
-    if len(people) < len(train):
-        warnings.warn(
-            f"{where}: {len(train) - len(people)} training images are junk or distractors "
-            "(pid -1 or 0) and are left out",
-            stacklevel=2,
-        )
+    without_identity = (DISTRACTOR_PID, JUNK_PID)
+    people = [row for row in train if row.pid not in without_identity]
+    others = tuple(row.name for row in train if row.pid in without_identity)
+    skipped = list(bad_files.skipped)
+    if others:
+        message = f"{where}: {len(others)} training images are junk or distractors (pid -1 or 0)"
+        log.warning("%s and are left out", message)
+        skipped.append(Skipped(message, others, harmless=True))
     learned = make_split("train", people, where)
     return Dataset(
         name=name,
@@ -214,61 +199,66 @@ def make_dataset(
         query=make_split("query", query, where),
         gallery=make_split("gallery", gallery, where),
         pid_of_label=relabel(learned.pids)[1],
+        skipped=tuple(skipped),
     )
 
 
-def find_root(
-    name: str, root: pathlib.Path, needed: Sequence[str], inner: Sequence[str] = ()
-) -> pathlib.Path:
-    """Returns the root, or the directory of the unpacked archive in it, that has all of `needed`.
+def find_root(root: pathlib.Path, needed: Sequence[str], inner: Sequence[str] = ()) -> pathlib.Path:
+    """Find the root, or the directory of the unpacked archive in it, that has all of `needed`.
 
     Raises:
-      FileNotFoundError: neither has.
+        MissingDataError: neither has.
+        PermissionError: the root may not be read.
     """
-    for candidate in (root, *(root / entry for entry in inner)):
+    if not root.is_dir():
+        raise MissingDataError("it is a file" if root.is_file() else "no such directory")
+    present = {path.name for path in root.iterdir()}  # a directory that may not be read says so
+    for candidate in (root, *(root / entry for entry in inner if entry in present)):
         if all((candidate / entry).exists() for entry in needed):
             return candidate
-    lacking = [entry for entry in needed if not (root / entry).exists()]
-    what = "no such directory" if not root.is_dir() else f"without {', '.join(lacking)}"
-    raise FileNotFoundError(missing(name, root, what))
+    lacking = [entry for entry in needed if entry not in present]
+    raise MissingDataError(f"without {', '.join(lacking)}")
 
 
 MARKET_PARTS = ("bounding_box_train", "query", "bounding_box_test")
 
 
 def read_market_layout(
-    name: str, root: pathlib.Path, inner: Sequence[str], on_bad_image: OnBadImage
-) -> tuple[pathlib.Path, list[list[Record]]]:
-    """Returns the directory found and the records of training, query and gallery."""
-    base = find_root(name, root, MARKET_PARTS, inner)
-    return base, [scan(base / part, on_bad_image) for part in MARKET_PARTS]
+    root: pathlib.Path, inner: Sequence[str], bad_files: BadFiles
+) -> tuple[pathlib.Path, list[list[Entry]]]:
+    """Read a directory in Market-1501's layout.
+
+    Returns:
+        The directory found, and the entries of training, query and gallery.
+    """
+    base = find_root(root, MARKET_PARTS, inner)
+    return base, [scan(base / part, bad_files) for part in MARKET_PARTS]
 
 
 def read_market1501(
     root: pathlib.Path, *, distractors_500k: bool = False, on_bad_image: OnBadImage = "error"
 ) -> Dataset:
-    """Reads Market-1501 (Zheng et al., ICCV 2015) as distributed.
+    """Read Market-1501 (Zheng et al., ICCV 2015) as distributed.
 
     Args:
-      root: `Market-1501-v15.09.15`, or the directory that holds it.
-      distractors_500k: add the 500,000 further distractors to the gallery, from `distractors_500k/`
-        or `images/` (as the archive unpacks) in either. All of them get pid 0; the camera is that
-        of the name, or 0 where it tells none.
-      on_bad_image: what to do about files whose names cannot be read: "error" or "skip".
+        root: `Market-1501-v15.09.15`, or the directory that holds it.
+        distractors_500k: add the 500,000 further distractors to the gallery, from
+            `distractors_500k/` or `images/` (as the archive unpacks) in either. All of them get pid
+            0; the camera is that of the name, or 0 where it has none.
+        on_bad_image: what to do about files whose names cannot be read: "error" or "skip".
 
     Raises:
-      FileNotFoundError: the directories are not there.
-      ValueError: a misnamed file, or an empty split.
+        MissingDataError: the directories are not there.
+        UserError: a misnamed file, or an empty split.
     """
-    base, parts = read_market_layout(
-        "market1501", root, ("Market-1501-v15.09.15", "market1501"), on_bad_image
-    )
+    bad_files = BadFiles(on_bad_image)
+    base, parts = read_market_layout(root, ("Market-1501-v15.09.15", "market1501"), bad_files)
     if distractors_500k:
-        parts[2] = parts[2] + _read_distractors((base, root), on_bad_image)
-    return make_dataset("market1501", str(base), *parts)
+        parts[2] = parts[2] + _read_distractors((base, root), bad_files)
+    return make_dataset("market1501", str(base), *parts, bad_files=bad_files)
 
 
-def _read_distractors(bases: Sequence[pathlib.Path], on_bad_image: OnBadImage) -> list[Record]:
+def _read_distractors(bases: Sequence[pathlib.Path], bad_files: BadFiles) -> list[Entry]:
     found = [
         base / entry
         for base in bases
@@ -276,86 +266,33 @@ def _read_distractors(bases: Sequence[pathlib.Path], on_bad_image: OnBadImage) -
         if (base / entry).is_dir()
     ]
     if not found:
-        raise FileNotFoundError(
-            f"distractors_500k is asked for, but {bases[0]} has neither distractors_500k/ nor "
-            f"images/; available from: {ORIGINS['market1501'].source} (distractors_500k.zip)"
+        raise MissingDataError(
+            "with distractors_500k, but without distractors_500k/ or images/ of "
+            "distractors_500k.zip"
         )
     images, others = list_images(found[0])
-    report_bad(str(found[0]), [path.name for path in others], "not images", on_bad_image)
-    records = []
-    for path in images:
-        _, camid, sequence = parse_market_name(path.stem) or (0, 0, 0)
-        # The prefix keeps names unique: the gallery has distractors of its own.
-        records.append(Record(path, DISTRACTOR_PID, camid, sequence, f"500k/{path.name}"))
-    return records
+    bad_files.report(str(found[0]), others, "not images")
+    entries = []
+    for name in images:
+        _, camid, sequence = parse_market_name(pathlib.PurePath(name).stem) or (0, 0, 0)
+        entries.append(
+            Entry(found[0] / name, DISTRACTOR_PID, camid, sequence, DISTRACTORS_500K + name)
+        )
+    return entries
 
 
 def read_dukemtmc(root: pathlib.Path, *, on_bad_image: OnBadImage = "error") -> Dataset:
-    """Reads DukeMTMC-reID (Zheng et al., ICCV 2017) as it was distributed.
+    """Read DukeMTMC-reID (Zheng et al., ICCV 2017) as it was distributed.
 
     Args:
-      root: `DukeMTMC-reID`, or the directory that holds it.
-      on_bad_image: what to do about files whose names cannot be read: "error" or "skip".
+        root: `DukeMTMC-reID`, or the directory that holds it.
+        on_bad_image: what to do about files whose names cannot be read: "error" or "skip".
 
     Raises:
-      FileNotFoundError: the directories are not there.
-      ValueError: a misnamed file, or an empty split.
+        MissingDataError: the directories are not there.
+        UserError: a misnamed file, or an empty split.
     """
+    bad_files = BadFiles(on_bad_image)
     inner = ("DukeMTMC-reID", "dukemtmc-reid", "dukemtmc")
-    base, parts = read_market_layout("dukemtmc", root, inner, on_bad_image)
-    return make_dataset("dukemtmc", str(base), *parts)
-
-
-def read_folder(root: pathlib.Path, *, on_bad_image: OnBadImage = "error") -> Dataset:
-    """Reads one's own images: in Market-1501 naming, or as a CSV file says.
-
-    The CSV has a header with the columns path (relative to the CSV), pid, camid, split ("train",
-    "query" or "gallery") and, if wanted, sequence. Pids are whole numbers: people from 1 on, 0 for
-    distractors, -1 for junk.
-
-    Args:
-      root: a directory in Market-1501's layout, one with `images.csv`, or a CSV file.
-      on_bad_image: what to do about names and rows that cannot be read: "error" or "skip".
-
-    Raises:
-      FileNotFoundError: neither is there.
-      ValueError: a misnamed file, a wrong row, or an empty split.
-    """
-    table = root if root.suffix == ".csv" else root / "images.csv"
-    if table.is_file():
-        return make_dataset("folder", str(table), *_read_csv(table, on_bad_image))
-    base, parts = read_market_layout("folder", root, (), on_bad_image)
-    return make_dataset("folder", str(base), *parts)
-
-
-def _read_csv(table: pathlib.Path, on_bad_image: OnBadImage) -> list[list[Record]]:
-    parts: dict[str, list[Record]] = {"train": [], "query": [], "gallery": []}
-    bad = []
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, restval="")
-        lacking = {"path", "pid", "camid", "split"} - set(rows.fieldnames or ())
-        if lacking:
-            raise ValueError(
-                f"{table}: the header must be path,pid,camid,split; "
-                f"{', '.join(sorted(lacking))} missing in {rows.fieldnames}"
-            )
-        for row in rows:
-            try:
-                record = Record(
-                    path=table.parent / row["path"],
-                    pid=int(row["pid"]),
-                    camid=int(row["camid"]),
-                    sequence=int(row.get("sequence") or 0),
-                    name=row["path"],
-                )
-                parts[row["split"]].append(record)
-            except (ValueError, KeyError):
-                bad.append(f"line {rows.line_num} ({','.join(map(str, row.values()))})")
-    report_bad(
-        str(table),
-        bad,
-        "without whole numbers as pid and camid and one of train, query, gallery as split",
-        on_bad_image,
-        "row",
-    )
-    return list(parts.values())
+    base, parts = read_market_layout(root, inner, bad_files)
+    return make_dataset("dukemtmc", str(base), *parts, bad_files=bad_files)

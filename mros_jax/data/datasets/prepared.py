@@ -2,24 +2,28 @@
 
     python -m mros_jax.data.datasets.prepared --dataset market1501 --root MANUAL_DIR --out DATA_DIR
 
-Then `--config.dataset.root=DATA_DIR` reads the records instead of the directory, with the same
-result. With TFDS alone: `tfds.data_source("market1501/plain", split="query", data_dir=DATA_DIR)`,
-after `import mros_jax.data.datasets.prepared`.
+Then `DATA_DIR` as the root of the data set reads the records instead of the directory, with the
+same result. With TFDS alone, after `import mros_jax.data.datasets.prepared`:
+`tfds.data_source("market1501/plain", split="query", data_dir=DATA_DIR)`.
 """
 
 import argparse
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tqdm import tqdm
 
-from mros_jax.data.datasets import layouts, sources
+from mros_jax import console
+from mros_jax.data import fingerprint
+from mros_jax.data.datasets import layouts, records
 from mros_jax.data.datasets.splits import Dataset, Split, relabel
+from mros_jax.data.images import ContentDigest, EncodedImages, hash_bytes
+from mros_jax.errors import NotFoundError, UserError
 
 _READ_AT_ONCE = 256
 _SPLITS = ("train", "query", "gallery")
@@ -27,7 +31,7 @@ _SPLITS = ("train", "query", "gallery")
 
 @dataclasses.dataclass
 class ReidConfig(tfds.core.BuilderConfig):
-    """Which data set of `sources.DATASETS` is stored, and with which options."""
+    """Which data set of `records.DATASETS` is stored, and with which options."""
 
     dataset: str = ""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -36,10 +40,13 @@ class ReidConfig(tfds.core.BuilderConfig):
 class _ReidBuilder(  # type: ignore[call-arg]
     tfds.core.GeneratorBasedBuilder, skip_registration=True
 ):
-    """Stores every image as its original bytes, in the reader's order (feature `index`)."""
+    """Store every image as its original bytes, in the reader's order (feature `index`).
+
+    The metadata keep for each split how many images there are, the digest of their bytes, and the
+    fingerprint; `load_prepared` checks them.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
-    CITATION: str = ""
     # Nothing is downloaded. (Looking for checksums, TFDS 4.9.10 imports importlib_resources, which
     # its dependencies do not always bring.)
     url_infos: ClassVar[dict[str, Any]] = {}
@@ -47,38 +54,47 @@ class _ReidBuilder(  # type: ignore[call-arg]
     on_bad_image: layouts.OnBadImage = "error"
 
     def _info(self) -> tfds.core.DatasetInfo:
+        record = records.DATASETS[self.builder_config.dataset]
+        number = tfds.features.Scalar(dtype=np.int64)
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"{self.builder_config.dataset}: person re-identification.",
-            citation=self.CITATION,
+            description=f"{record.name}: person re-identification. Terms: {record.terms}.",
+            citation=record.citation,
+            metadata=tfds.core.MetadataDict(),
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3)),
-                    "index": tfds.features.Scalar(dtype=np.int64),
+                    "index": number,
                     "name": tfds.features.Text(),
-                    "pid": tfds.features.Scalar(dtype=np.int32),
-                    "camid": tfds.features.Scalar(dtype=np.int32),
-                    "sequence": tfds.features.Scalar(dtype=np.int32),
+                    "pid": number,
+                    "camid": number,
+                    "sequence": number,
                 }
             ),
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Any]]]:
-        config = self.builder_config
-        dataset = sources.load_dataset(
-            config.dataset,
-            dl_manager.manual_dir,
-            on_bad_image=self.on_bad_image,
-            **config.options,
-        )
+        dataset = self.read(pathlib.Path(dl_manager.manual_dir))
         return {split.name: self._generate_examples(split) for split in dataset.splits}
 
+    def read(self, root: pathlib.Path) -> Dataset:
+        """Read the data set as distributed."""
+        record = records.DATASETS[self.builder_config.dataset]
+        options = record.choose(self.builder_config.options)
+        try:
+            return records.read(record, root, self.on_bad_image, options)
+        except layouts.MissingDataError as error:
+            raise NotFoundError(record.missing(root, str(error))) from error
+
     def _generate_examples(self, split: Split) -> Iterator[tuple[int, Any]]:
+        content = ContentDigest()
         for i in range(len(split)):
+            data = split.images.encoded(i)
+            content.update(hash_bytes(data))
             yield (
                 i,
                 {
-                    "image": split.read(i),
+                    "image": data,
                     "index": i,
                     "name": str(split.names[i]),
                     "pid": int(split.pids[i]),
@@ -86,103 +102,84 @@ class _ReidBuilder(  # type: ignore[call-arg]
                     "sequence": int(split.sequences[i]),
                 },
             )
+        self.info.metadata[split.name] = {
+            "images": len(split),
+            "content": content.hexdigest(),
+            "fingerprint": fingerprint.combine(split, content.hexdigest()),
+        }
 
 
-def _instructions(name: str) -> str:
-    origin = layouts.ORIGINS[name]
-    return f"Available from {origin.source}. The manual directory must have {origin.layout}."
+def _configs(builder: str) -> list[ReidConfig]:
+    return [
+        ReidConfig(name=config, dataset=record.name, options=dict(options))
+        for record in records.DATASETS.values()
+        if record.builder == builder
+        for config, options in record.prepared.items()
+    ]
+
+
+def _instructions(builder: str) -> str:
+    record = next(r for r in records.DATASETS.values() if r.builder == builder)
+    return f"Available from {record.source}. The manual directory must have {record.layout}."
 
 
 class Market1501(_ReidBuilder):
     """Market-1501."""
 
-    CITATION = "Zheng et al., Scalable person re-identification: a benchmark, ICCV 2015"
     MANUAL_DOWNLOAD_INSTRUCTIONS = _instructions("market1501")
-    BUILDER_CONFIGS: ClassVar[list[ReidConfig]] = [
-        ReidConfig(name="plain", dataset="market1501"),
-        ReidConfig(
-            name="distractors_500k", dataset="market1501", options={"distractors_500k": True}
-        ),
-    ]
+    BUILDER_CONFIGS: ClassVar[list[ReidConfig]] = _configs("market1501")
 
 
 class Dukemtmc(_ReidBuilder):
     """DukeMTMC-reID."""
 
-    CITATION = (
-        "Zheng, Zheng, Yang, Unlabeled samples generated by GAN improve the person "
-        "re-identification baseline in vitro, ICCV 2017"
-    )
     MANUAL_DOWNLOAD_INSTRUCTIONS = _instructions("dukemtmc")
-    BUILDER_CONFIGS: ClassVar[list[ReidConfig]] = [ReidConfig(name="plain", dataset="dukemtmc")]
+    BUILDER_CONFIGS: ClassVar[list[ReidConfig]] = _configs("dukemtmc")
 
 
 class Msmt17(_ReidBuilder):
     """MSMT17, versions 1 and 2."""
 
-    CITATION = (
-        "Wei et al., Person transfer GAN to bridge domain gap for person re-identification, "
-        "CVPR 2018"
-    )
     MANUAL_DOWNLOAD_INSTRUCTIONS = _instructions("msmt17")
-    BUILDER_CONFIGS: ClassVar[list[ReidConfig]] = [
-        ReidConfig(
-            name=name + ("" if val else "_without_val"),
-            dataset=dataset,
-            options={} if val else {"include_val": False},
-        )
-        for name, dataset in (("v1", "msmt17"), ("v2", "msmt17_v2"))
-        for val in (True, False)
-    ]
+    BUILDER_CONFIGS: ClassVar[list[ReidConfig]] = _configs("msmt17")
 
 
 class Cuhk03(_ReidBuilder):
     """CUHK03: new protocol, and the 20 test sets of the classic one."""
 
-    CITATION = (
-        "Li et al., DeepReID: deep filter pairing neural network for person re-identification, "
-        "CVPR 2014"
-    )
-    MANUAL_DOWNLOAD_INSTRUCTIONS = _instructions("cuhk03_labeled")
-    BUILDER_CONFIGS: ClassVar[list[ReidConfig]] = [
-        ReidConfig(name=kind, dataset=f"cuhk03_{kind}") for kind in ("labeled", "detected")
-    ] + [
-        ReidConfig(
-            name=f"{kind}_classic_{number:02d}",
-            dataset=f"cuhk03_{kind}_classic",
-            options={"test_set": number},
-        )
-        for kind in ("labeled", "detected")
-        for number in range(20)
-    ]
+    MANUAL_DOWNLOAD_INSTRUCTIONS = _instructions("cuhk03")
+    BUILDER_CONFIGS: ClassVar[list[ReidConfig]] = _configs("cuhk03")
 
 
 BUILDERS: tuple[type[_ReidBuilder], ...] = (Market1501, Dukemtmc, Msmt17, Cuhk03)
-# Options that are what a reader does anyway; they select no other records.
-_DEFAULTS = {"distractors_500k": False, "include_val": True}
 
 
-def make_builder(
-    name: str, data_dir: str | os.PathLike[str], **options: Any
-) -> tfds.core.DatasetBuilder:
-    """Returns the TFDS builder for a data set and the reader's options.
+def make_builder(name: str, data_dir: str | os.PathLike[str], **options: Any) -> _ReidBuilder:
+    """Make the TFDS builder for a data set and the reader's options.
 
     Raises:
-      ValueError: there is no such builder.
+        UserError: no such data set or option, or it cannot be prepared; or what lies at its place
+            is damaged.
     """
-    wanted = {key: value for key, value in options.items() if _DEFAULTS.get(key) != value}
-    if name.endswith("_classic"):
-        wanted.setdefault("test_set", 0)
-    known = []
+    record = records.find_record(name)
+    chosen = record.choose(options)
     for builder in BUILDERS:
         for config in builder.BUILDER_CONFIGS:
-            known.append(f"{config.dataset} {config.options or ''}".strip())
-            if (config.dataset, config.options) == (name, wanted):
-                return builder(
-                    data_dir=os.fspath(data_dir), config=config.name, file_format="array_record"
-                )
-    raise ValueError(
-        f"no TFDS builder for data set {name!r} with options {wanted}; there are {', '.join(known)}"
+            if config.dataset == name and record.choose(config.options) == chosen:
+                try:
+                    return builder(
+                        data_dir=os.fspath(data_dir), config=config.name, file_format="array_record"
+                    )
+                except Exception as error:  # TFDS raises many types on damaged descriptions
+                    raise UserError(_damaged(pathlib.Path(data_dir), error)) from error
+    able = [record.name for record in records.DATASETS.values() if record.builder]
+    raise UserError(f"data set {name!r} cannot be prepared; these can: {', '.join(able)}")
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> str:
+    return (
+        f"prepared records in {path} cannot be read ({type(error).__name__}: {error}); remove that "
+        "directory and prepare them again"
     )
 
 
@@ -194,56 +191,83 @@ def prepare(
     on_bad_image: layouts.OnBadImage = "error",
     **options: Any,
 ) -> pathlib.Path:
-    """Stores a data set as ArrayRecord, once; TFDS writes to a temporary directory and renames it.
+    """Store a data set as ArrayRecord; TFDS writes to a temporary directory and renames it.
+
+    What is prepared already is left alone, if it holds the same.
 
     Args:
-      name: as for `sources.load_dataset`.
-      root: the directory as distributed (the "manual directory" of TFDS).
-      data_dir: where TFDS keeps its data sets.
-      on_bad_image: what the reader does about names that it cannot read.
-      **options: the reader's own.
+        name: as for `sources.load_dataset`.
+        root: the directory as distributed (the "manual directory" of TFDS).
+        data_dir: where TFDS keeps its data sets.
+        on_bad_image: what the reader does about names that it cannot read.
+        **options: the reader's own.
 
     Returns:
-      The directory with the records.
+        The directory with the records.
 
     Raises:
-      ValueError: no such data set; a misnamed file.
-      FileNotFoundError: no data at `root`.
+        UserError: no such data set; a misnamed file; other data were prepared there before.
+        NotFoundError: no data at `root`.
     """
+    layouts.check_choice(on_bad_image)
     builder = make_builder(name, data_dir, **options)
     builder.on_bad_image = on_bad_image
     path = pathlib.Path(root).expanduser()
     if not path.is_dir():
-        raise FileNotFoundError(layouts.missing(name, path, "no such directory"))
+        raise NotFoundError(records.find_record(name).missing(path, "no such directory"))
+    stored = pathlib.Path(builder.data_path)
+    if stored.is_dir():
+        _check_same(builder, builder.read(path))
+        return stored
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(manual_dir=os.fspath(path))
     )
-    return pathlib.Path(builder.data_path)
+    return stored
+
+
+def _check_same(builder: _ReidBuilder, dataset: Dataset) -> None:
+    for split in dataset.splits:
+        claim = builder.info.metadata.get(split.name) or {}
+        if claim.get("fingerprint") != fingerprint.fingerprint_split(split, progress=True):
+            raise UserError(
+                f"{builder.data_path} was prepared from other data: the {split.name} split differs "
+                "from that of the root; remove that directory, or prepare into another"
+            )
 
 
 def load_prepared(name: str, data_dir: str | os.PathLike[str], **options: Any) -> Dataset:
-    """Reads what `prepare` stored; equal to reading the directory.
+    """Read what `prepare` stored; equal to reading the directory.
+
+    Count, names, identities and cameras are compared with those that were stored now, the bytes of
+    the images when they are read.
 
     Raises:
-      FileNotFoundError: it was not prepared with these options.
+        NotFoundError: it was not prepared with these options.
+        UserError: the records are damaged, or are not those that were stored.
     """
     builder = make_builder(name, data_dir, **options)
-    if not (pathlib.Path(builder.data_path) / "features.json").is_file():
-        raise FileNotFoundError(
+    path = pathlib.Path(builder.data_path)
+    if not (path / "features.json").is_file():
+        raise NotFoundError(
             f"{data_dir} has no prepared records for data set {name!r} with options {options} "
-            f"(expected {builder.data_path}); make them: python -m mros_jax.data.datasets.prepared "
+            f"(expected {path}); make them: python -m mros_jax.data.datasets.prepared "
             f"--dataset {name} --root MANUAL_DIR --out {data_dir}"
         )
-    train, query, gallery = (_read_split(builder, split) for split in _SPLITS)
+    try:
+        train, query, gallery = (_read_split(builder, split) for split in _SPLITS)
+    except (UserError, PermissionError):
+        raise
+    except Exception as error:  # ArrayRecord and TFDS raise many types on damaged files
+        raise UserError(_damaged(path, error)) from error
     return Dataset(name, train, query, gallery, pid_of_label=relabel(train.pids)[1])
 
 
-def _read_split(builder: tfds.core.DatasetBuilder, name: str) -> Split:
+def _read_split(builder: _ReidBuilder, name: str) -> Split:
     source = builder.as_data_source(name, decoders={"image": tfds.decode.SkipDecoding()})
     columns: dict[str, list[Any]] = {
         field: [] for field in ("index", "name", "pid", "camid", "sequence")
     }
-    with tqdm(total=len(source), desc=f"indexing {name}", unit=" images", disable=None) as bar:
+    with console.progress(total=len(source), desc=f"indexing {name}", unit=" images") as bar:
         for start in range(0, len(source), _READ_AT_ONCE):
             rows = range(start, min(start + _READ_AT_ONCE, len(source)))
             for example in source.__getitems__(list(rows)):
@@ -253,40 +277,49 @@ def _read_split(builder: tfds.core.DatasetBuilder, name: str) -> Split:
     order = np.argsort(columns["index"])
     record_of = order.tolist()
     pids, camids, sequences = (
-        np.array(columns[field], np.int32)[order] for field in ("pid", "camid", "sequence")
+        np.array(columns[field], np.int64)[order] for field in ("pid", "camid", "sequence")
     )
-    return Split(
+    claim = builder.info.metadata.get(name) or {}
+    content = str(claim.get("content"))
+    split = Split(
         name=name,
         names=np.array([text.decode() for text in columns["name"]])[order],
         pids=pids,
         camids=camids,
         sequences=sequences,
         labels=relabel(pids)[0] if name == "train" else None,
-        reader=lambda i: source[record_of[i]]["image"],
+        images=EncodedImages(lambda row: source[record_of[row]]["image"], len(order), content),
     )
+    what = f"prepared records of the {name} split in {builder.data_path}"
+    if claim.get("images") != len(split):
+        raise UserError(
+            f"{what} are {len(split)}, {claim.get('images')} were stored; prepare them again"
+        )
+    if claim.get("fingerprint") != fingerprint.combine(split, content):
+        raise UserError(
+            f"{what} have other names, identities or cameras than those stored; prepare them again"
+        )
+    return split
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m mros_jax.data.datasets.prepared")
-    names = sorted({config.dataset for builder in BUILDERS for config in builder.BUILDER_CONFIGS})
+def main(argv: Sequence[str] | None = None) -> int:
+    """Store a data set as records; see `--help`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mros_jax.data.datasets.prepared",
+        description="Store a data set as ArrayRecord, for TFDS and for this library.",
+        allow_abbrev=False,
+    )
+    names = sorted(record.name for record in records.DATASETS.values() if record.builder)
     parser.add_argument("--dataset", required=True, choices=names)
     parser.add_argument("--root", required=True, help="directory with the data as distributed")
     parser.add_argument("--out", required=True, help="TFDS data directory to write to")
     parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error")
-    parser.add_argument("--distractors_500k", action="store_true", help="market1501 only")
-    parser.add_argument("--without_val", action="store_true", help="msmt17 and msmt17_v2 only")
-    parser.add_argument("--test_set", type=int, help="classic CUHK03 only: 0..19")
+    records.add_arguments(parser, names)
     args = parser.parse_args(argv)
-    options: dict[str, Any] = {}
-    if args.distractors_500k:
-        options["distractors_500k"] = True
-    if args.without_val:
-        options["include_val"] = False
-    if args.test_set is not None:
-        options["test_set"] = args.test_set
+    options = records.pick_options(vars(args))
     print(prepare(args.dataset, args.root, args.out, on_bad_image=args.on_bad_image, **options))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main))

@@ -1,8 +1,9 @@
-"""Writes the embedded data set as files: `python -m mros_jax.data.synthetic --out DIR`."""
+"""Write the embedded data set as files: `python -m mros_jax.data.synthetic --out DIR`."""
 
 import sys
 
+from mros_jax import console
 from mros_jax.data.synthetic.dataset import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

@@ -7,23 +7,28 @@ No files are needed to train on it; writing it as JPEG exercises the reader of r
 """
 
 import argparse
-import collections
-import concurrent.futures
 import dataclasses
+import hashlib
 import inspect
-import itertools
+import io
 import os
 import pathlib
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from mros_jax import console
 from mros_jax.data.datasets.splits import DISTRACTOR_PID, JUNK_PID, Dataset, Split, relabel
+from mros_jax.data.images import Picture, hash_bytes
+from mros_jax.data.prefetch import prefetch
 from mros_jax.data.synthetic import pedestrians, rendering
+from mros_jax.errors import UserError
+
+T = TypeVar("T")
 
 # Part of every cache key: a change of the pictures must change it.
 VERSION = 2
@@ -65,71 +70,121 @@ PRESETS: dict[str, dict[str, int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """What to render, one entry per image."""
+    """What to render, one entry for each image."""
 
     numbers: np.ndarray  # (N,) int32: identity number, also of junk and distractors
     camids: np.ndarray  # (N,) int32, from 1
     flaws: np.ndarray  # (N,) int32: 0 good box, 1 junk box, 2 nobody in it
+    places: np.ndarray  # (N,) int32: place in the whole split, which decides the picture
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def take(self, rows: np.ndarray) -> "_Rows":
-        return _Rows(self.numbers[rows], self.camids[rows], self.flaws[rows])
+        return _Rows(self.numbers[rows], self.camids[rows], self.flaws[rows], self.places[rows])
 
 
 def _rows(numbers: np.ndarray, camids: np.ndarray, flaws: np.ndarray | int = _GOOD) -> _Rows:
     flaws = np.broadcast_to(flaws, numbers.shape)
-    return _Rows(numbers.astype(np.int32), camids.astype(np.int32), flaws.astype(np.int32))
+    places = np.arange(len(numbers))
+    return _Rows(*(column.astype(np.int32) for column in (numbers, camids, flaws, places)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Renderer:
-    """Renders a split's images: `renderer()` gives them all, `renderer.chunks()` piece by piece."""
+    """The images of a rendered split (see `images.Images`), made when they are asked for.
+
+    Attributes:
+        rows: what is in each of them.
+        seed: of the data set.
+        stream: of the split.
+        lookalikes: identities in a group.
+        num_cameras: cameras of the data set.
+        height: pixels.
+        width: pixels.
+        chunk: how many are rendered by one call.
+    """
 
     rows: _Rows
     seed: int
     stream: int
     lookalikes: int
+    num_cameras: int
     height: int
     width: int
     chunk: int = CHUNK
 
-    def chunks(self) -> Iterator[np.ndarray]:
-        """Yields the images in order, uint8 (n, height, width, 3) with n <= `chunk`."""
-        camids = np.arange(1, self.rows.camids.max() + 1, dtype=np.int32)
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, rows: np.ndarray) -> "Renderer":
+        """Return these images only; they stay the same pictures."""
+        return dataclasses.replace(self, rows=self.rows.take(np.asarray(rows)))
+
+    def encoded(self, row: int) -> bytes:
+        """Return an image as a PNG."""
+        [pixels] = self.select(np.array([row])).render()
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "png")
+        return buffer.getvalue()
+
+    def digest(self, *, num_threads: int | None = None, progress: bool = False) -> str:
+        """Compute a digest of everything that decides the pixels; nothing is rendered for it."""
+        total = hashlib.blake2b(digest_size=16)
+        numbers = (self.seed, self.stream, self.lookalikes, self.height, self.width)
+        total.update(f"synthetic {VERSION} {numbers} {len(self)}".encode())
+        for field in dataclasses.fields(self.rows):
+            total.update(getattr(self.rows, field.name).astype("<i4").tobytes())
+        return total.hexdigest()
+
+    def map(
+        self,
+        task: Callable[[Picture], T],
+        *,
+        num_threads: int | None = None,
+        progress: bool = False,
+    ) -> Iterator[T]:
+        """Yield `task(picture)` for every image, in order."""
+        row = 0
+        options = {"desc": "rendering", "unit": " images", "disable": not progress}
+        with console.progress(total=len(self), **options) as bar:
+            for chunk in self.chunks(num_threads=num_threads):
+                for pixels in chunk:
+                    yield task(Picture(row, hash_bytes(pixels.tobytes()), pixels))
+                    row += 1
+                bar.update(len(chunk))
+
+    def chunks(self, *, num_threads: int | None = None) -> Iterator[np.ndarray]:
+        """Yield the images in order, uint8 (n, height, width, 3) with n <= `chunk`."""
+        camids = np.arange(1, self.num_cameras + 1, dtype=np.int32)
         cameras = pedestrians.draw_cameras(self.seed, camids)
-        starts = iter(range(0, len(self.rows), self.chunk))
+        starts = range(0, len(self), self.chunk)
         # The first alone, so that the threads find everything compiled.
-        yield self._render(next(starts), cameras)
-        workers = os.cpu_count() or 1
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-
-            def submit(start: int) -> concurrent.futures.Future[np.ndarray]:
-                return pool.submit(self._render, start, cameras)
-
-            # A bounded number ahead: whoever writes the images to disk may be slower.
-            ahead = collections.deque(map(submit, itertools.islice(starts, 2 * workers)))
-            while ahead:
-                yield ahead.popleft().result()
-                ahead.extend(map(submit, itertools.islice(starts, 1)))
+        yield from (self._render(start, cameras) for start in starts[:1])
+        threads = num_threads or os.cpu_count() or 1
+        # A bounded number ahead: whoever writes the images to disk may be slower.
+        yield from prefetch(
+            starts[1:],
+            lambda start: self._render(start, cameras),
+            depth=2 * threads,
+            num_threads=threads,
+        )
 
     def _render(self, start: int, cameras: pedestrians.Camera) -> np.ndarray:
-        index = np.arange(start, start + self.chunk, dtype=np.int32)
+        index = np.arange(start, start + self.chunk)
         # The last chunk is filled up with one image: one shape, hence one compilation.
-        index = np.minimum(index, len(self.rows) - 1)
-        rows = self.rows.take(index)
+        rows = self.rows.take(np.minimum(index, len(self) - 1))
         people = pedestrians.draw_people(self.seed, rows.numbers, lookalikes=self.lookalikes)
         pictures = pedestrians.draw_pictures(
-            self.seed, self.stream, index, rows.numbers, rows.camids, rows.flaws
+            self.seed, self.stream, rows.places, rows.numbers, rows.camids, rows.flaws
         )
         size = {"height": self.height, "width": self.width}
         images = rendering.render(people, pictures, cameras, rows.camids - 1, **size)
-        return np.asarray(images)[: len(self.rows) - start]
+        return np.asarray(images)[: len(self) - start]
 
-    def __call__(self) -> np.ndarray:
-        """Returns all images, uint8 (N, height, width, 3)."""
-        images = np.empty((len(self.rows), self.height, self.width, 3), np.uint8)
+    def render(self) -> np.ndarray:
+        """Render all images, uint8 (N, height, width, 3)."""
+        images = np.empty((len(self), self.height, self.width, 3), np.uint8)
         start = 0
         for chunk in self.chunks():
             images[start : start + len(chunk)] = chunk
@@ -189,20 +244,21 @@ def _make_split(
         dtype=np.str_,
     )
     order = np.argsort(names)
-    pids = pids[order].astype(np.int32)
+    pids = pids[order].astype(np.int64)
+    rows = rows.take(order)
     return Split(
         name=name,
         names=names[order],
         pids=pids,
-        camids=rows.camids[order],
-        sequences=sequences[order].astype(np.int32),
-        labels=relabel(pids)[0] if name == "train" else None,
-        pixels=Renderer(
-            rows.take(order),
+        camids=rows.camids.astype(np.int64),
+        sequences=sequences[order].astype(np.int64),
+        images=Renderer(
+            dataclasses.replace(rows, places=np.arange(len(rows), dtype=np.int32)),
             stream=_STREAMS[name],
             **{key: settings[key] for key in ("seed", "lookalikes", "height", "width")},
+            num_cameras=settings["num_cameras"],
         ),
-        pixels_key=f"synthetic-v{VERSION}-{name}-{settings}",
+        labels=relabel(pids)[0] if name == "train" else None,
     )
 
 
@@ -223,7 +279,7 @@ def make_dataset(
     width: int = 64,
     seed: int = 0,
 ) -> Dataset:
-    """Makes the synthetic data set; nothing is rendered before a split's `pixels()` is called.
+    """Make the synthetic data set; nothing is rendered before its images are asked for.
 
     Training identities are 1..num_train_pids, test identities the next ones. Every camera sees
     every identity, unless the number of images is given: then identities are seen by two cameras or
@@ -248,7 +304,7 @@ def make_dataset(
         seed: decides everything that is drawn.
 
     Raises:
-        ValueError: numbers that cannot be met together.
+        UserError: numbers that cannot be met together.
     """
     settings = dict(locals())
     _check(settings)
@@ -302,26 +358,26 @@ def _check(s: dict[str, Any]) -> None:
         "width": 16,
     }.items():
         if s[name] < low:
-            raise ValueError(f"{name} is {s[name]}; expected at least {low}")
+            raise UserError(f"{name} is {s[name]}; expected at least {low}")
     if s["seed"] >= 2**31:
-        raise ValueError(f"seed is {s['seed']}; expected less than 2**31")
+        raise UserError(f"seed is {s['seed']}; expected less than 2**31")
     for name in ("num_distractors", "num_junk", "num_single_camera_pids"):
         if s[name] < 0:
-            raise ValueError(f"{name} is {s[name]}; expected 0 or more")
+            raise UserError(f"{name} is {s[name]}; expected 0 or more")
     if s["height"] % 16 or s["width"] % 16:
-        raise ValueError(
+        raise UserError(
             f"height x width is {s['height']} x {s['width']}; both are to be multiples of 16"
         )
     if s["lookalikes"] > len(pedestrians.DETAILS):
-        raise ValueError(
+        raise UserError(
             f"lookalikes is {s['lookalikes']}; at most {len(pedestrians.DETAILS)}, "
             "one for every detail that they can differ in"
         )
     single, test = s["num_single_camera_pids"], s["num_test_pids"]
     if single > test:
-        raise ValueError(f"num_single_camera_pids is {single}, more than num_test_pids {test}")
+        raise UserError(f"num_single_camera_pids is {single}, more than num_test_pids {test}")
     if s["num_cameras"] < 2 and single < test:
-        raise ValueError(
+        raise UserError(
             "num_cameras is 1, so that no query has a true match in another camera; "
             f"use 2 or more, or say so with num_single_camera_pids={test}"
         )
@@ -329,19 +385,19 @@ def _check(s: dict[str, Any]) -> None:
     high = single + s["num_cameras"] * (test - single)
     queries = s["num_query_images"]
     if queries is not None and not low <= queries <= high:
-        raise ValueError(
+        raise UserError(
             f"num_query_images is {queries}; with {test} test identities in {s['num_cameras']} "
             f"cameras, one query per identity and camera, expected {low} to {high}"
         )
     low = queries or high
     if s["num_gallery_images"] is not None and s["num_gallery_images"] < low:
-        raise ValueError(
+        raise UserError(
             f"num_gallery_images is {s['num_gallery_images']}; expected at least {low}, one for "
             "every identity and camera in the query"
         )
     low = min(2, s["num_cameras"]) * s["num_train_pids"]
     if s["num_train_images"] is not None and s["num_train_images"] < low:
-        raise ValueError(
+        raise UserError(
             f"num_train_images is {s['num_train_images']}; expected at least {low}, one in each of "
             "two cameras for every identity"
         )
@@ -350,15 +406,8 @@ def _check(s: dict[str, Any]) -> None:
 FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 
 
-def _chunks(split: Split) -> Iterable[np.ndarray]:
-    if split.pixels is None:
-        raise ValueError(f"split {split.name!r} has files already; only rendered ones are written")
-    # A selection of a rendered split has no renderer of its own.
-    return split.pixels.chunks() if isinstance(split.pixels, Renderer) else [split.pixels()]
-
-
-def write_dataset(dataset: Dataset, out: str | os.PathLike, *, progress: bool = True) -> None:
-    """Writes a rendered data set in Market-1501's layout as JPEG (quality 95).
+def write_dataset(dataset: Dataset, out: str | os.PathLike[str], *, progress: bool = True) -> None:
+    """Write a data set in Market-1501's layout as JPEG (quality 95).
 
     Args:
         dataset: from `make_dataset`.
@@ -367,38 +416,37 @@ def write_dataset(dataset: Dataset, out: str | os.PathLike, *, progress: bool = 
         progress: whether to show a progress bar.
 
     Raises:
-        FileExistsError: `out` holds something already.
-        NotADirectoryError: `out` is a file.
-        ValueError: a split is not rendered but read from files.
+        UserError: `out` holds something already, or is a file.
+        OSError: it cannot be written.
     """
     out = pathlib.Path(out)
     if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out} is a file; expected a directory to write to")
+        raise UserError(f"{out} is a file; expected a directory to write to")
     if out.exists() and any(out.iterdir()):
-        raise FileExistsError(
+        raise UserError(
             f"{out} is not empty; nothing was written. Name another directory, or remove this one"
         )
     out.mkdir(parents=True, exist_ok=True)
-    total = sum(len(split) for split in dataset.splits)
-    with tqdm(total=total, unit="image", disable=not progress) as bar:
-        for split in dataset.splits:
-            with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as scratch:
-                folder = pathlib.Path(scratch) / "images"
-                folder.mkdir()
-                i = 0
-                for chunk in _chunks(split):
-                    for pixels in chunk:
-                        Image.fromarray(pixels).save(folder / str(split.names[i]), quality=95)
-                        i += 1
-                    bar.update(len(chunk))
-                os.replace(folder, out / FOLDERS[split.name])
+    for split in dataset.splits:
+        with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as scratch:
+            folder = pathlib.Path(scratch) / "images"
+            folder.mkdir()
+
+            def save(picture: Picture, split: Split = split, folder: pathlib.Path = folder) -> None:
+                path = folder / str(split.names[picture.row])
+                Image.fromarray(picture.require()).save(path, quality=95)
+
+            for _ in split.images.map(save, progress=progress):
+                pass
+            os.replace(folder, out / FOLDERS[split.name])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Writes a data set; see `--help`."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write a data set; see `--help`."""
     parser = argparse.ArgumentParser(
         prog="python -m mros_jax.data.synthetic",
-        description="Renders the synthetic data set and writes it as JPEG in Market-1501's layout.",
+        description="Render the synthetic data set and write it as JPEG in Market-1501's layout.",
+        allow_abbrev=False,
     )
     parser.add_argument("--out", required=True, help="directory, empty or not there yet")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="demo", help="sizes")
@@ -407,13 +455,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = vars(parser.parse_args(argv))
     out, preset = options.pop("out"), options.pop("preset")
     given = {name: value for name, value in options.items() if value is not None}
-    try:
-        dataset = make_dataset(**{**PRESETS[preset], **given})
-        write_dataset(dataset, out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    dataset = make_dataset(**{**PRESETS[preset], **given})
+    write_dataset(dataset, out)
     print(f"wrote {', '.join(f'{len(s):,} {s.name}' for s in dataset.splits)} images to {out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run(main))

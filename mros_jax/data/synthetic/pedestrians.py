@@ -184,7 +184,7 @@ class _Draws:
         """Minus or plus one."""
         return 1.0 - 2.0 * (self.uniform(*shape) < 0.5).astype(jnp.float32)
 
-    def kind(self, *weights: float | int) -> Array:
+    def kind(self, *weights: float) -> Array:
         """A whole number from 0 with these relative weights."""
         edges = np.cumsum(weights)[:-1] / np.sum(weights)
         return jnp.sum(self.uniform() > edges).astype(jnp.int32)
@@ -351,7 +351,7 @@ def _picture(
 
 @functools.partial(jax.jit, static_argnames="lookalikes")
 def draw_people(seed: Int[Array, ""] | int, numbers: Int[Array, "B"], *, lookalikes: int) -> Person:
-    """Draws identities.
+    """Draw identities.
 
     Args:
         seed: the data set's seed.
@@ -366,7 +366,7 @@ def draw_people(seed: Int[Array, ""] | int, numbers: Int[Array, "B"], *, lookali
 
 @jax.jit
 def draw_cameras(seed: Int[Array, ""] | int, camids: Int[Array, "B"]) -> Camera:
-    """Draws cameras by their number; the same number is the same camera in every split."""
+    """Draw cameras by their number; the same number is the same camera in every split."""
     return jax.vmap(lambda c: _camera(seed, c))(camids)
 
 
@@ -379,7 +379,7 @@ def draw_pictures(
     camids: Int[Array, "B"],
     flaws: Int[Array, "B"],
 ) -> Picture:
-    """Draws what differs from picture to picture.
+    """Draw what differs from picture to picture.
 
     The view angle and the place in the scene stay close within one walk, that is for one identity
     in one camera; everything else is drawn anew.

@@ -1,4 +1,4 @@
-"""Draws synthetic pedestrians: (person, picture, camera) -> uint8 pixels, a pure function.
+"""Draw synthetic pedestrians: (person, picture, camera) -> uint8 pixels, a pure function.
 
 A body is a posed skeleton projected into the picture; each part is a signed distance turned
 into anti-aliased coverage, and parts are painted from back to front. Inside this file an image is
