@@ -4,6 +4,7 @@ if __name__ == "__main__":
     sys.exit(console.run(main))
 """
 
+import argparse
 import contextlib
 import errno
 import logging
@@ -56,11 +57,14 @@ def run(
     """
     # Pictures are drawn into files. The name that a notebook's shell passes on may not be there.
     os.environ["MPLBACKEND"] = "agg"
+    sys.unraisablehook = _report_unraisable
     show_messages()
     try:
         code = main(argv)
         sys.stdout.flush()
         return code or 0
+    except SystemExit as end:  # argparse has told what is wrong, or printed its help
+        return int(end.code or 0)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -74,6 +78,12 @@ def run(
             print(f"error: {message}", file=sys.stderr)
         _end_output()
         return MISUSE
+
+
+def _report_unraisable(report: Any) -> None:
+    # What is left of a read or write of tensorstore's that has failed and been told already.
+    if str(report.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(report)
 
 
 def _end_output() -> None:
@@ -124,6 +134,14 @@ def _chain(error: BaseException, with_context: bool = False) -> Iterator[BaseExc
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+def count(text: str) -> int:
+    """A number of things on a command line, at least 1: a `type` of argparse's."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
 
 
 def show_messages() -> None:
