@@ -48,7 +48,8 @@ def write_run(path, entries, system="mros-IV", seed=0, config=None):
     results = {"format": 1, "run": run, "dataset": {"name": "market1501"}, "results": entries}
     (path / "results.json").write_text(json.dumps(results))
     if config is not None:
-        (path / "config.json").write_text(json.dumps(config))
+        whole = {"name": system, "seed": seed, "dataset": {}, "input": {}} | config
+        (path / "config.json").write_text(json.dumps(whole))
     return str(path)
 
 

@@ -68,7 +68,7 @@ def test_states_scores_protocol_and_provenance(run, report):
     provenance = json.loads((run / "run.json").read_text())
     assert provenance["versions"]["jax"] in text
     assert "rerank_options.k" in text
-    assert "optimizer.weight_decay" in text
+    assert "optimizer.network.weight_decay" in text
 
 
 def test_gives_differences_where_the_protocol_is_the_papers(copy):

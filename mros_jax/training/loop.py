@@ -117,5 +117,6 @@ def _diverged(record: dict[str, Any], last_saved: int | None) -> DivergedError:
     return DivergedError(
         f"the loss is {record['loss']} at step {record['step']} (epoch {record['epoch']}): "
         f"{parts}. Last good checkpoint: {good}. Start again with a lower rate "
-        "(optimizer.GROUP.lr), clip_norm or dtype=float32 and a new --workdir: a run keeps its config"
+        "(optimizer.GROUP.lr), clip_norm or dtype=float32, and a new --workdir, since a run keeps "
+        "its config"
     )
