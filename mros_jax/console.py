@@ -146,7 +146,8 @@ def count(text: str) -> int:
 
 def show_messages() -> None:
     """Show the messages of this project and of JAX on standard error, above any progress bar."""
-    absl_logging.set_verbosity(absl_logging.ERROR)  # orbax tells every file it touches
+    # orbax tells every file that it touches, and logs the errors that it raises.
+    absl_logging.set_verbosity(absl_logging.FATAL)
     for name, level in (("mros_jax", logging.INFO), ("jax", logging.WARNING)):
         logger = logging.getLogger(name)
         if not any(isinstance(handler, _Handler) for handler in logger.handlers):

@@ -20,6 +20,7 @@ from mros_jax import console, parallel, report
 from mros_jax.errors import NotFoundError
 from mros_jax.runs import features, provenance
 from mros_jax.runs.logs import Writer
+from mros_jax.runs.results import check_reranks
 from mros_jax.runs.run import Run
 from mros_jax.training import checkpoints, feed, recipe, validation
 from mros_jax.training.loop import Logger, Stop
@@ -49,6 +50,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     log.info("Devices: %s", parallel.describe_devices())
     parallel.run_on_main(lambda: run.check_free(config))
     recipe.check_config(config)
+    check_reranks(
+        config.eval.rerank, config.eval.rerank_options.to_dict(), "config.eval.rerank_options"
+    )
     dataset = configs.load_dataset(config)
     recipe.check_fit(config, dataset)
     batches = feed.Feed(config, dataset)

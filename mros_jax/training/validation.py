@@ -16,7 +16,7 @@ from mros_jax.inference import Embedder, make_checkpoint_id
 from mros_jax.models.outputs import Network
 from mros_jax.retrieval import files, labels
 from mros_jax.runs.features import extract_features
-from mros_jax.runs.results import check_reranks, evaluate_features, get_scores
+from mros_jax.runs.results import evaluate_features, get_scores
 from mros_jax.runs.run import Run
 from mros_jax.training.state import TrainState
 
@@ -28,13 +28,10 @@ class Evaluator:
     same, on its own devices.
 
     Raises:
-        UserError: images that cannot be read, queries without a match, unknown re-ranking.
+        UserError: images that cannot be read, or queries none of which has a match.
     """
 
     def __init__(self, config: ConfigDict, dataset: Dataset, network: Network):
-        check_reranks(
-            config.eval.rerank, config.eval.rerank_options.to_dict(), "config.eval.rerank_options"
-        )
         self._config, self._dataset = config, dataset
         self._embedder = Embedder(network, {}, height=config.input.height, width=config.input.width)
         progress = parallel.is_main_process()
