@@ -34,8 +34,8 @@ _MENDABLE = (
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EMFILE, errno.ENFILE),
     *(errno.EIO, errno.ESTALE, errno.ETXTBSY, errno.EBUSY),
 )
-# tensorstore, below orbax, raises a ValueError that quotes the system: "[OS error 28: ENOSPC ...".
-_QUOTED_ERROR = re.compile(r"OS error (\d+)")
+# tensorstore, below orbax, raises a ValueError that quotes the system.
+_QUOTED_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
 _QUOTED_PATH = re.compile(r'"(/[^"]+)"')
 
 

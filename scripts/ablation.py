@@ -10,18 +10,18 @@ every training.
 """
 
 import csv
-import json
 import logging
 import pathlib
 import statistics
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 
 from absl import app, flags
 
 from mros_jax import console
+from mros_jax.runs.paper import load_tables
+from mros_jax.runs.run import Run
 
 _CONFIG = flags.DEFINE_string("config", "configs/mros.py", "Config file, with arguments or not.")
 _SETTINGS = flags.DEFINE_list("settings", ["I", "II", "III", "IV"], "Settings to train.")
@@ -51,7 +51,7 @@ def read_scores(workdirs: Mapping[str, Iterable[pathlib.Path]]) -> Scores:
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
     for setting, runs in workdirs.items():
         for run in runs:
-            for result in json.loads((run / "results.json").read_text())["results"]:
+            for result in Run(run).rankings:
                 of_ranking = scores.setdefault(setting, {}).setdefault(result["name"], {})
                 for metric, value in zip(METRICS, (result["mAP"], result["cmc"][0]), strict=True):
                     of_ranking.setdefault(metric, []).append(100 * value)
@@ -60,8 +60,7 @@ def read_scores(workdirs: Mapping[str, Iterable[pathlib.Path]]) -> Scores:
 
 def read_paper() -> dict[str, dict[str, float]]:
     """The paper's Table 1, in percent: setting -> metric -> score."""
-    paper = tomllib.loads((ROOT / "third_party" / "paper_results.toml").read_text())
-    rows = next(table["row"] for table in paper["table"] if table["number"] == 1)
+    rows = next(table["row"] for table in load_tables()["table"] if table["number"] == 1)
     return {row["setting"]: {"mAP": row["mAP"], "Rank-1": row["rank1"]} for row in rows}
 
 

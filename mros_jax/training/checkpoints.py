@@ -9,6 +9,7 @@ import hashlib
 import os
 import pathlib
 import shutil
+import time
 from typing import Any
 
 import jax
@@ -79,9 +80,18 @@ class Checkpoints:
                 force=True,
             )
         except Exception:
-            for torn in (self._directory / name).glob(f"{step}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(torn, ignore_errors=True)
+            self._remove_torn(name, step)
             raise
+
+    def _remove_torn(self, name: str, step: int) -> None:
+        """Remove what a save that failed has left; orbax's threads may still be writing there."""
+        for _ in range(20):
+            torn = list((self._directory / name).glob(f"{step}.orbax-checkpoint-tmp*"))
+            if not torn:
+                return
+            for path in torn:
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.05)
 
     def restore(self, template: TrainState) -> TrainState | None:
         """The state of the last complete checkpoint; None where there is none.
@@ -162,6 +172,8 @@ def _read(
     except (PermissionError, MemoryError):
         raise
     except Exception as error:  # orbax and tensorstore raise many types
+        if "Permission denied" in str(error):
+            raise
         if template is not None and _is_whole(restore):
             raise UserError(
                 f"the checkpoint {path} is of another network or optimiser than this config's; "

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mros_jax import console
 from tests.runs import make_run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,7 +28,7 @@ export_torch = load_module(ROOT / "scripts" / "export_torch.py")
 def test_a_run_computes_the_same_in_pytorch(tmp_path, capsys):
     run = make_run(tmp_path / "run", tmp_path / "cache")
     out = tmp_path / "mros.safetensors"
-    assert export_torch.main([str(run), str(out)]) == 0
+    assert export_torch.main([f"--run={run}", f"--out={out}"]) == 0
     assert "tensors" in capsys.readouterr().out
 
     embedder = export_torch.load_model(run)
@@ -47,9 +48,10 @@ def test_a_run_computes_the_same_in_pytorch(tmp_path, capsys):
 
 
 def test_what_is_not_a_run(tmp_path, capsys):
-    assert export_torch.main([str(tmp_path), str(tmp_path / "w.safetensors")]) == 1
+    arguments = [f"--run={tmp_path}", f"--out={tmp_path / 'w.safetensors'}"]
+    assert console.run(export_torch.main, arguments) == 2
     assert "not a run" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        export_torch.main([str(tmp_path), str(tmp_path / "w.pth")])
+        export_torch.main([f"--run={tmp_path}", f"--out={tmp_path / 'w.pth'}"])
     assert "must end in .safetensors" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
