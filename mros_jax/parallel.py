@@ -75,7 +75,9 @@ def initialize(
         return
     log.info("Waiting for %s, at most %d seconds%s", waiting_for, timeout, way_out)
     try:
-        jax.distributed.initialize(**given, initialization_timeout=timeout)
+        jax.distributed.initialize(
+            coordinator_address, num_processes, process_id, initialization_timeout=timeout
+        )
     except Exception as error:  # jax and its runtime raise many types
         raise UserError(
             f"waited for {waiting_for}, in vain ({str(error).splitlines()[0][:200]}){way_out}"

@@ -66,12 +66,13 @@ def describe_machine(*packages: str) -> str:
 
 def describe_arithmetic() -> dict[str, Any]:
     """What of JAX's settings changes numbers: types, random generator, precision of products."""
-    return {
-        "enable_x64": bool(jax.config.jax_enable_x64),
-        "prng_impl": str(jax.config.jax_default_prng_impl),
-        "threefry_partitionable": bool(jax.config.jax_threefry_partitionable),
-        "matmul_precision": jax.config.jax_default_matmul_precision,
-    }
+    names = (
+        "enable_x64",
+        "default_prng_impl",
+        "threefry_partitionable",
+        "default_matmul_precision",
+    )
+    return {name: getattr(jax.config, f"jax_{name}") for name in names}
 
 
 def describe_run(dataset: Dataset, fingerprints: Mapping[str, str]) -> dict[str, Any]:

@@ -116,8 +116,8 @@ def check_reranks(names: Sequence[str], options: Any, where: str) -> None:
     for name, own in options.items():
         if not isinstance(own, Mapping):
             raise UserError(f"{where}: {name} is {own!r}; expected an object of its options")
-        known = inspect.signature(rerank.METHODS[name]).parameters
-        known = [k for k, p in known.items() if p.kind is p.KEYWORD_ONLY]
+        parameters = inspect.signature(rerank.METHODS[name]).parameters.values()
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         for key in own:
             if key not in known:
                 raise UserError(

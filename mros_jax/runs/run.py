@@ -159,8 +159,9 @@ class Run:
                 f"{FORMAT}; use the version that wrote it ({record.get('commit')}), or train again"
             )
         data = record.get("dataset")
-        parts = data.get("fingerprints") if isinstance(data, dict) else None
-        if not isinstance(parts, dict) or not isinstance(data.get("num_classes"), int):
+        data = data if isinstance(data, dict) else {}
+        prints, classes = data.get("fingerprints"), data.get("num_classes")
+        if not isinstance(prints, dict) or not isinstance(classes, int):
             raise UserError(
                 f"{self.record_file} lacks the data set's num_classes and fingerprints; {_REPAIR}"
             )
@@ -382,8 +383,8 @@ def _compare(there: Any, here: Any) -> dict[str, str]:
     def walk(there: Any, here: Any, name: str) -> None:
         if isinstance(there, dict) and isinstance(here, dict):
             for key in sorted(there.keys() | here.keys()):
-                values = (tree.get(key, "(absent)") for tree in (there, here))
-                walk(*values, f"{name}.{key}".strip("."))
+                old, new = (tree.get(key, "(absent)") for tree in (there, here))
+                walk(old, new, f"{name}.{key}".strip("."))
         elif there != here:
             found[name] = f"{name}: {there!r} -> {here!r}"
 
