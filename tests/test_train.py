@@ -564,3 +564,31 @@ def test_resume_wants_a_run(tmp_path):
 def test_train_needs_a_config(capsys):
     assert console.run(train.main, []) == 2
     assert "give --config FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("10.0.0.1:1234", None, None), "go together; --num_processes and --process_id not given"),
+        ((None, 2, None), "--coordinator_address and --process_id not given"),
+        (("127.0.0.1", 2, 0), "'127.0.0.1'; expected HOST:PORT"),
+        (("host:70000", 2, 0), "expected HOST:PORT"),
+        (("host:1234", 2, 2), "--process_id is 2 of --num_processes 2"),
+        (("host:1234", 0, 0), "--process_id is 0 of --num_processes 0"),
+    ],
+)
+def test_addresses_are_checked(given, message):
+    with pytest.raises(UserError, match=message):
+        parallel.initialize(*given)
+
+
+def test_waiting_for_slurm_tasks_is_told_and_ends(monkeypatch, caplog):
+    def wait(*args, initialization_timeout):
+        raise RuntimeError(f"DEADLINE_EXCEEDED after {initialization_timeout} s")
+
+    monkeypatch.setattr(jax.distributed, "initialize", wait)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    caplog.set_level("INFO")
+    with pytest.raises(UserError, match=r"the 4 tasks .* in vain .*7 s.*SLURM_STEP_NUM_TASKS=1"):
+        parallel.initialize(timeout=7)
+    assert "Waiting for the 4 tasks of this SLURM job step, at most 7 seconds" in caplog.text
