@@ -23,6 +23,7 @@ from mros_jax.data.datasets import records, sources
 from mros_jax.data.datasets.splits import Dataset, Split
 from mros_jax.errors import NotFoundError, UserError
 from mros_jax.models.outputs import Network
+from mros_jax.retrieval import rerank
 from mros_jax.systems import NETWORKS
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -214,6 +215,18 @@ def make_network(config: ConfigDict, num_classes: int) -> Network:
         bn_axis_name=BATCH_NORMS[config.batch_norm],
         **fields,
     )
+
+
+def make_reranks(config: ConfigDict) -> tuple[rerank.Rerank, ...]:
+    """The ways to re-rank at the end of a run that a config names.
+
+    Raises:
+        UserError: an unknown method or option, or a value out of range; lists what there is.
+    """
+    try:
+        return rerank.parse(config.eval.rerank, config.eval.rerank_options.to_dict())
+    except UserError as error:
+        raise UserError(f"config.eval.rerank, rerank_options: {error}") from error
 
 
 def check_choice(name: str, value: Any, choices: Mapping[str, Any] | Sequence[str]) -> None:

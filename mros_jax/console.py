@@ -34,8 +34,8 @@ _MENDABLE = (
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EMFILE, errno.ENFILE),
     *(errno.EIO, errno.ESTALE, errno.ETXTBSY, errno.EBUSY),
 )
-# tensorstore, below orbax, raises a ValueError that quotes the system: "[OS error 28: ENOSPC ...".
-_QUOTED_ERROR = re.compile(r"OS error (\d+)")
+# tensorstore, below orbax, raises a ValueError that quotes the system.
+_QUOTED_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
 _QUOTED_PATH = re.compile(r'"(/[^"]+)"')
 
 
@@ -57,11 +57,14 @@ def run(
     """
     # Pictures are drawn into files. The name that a notebook's shell passes on may not be there.
     os.environ["MPLBACKEND"] = "agg"
+    sys.unraisablehook = _report_unraisable
     show_messages()
     try:
         code = main(argv)
         sys.stdout.flush()
         return code or 0
+    except SystemExit as end:  # argparse has told what is wrong, or printed its help
+        return int(end.code or 0)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -75,6 +78,12 @@ def run(
             print(f"error: {message}", file=sys.stderr)
         _end_output()
         return MISUSE
+
+
+def _report_unraisable(report: Any) -> None:
+    # What is left of a read or write of tensorstore's that has failed and been told already.
+    if str(report.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(report)
 
 
 def _end_output() -> None:
@@ -137,7 +146,8 @@ def count(text: str) -> int:
 
 def show_messages() -> None:
     """Show the messages of this project and of JAX on standard error, above any progress bar."""
-    absl_logging.set_verbosity(absl_logging.ERROR)  # orbax tells every file it touches
+    # orbax tells every file that it touches, and logs the errors that it raises.
+    absl_logging.set_verbosity(absl_logging.FATAL)
     for name, level in (("mros_jax", logging.INFO), ("jax", logging.WARNING)):
         logger = logging.getLogger(name)
         if not any(isinstance(handler, _Handler) for handler in logger.handlers):

@@ -1,14 +1,16 @@
-"""Descriptors of any images, and the images nearest to one of them.
+"""Compute descriptors of any images, and find the images nearest to one of them.
 
-    python -m mros_jax.extract --checkpoint RUN --images DIR --out features.npz
-    python -m mros_jax.extract --checkpoint RUN --images DIR --search QUERY.jpg --top 10
-    python -m mros_jax.extract --checkpoint RUN --features features.npz --search QUERY.jpg
+    python -m mros_jax.extract --run RUN --images DIR --out features.npz
+    python -m mros_jax.extract --run RUN --images DIR --search QUERY.jpg --top 10
+    python -m mros_jax.extract --run RUN --features features.npz --search QUERY.jpg
 
 `features.npz` holds `names` (N,), paths relative to `root`; `features` (N, D) float32, not
-normalised; `root`, the directory; and `checkpoint`, which names the weights.
+normalised; `root`, the directory; and what they are of: `checkpoint`, which names the weights, and
+`flip_test`.
 """
 
 import argparse
+import logging
 import os
 import pathlib
 import sys
@@ -17,20 +19,23 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Float32
-from tqdm import tqdm
 
 from mros_jax import console, parallel
 from mros_jax.data import listing, text
 from mros_jax.data.decoding import decode_images
 from mros_jax.errors import NotFoundError, UserError
+from mros_jax.files import check_output, write_atomically
 from mros_jax.inference import Embedder, load_model
 from mros_jax.retrieval import compute_distances, descriptors
+from mros_jax.training.checkpoints import NAMES
+
+log = logging.getLogger(__name__)
 
 _BATCH = 128
 
 
 def list_images(source: str | os.PathLike) -> tuple[pathlib.Path, list[str]]:
-    """Names of the images that a directory or a list holds.
+    """List the names of the images that a directory or a list holds.
 
     Args:
         source: a directory, searched with those below it; or a text file with one path a line,
@@ -72,7 +77,7 @@ def extract(
     batch_size: int = _BATCH,
     progress: bool = False,
 ) -> tuple[Float32[np.ndarray, "N D"], list[str], dict[str, str]]:
-    """Descriptors of image files, a batch in memory at a time.
+    """Compute descriptors of image files, a batch in memory at a time.
 
     Args:
         embed: images of any size to descriptors, such as `Embedder.embed`.
@@ -86,12 +91,13 @@ def extract(
         Descriptors (N, D), the N names they belong to, and the reason for each image left out.
 
     Raises:
-        ValueError: unreadable images (all are named), or none that can be read.
+        UserError: unreadable images (all are named), or none that can be read.
     """
     bad: dict[str, str] = {}
     kept: list[str] = []
     parts: list[np.ndarray] = []
-    with tqdm(total=len(names), desc="descriptors", unit=" images", disable=not progress) as bar:
+    options = {"desc": "descriptors", "unit": " images", "disable": not progress}
+    with console.progress(total=len(names), **options) as bar:
         for start in range(0, len(names), batch_size):
             batch = names[start : start + batch_size]
             decoded = decode_images([pathlib.Path(root) / name for name in batch])
@@ -108,19 +114,19 @@ def extract(
             bar.update(len(batch))
     if bad and on_bad_image == "error":
         listed = "\n".join(f"  {name} ({reason})" for name, reason in bad.items())
-        raise ValueError(
+        raise UserError(
             f"{len(bad)} of {len(names)} images cannot be read "
             f"(--on_bad_image=skip leaves them out):\n{listed}"
         )
     if not parts:
-        raise ValueError(f"none of {len(names)} images below {root} can be read")
+        raise UserError(f"none of {len(names)} images below {root} can be read")
     return np.concatenate(parts), kept, bad
 
 
 def search(
     query: Float[np.ndarray, "D"], features: Float[np.ndarray, "N D"], top: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest rows by cosine distance.
+    """Find the nearest rows by cosine distance.
 
     Args:
         query: one descriptor.
@@ -131,10 +137,10 @@ def search(
         Indices (top,) nearest first, equals by index, and their distances.
 
     Raises:
-        ValueError: `top` below 1, other lengths of descriptor, zero or NaN descriptors.
+        UserError: `top` below 1, other lengths of descriptor, zero or NaN descriptors.
     """
     if top < 1:
-        raise ValueError(f"top is {top}; expected at least 1")
+        raise UserError(f"top is {top}; expected at least 1")
     row = compute_distances(query[None], features)[0]
     order = np.argsort(row, kind="stable")[:top]
     return order, row[order]
@@ -145,7 +151,7 @@ def draw_search(
     found: Sequence[tuple[str | os.PathLike, float]],
     out: str | os.PathLike,
 ) -> None:
-    """Draws a query and what was found as a PNG, nearest first.
+    """Draw a query and what was found as a PNG, nearest first.
 
     Args:
         query: the query's image file.
@@ -168,36 +174,43 @@ def draw_search(
         axis.set_title(title, fontsize=8, fontweight="bold" if i == 0 else "normal")
         if not isinstance(image, Exception):
             axis.imshow(image)
-    temporary = pathlib.Path(out).with_name(f".{pathlib.Path(out).name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, out)
+    with write_atomically(out, "wb") as file:
+        figure.savefig(file, format="png")
 
 
 def _load_features(
-    path: str | os.PathLike, checkpoint_id: str
+    path: str | os.PathLike, checkpoint_id: str, flip_test: bool
 ) -> tuple[np.ndarray, list[str], pathlib.Path]:
-    arrays = descriptors.load_arrays(path, ("names", "features", "root", "checkpoint"))
-    if str(arrays["checkpoint"]) != checkpoint_id:
-        raise ValueError(
-            f"{path} holds descriptors of checkpoint {arrays['checkpoint']}, the model is "
-            f"{checkpoint_id}: they cannot be compared; extract them again with --images"
+    arrays = descriptors.load_arrays(path, ("names", "features", "root", "checkpoint", "flip_test"))
+    found = (str(arrays["checkpoint"]), bool(arrays["flip_test"]))
+    if found != (checkpoint_id, flip_test):
+        words = (
+            f"checkpoint {x} {'with' if flip else 'without'} the flip test"
+            for x, flip in (found, (checkpoint_id, flip_test))
+        )
+        there, here = words
+        raise UserError(
+            f"{path} holds descriptors of {there}, the query's is of {here}: they cannot be "
+            "compared; extract them again with --images"
         )
     return arrays["features"], arrays["names"].tolist(), pathlib.Path(str(arrays["root"]))
 
 
 def _run(args: argparse.Namespace) -> None:
     if args.search is None and args.out is None:
-        raise ValueError("nothing to do: give --out to keep the descriptors, --search, or both")
-    if args.top < 1:
-        raise ValueError(f"--top is {args.top}; expected at least 1")
+        raise UserError("nothing to do: give --out to keep the descriptors, --search, or both")
     if args.features is not None and args.out is not None:
-        raise ValueError("--out writes descriptors of --images; --features are on disk already")
+        raise UserError("--out writes descriptors of --images; --features are on disk already")
+    for file in (args.out, args.draw if args.search is not None else None):
+        if file is not None:
+            check_output(file)
     listed = None if args.images is None else list_images(args.images)
     if args.search is not None:
         [query] = decode_images([args.search])
         if isinstance(query, Exception):
-            raise ValueError(f"--search: {args.search} cannot be read ({query})")
-    model = load_model(args.checkpoint, args.which)
+            raise UserError(f"--search: {args.search} cannot be read ({query})")
+    log.info("Devices: %s", parallel.describe_devices())
+    model = load_model(args.run, args.checkpoint)
 
     def embed(images: list[np.ndarray]) -> np.ndarray:
         # A last, shorter batch is filled up: one shape, hence one compilation.
@@ -211,15 +224,16 @@ def _run(args: argparse.Namespace) -> None:
             embed, root, names, on_bad_image=args.on_bad_image, progress=True
         )
         for name, reason in bad.items():
-            print(f"left out: {name} ({reason})", file=sys.stderr)
+            log.warning("left out: %s (%s)", name, reason)
     else:
-        features, names, root = _load_features(args.features, model.checkpoint_id)
+        features, names, root = _load_features(args.features, model.checkpoint_id, args.flip_test)
     if args.out is not None:
         arrays = {
             "names": np.array(names, np.str_),
             "features": features,
             "root": np.array(str(root)),
             "checkpoint": np.array(model.checkpoint_id),
+            "flip_test": np.array(args.flip_test),
         }
         descriptors.save_features(args.out, arrays)
         print(f"{args.out}: {len(names)} descriptors of {features.shape[1]} numbers")
@@ -243,20 +257,20 @@ def _search(
     print(args.draw)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m mros_jax.extract",
         description="Compute descriptors of a folder of images, or find the nearest to an image.",
     )
-    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="directory of a run")
-    parser.add_argument("--which", choices=("last", "best"), default="last", help="checkpoint")
+    parser.add_argument("--run", required=True, metavar="RUN", help="directory of a training run")
+    parser.add_argument("--checkpoint", choices=NAMES, default="last", help="of the run")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="DIR|LIST", help="directory, or file of paths")
     source.add_argument("--features", help="descriptors that --out has written")
     parser.add_argument("--out", type=pathlib.Path, help=".npz file to write")
     parser.add_argument("--search", type=pathlib.Path, metavar="IMAGE", help="find its nearest")
-    parser.add_argument("--top", type=int, default=10, help="how many of the nearest")
+    parser.add_argument("--top", type=console.count, default=10, help="how many of the nearest")
     parser.add_argument(
         "--draw", type=pathlib.Path, default="search.png", help="picture of the nearest to write"
     )
@@ -265,15 +279,10 @@ def main(argv: list[str] | None = None) -> int:
         "--flip_test", action="store_true", help="mean of the descriptors of image and mirror image"
     )
     args = parser.parse_args(argv)
-    console.show_messages()
     parallel.use_compilation_cache()
-    try:
-        _run(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    _run(args)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))

@@ -42,6 +42,21 @@ def write_atomically(path: str | os.PathLike[str], mode: str = "w") -> Iterator[
             temporary.unlink(missing_ok=True)
 
 
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that cannot be written, before the work whose outcome it is to hold.
+
+    Raises:
+        UserError: it is a directory, or its own directory is missing or cannot be written.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; expected the name of a file to write")
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: {path.parent} is no directory; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: no permission in {path.parent}")
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with write_atomically(path) as file:

@@ -7,9 +7,7 @@ descriptors = model.embed(images)  # uint8 (N, H, W, 3), arrays of any sizes, or
 
 import functools
 import hashlib
-import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,13 +15,13 @@ import jax
 import numpy as np
 import PIL.Image
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from mros_jax import parallel
+from mros_jax import console, parallel
 from mros_jax.config import make_network
 from mros_jax.data import augment, decoding
-from mros_jax.errors import NotFoundError, UserError
+from mros_jax.errors import UserError
 from mros_jax.models.outputs import Network, Outputs
+from mros_jax.runs.run import Run
 from mros_jax.training.checkpoints import load_variables
 
 Image = np.ndarray | jax.Array | PIL.Image.Image | str | os.PathLike
@@ -102,7 +100,9 @@ class Embedder:
         batch_size = -(-min(batch_size, max(len(images), 1)) // devices) * devices
         parts = []
         starts = range(0, len(images), batch_size)
-        for start in tqdm(starts, desc="descriptors", leave=False, disable=not progress):
+        for start in console.progress(
+            starts, desc="descriptors", leave=False, disable=not progress
+        ):
             batch = images[start : start + batch_size]
             if not isinstance(batch, np.ndarray):
                 arrays = [_to_array(image) for image in batch]
@@ -161,18 +161,13 @@ def load_model(run: str | os.PathLike, checkpoint: str = "last") -> Embedder:
 
     Raises:
         NotFoundError: `run` is not a run directory, or holds no complete checkpoint.
+        UserError: the run or its checkpoint is damaged, or of another version.
     """
-    run = pathlib.Path(run)
-    config_path = run / "config.json"
-    if not config_path.exists():
-        raise NotFoundError(
-            f"{run} is not a run: it has no config.json; give the --workdir of a training run"
-        )
-    config = ConfigDict(json.loads(config_path.read_text()))
-    num_classes = json.loads((run / "run.json").read_text())["dataset"]["num_classes"]
-    variables, step = load_variables(run / "checkpoints", checkpoint)
+    opened = Run.open(run)
+    config = ConfigDict(opened.config)
+    variables, step = load_variables(opened.checkpoints, checkpoint)
     return Embedder(
-        make_network(config, num_classes),
+        make_network(config, opened.num_classes),
         variables,
         height=config.input.height,
         width=config.input.width,

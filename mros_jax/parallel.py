@@ -5,6 +5,7 @@ device of every process. The state has no device axis: it goes in and comes out 
 device, so a checkpoint does not know how many devices made it.
 """
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mros_jax.errors import UserError
 from mros_jax.files import cache_directory
+
+log = logging.getLogger(__name__)
 
 AXIS = "device"
 
@@ -24,8 +28,10 @@ def initialize(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    *,
+    timeout: int = 300,
 ) -> None:
-    """Joins the processes of a run where the arguments or the environment ask for it.
+    """Join the processes of a run where the arguments or the environment ask for it.
 
     Explicit arguments win. Without them, a job of several SLURM tasks (`srun`) and a TPU pod are
     recognised and left to `jax.distributed` to detect. Otherwise nothing happens.
@@ -34,23 +40,70 @@ def initialize(
         coordinator_address: `host:port` of process 0.
         num_processes: number of processes of the run.
         process_id: this process, from 0.
+        timeout: seconds to wait for the others.
 
     Raises:
-        ValueError: some but not all of the three were given.
+        UserError: some but not all of the three were given, one that cannot be, or the others did
+            not come in time.
     """
-    given = (coordinator_address, num_processes, process_id)
-    if any(value is not None for value in given):
-        if any(value is None for value in given):
-            raise ValueError(
-                "coordinator_address, num_processes and process_id go together; "
-                f"got {coordinator_address!r}, {num_processes!r}, {process_id!r}"
+    given = {
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    way_out = ""
+    if len(missing) < len(given):
+        if missing:
+            raise UserError(
+                "--coordinator_address, --num_processes and --process_id go together; "
+                f"--{' and --'.join(missing)} not given"
             )
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+        _check_address(coordinator_address, num_processes, process_id)
+        if num_processes == 1:
+            return
+        waiting_for = f"{num_processes} processes at {coordinator_address}"
+    elif (tasks := int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)) > 1:
+        waiting_for = f"the {tasks} tasks of this SLURM job step"
+        way_out = (
+            "; in a shell inside a job, start the command with srun, or alone with "
+            "SLURM_STEP_NUM_TASKS=1 before it"
+        )
+    elif (hosts := len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(","))) > 1:
+        waiting_for = f"the {hosts} hosts of this TPU pod"
+    else:
         return
-    slurm_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    if slurm_tasks > 1 or len(tpu_hosts) > 1:
-        jax.distributed.initialize()
+    log.info("Waiting for %s, at most %d seconds%s", waiting_for, timeout, way_out)
+    try:
+        jax.distributed.initialize(
+            coordinator_address, num_processes, process_id, initialization_timeout=timeout
+        )
+    except Exception as error:  # jax and its runtime raise many types
+        raise UserError(
+            f"waited for {waiting_for}, in vain ({str(error).splitlines()[0][:200]}){way_out}"
+        ) from error
+
+
+def _check_address(address: Any, num_processes: Any, process_id: Any) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise UserError(
+            f"--coordinator_address is {address!r}; expected HOST:PORT of process 0, as in "
+            "10.0.0.1:1234"
+        )
+    if num_processes < 1 or not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id is {process_id} of --num_processes {num_processes}; processes count "
+            "from 0 to one below their number"
+        )
+
+
+def describe_devices() -> str:
+    """What computes: "2 x cpu", or "8 x NVIDIA H100 in 2 processes"."""
+    count, device = jax.device_count(), jax.devices()[0]
+    processes = jax.process_count()
+    text = f"{count} x {device.device_kind}"
+    return text if processes == 1 else f"{text} in {processes} processes"
 
 
 def is_main_process() -> bool:
@@ -129,6 +182,22 @@ def split(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
         return jax.device_put(parts, sharding)
 
     return jax.tree.map(put, tree)
+
+
+def run_on_main(action: Callable[[], None]) -> None:
+    """Have process 0 do something; the others wait, and fail with it.
+
+    Raises:
+        UserError: in the other processes, where process 0 has failed.
+    """
+    failure: Exception | None = None
+    if is_main_process():
+        try:
+            action()
+        except Exception as error:
+            failure = error
+    if agree(failure is not None):
+        raise failure or UserError("process 0 has ended with an error; its messages say which")
 
 
 def agree(flag: bool) -> bool:

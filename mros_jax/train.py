@@ -1,45 +1,36 @@
-"""Trains a model from a config: `python -m mros_jax.train --config configs/mros.py`.
+"""Train a model from a config: `python -m mros_jax.train --config configs/mros.py`.
 
 The run resumes exactly: started again with the same config and workdir it goes on from the last
 checkpoint, and ends in the same parameters and logs as if it had never been interrupted.
 """
 
+import argparse
 import contextlib
-import json
 import logging
 import os
-import pathlib
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
-from tqdm import tqdm
+from ml_collections import ConfigDict
 
 from mros_jax import config as configs
 from mros_jax import console, parallel, report
-from mros_jax.data.datasets import sources
-from mros_jax.files import write_json
-from mros_jax.runs import provenance
+from mros_jax.errors import NotFoundError
+from mros_jax.runs import features, provenance
 from mros_jax.runs.logs import Writer
+from mros_jax.runs.run import Run
 from mros_jax.training import checkpoints, feed, recipe, validation
-from mros_jax.training.loop import Logger, Stop, claim_workdir
+from mros_jax.training.loop import Logger, Stop
 
 log = logging.getLogger("mros_jax.train")  # also where this file is __main__
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run. Default: runs/NAME-DATASET-seedSEED."
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator_address", None, "host:port of process 0, for a run of several processes."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process, from 0.")
 
+def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Train, evaluate and report; resume where a former call was stopped.
 
-def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """Trains, evaluates and reports; resumes where a former call was stopped.
+    Everything is checked before anything is written.
 
     Args:
         config: of `configs/mros.py`'s shape.
@@ -50,119 +41,200 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
         state saved, and in processes other than the first.
 
     Raises:
-        ValueError: a config that fits neither itself, the data nor the devices; a workdir of
-            another config.
-        FloatingPointError: the loss became NaN or infinite.
+        UserError: a config that fits neither itself, the data nor the devices; a workdir of another
+            config, of other data or in use.
+        DivergedError: the loss became NaN or infinite.
     """
-    workdir = pathlib.Path(workdir).absolute()
-    is_main = parallel.is_main_process()
+    run = Run(os.path.abspath(workdir))
+    log.info("Devices: %s", parallel.describe_devices())
+    parallel.run_on_main(lambda: run.check_free(config))
     recipe.check_config(config)
     dataset = configs.load_dataset(config)
     recipe.check_fit(config, dataset)
     batches = feed.Feed(config, dataset)
-    sizes = batches.sizes
-    parts = recipe.build(config, dataset.num_classes, sizes.steps_per_epoch)
-    if is_main:
-        claim_workdir(workdir, config)
-        write_json(workdir / "run.json", describe_run(dataset, workdir / "run.json"))
-    state, mapped_step = parts.state, parallel.MappedStep(parts.step)
-    saved = checkpoints.Checkpoints(workdir / "checkpoints")
-    best_mAP, last_saved = -1.0, None
-    if (restored := saved.restore(state)) is not None:
-        state, extra = restored
-        best_mAP, last_saved = extra.get("best_mAP", best_mAP), int(state.step)
-        log.info("Going on after step %d of %d", last_saved, sizes.total_steps)
-    step = int(state.step)
-    state = parallel.replicate(state)
+    parts = recipe.build(config, dataset.num_classes, batches.sizes.steps_per_epoch)
     evaluator = validation.Evaluator(config, dataset, parts.network)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(Stop())
-        stack.callback(saved.close)
-        writer = Writer(workdir, start_step=step) if is_main else None
-        if writer:
-            stack.callback(writer.close)
-        bar = tqdm(total=sizes.total_steps, initial=step, desc="training", disable=not is_main)
-        logger = Logger(writer, stack.enter_context(bar), sizes)
-        while step < sizes.total_steps:
-            epoch, first = divmod(step, sizes.steps_per_epoch)
-            for batch in batches.epoch(epoch, first):
-                with jax.transfer_guard_device_to_host("disallow"):
-                    state, metrics = mapped_step(state, batches.data, batch)
-                step += 1
-                logger.add(step, metrics)
-                at_log_point = step % config.log_every_steps == 0
-                if at_log_point:
-                    logger.flush(last_saved)
-                if stop.poll(at_log_point):
-                    break
-            logger.flush(last_saved)
 
-            # Evaluate, then save: a checkpoint is a completed step with all its logs on disk.
-            epochs_done, rest = divmod(step, sizes.steps_per_epoch)
-            finished = step == sizes.total_steps
-            evaluating = finished or (rest == 0 and epochs_done % config.eval.every_epochs == 0)
-            names = ["last"]
-            if evaluating:
-                scores = evaluator.run(state, epochs_done, workdir if finished else None)
-                if scores["mAP"] > best_mAP:
-                    best_mAP = scores["mAP"]
-                    names = ["best", "last"]
-                if writer:
-                    writer.metrics("eval", {"step": step, "epoch": epoch, **scores})
-                    writer.flush()
-            if (
-                evaluating
-                or stop.agreed
-                or (rest == 0 and epochs_done % config.checkpoint_every_epochs == 0)
-            ):
-                for name in names:
-                    saved.save(state, {"best_mAP": best_mAP}, name)
-                last_saved = step
-            if stop.agreed and not finished:
-                log.info("Stopped after step %d; the same command goes on from there", step)
-                return None
-            logger.restart_clock()
-    if not is_main:
+        def claim() -> None:
+            record = provenance.describe_run(dataset, features.fingerprint(dataset))
+            stack.enter_context(run.claim(config, record))
+
+        parallel.run_on_main(claim)
+        saved = checkpoints.Checkpoints(run.checkpoints)
+        stack.callback(saved.close)
+        loop = Loop(config, run, batches, evaluator, saved, parts)
+        finished = loop.run()
+    if not finished or not parallel.is_main_process():
         return None
     if config.report:
-        log.info("Report: %s", report.write_report(workdir))
-    return json.loads((workdir / "results.json").read_text())
+        log.info("Report: %s", report.write_report(run.path))
+    return Run(run.path).results
 
 
-def describe_run(dataset: sources.Dataset, former: pathlib.Path | None = None) -> dict[str, Any]:
-    """What `run.json` says: provenance, sizes of the data set, and how it was started before."""
-    earlier = []
-    if former is not None and former.exists():
-        before = json.loads(former.read_text())
-        start = {key: before[key] for key in ("command", "commit", "started")}
-        earlier = [*before["earlier_starts"], start]
-    return {
-        **provenance.describe(),
-        "dataset": {
-            "name": dataset.name,
-            "num_classes": dataset.num_classes,
-            **{f"num_{split.name}": len(split) for split in dataset.splits},
-        },
-        "earlier_starts": earlier,
-    }
+class Loop:
+    """The steps of a run, from its last checkpoint to its end.
+
+    A checkpoint is a completed step with the metrics of all steps up to it on disk. It is saved
+    before it is evaluated, so that an evaluation that fails loses nothing; a resumed run that finds
+    a state saved and not evaluated begins with its evaluation.
+
+    Args:
+        config: of the run.
+        run: its directory.
+        batches: what the steps are fed.
+        evaluator: scores states.
+        saved: the run's checkpoints.
+        parts: the state before the first step, and the step.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        run: Run,
+        batches: feed.Feed,
+        evaluator: validation.Evaluator,
+        saved: checkpoints.Checkpoints,
+        parts: recipe.Recipe,
+    ):
+        self._config, self._run = config, run
+        self._batches, self._sizes = batches, batches.sizes
+        self._evaluator, self._saved = evaluator, saved
+        self._mapped_step = parallel.MappedStep(parts.step)
+        restored = saved.restore(parts.state)
+        self._last_saved = None if restored is None else int(restored.step)
+        state = parts.state if restored is None else restored
+        self._step = int(state.step)
+        self._state = parallel.replicate(state)
+        self._best_mAP = -1.0
+        if self._last_saved is not None:
+            log.info("Going on after step %d of %d", self._step, self._sizes.total_steps)
+
+    def run(self) -> bool:
+        """Take all steps that are left; returns whether the run came to its end."""
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(Stop())
+            evaluated = self._recall_evaluations()
+            self._writer = None
+            if parallel.is_main_process():
+                self._writer = Writer(self._run, self._step, keep_evaluation=evaluated)
+                stack.callback(self._writer.close)
+            bar = console.progress(
+                total=self._sizes.total_steps,
+                initial=self._step,
+                desc="training",
+                disable=not parallel.is_main_process(),
+            )
+            logger = Logger(self._writer, stack.enter_context(bar), self._sizes)
+            if self._last_saved is not None and self._is_due() and not evaluated:
+                self._evaluate()
+            while self._step < self._sizes.total_steps:
+                self._train_epoch(logger, stop)
+                epochs_done, rest = divmod(self._step, self._sizes.steps_per_epoch)
+                due = rest == 0 and epochs_done % self._config.checkpoint_every_epochs == 0
+                if due or stop.agreed or self._is_due():
+                    self._saved.save(self._state)
+                    self._last_saved = self._step
+                if self._is_due() and not stop.agreed:
+                    self._evaluate()
+                if stop.agreed:
+                    log.info(
+                        "Stopped after step %d; the same command goes on from there", self._step
+                    )
+                    return False
+                logger.restart_clock()
+        return True
+
+    def _train_epoch(self, logger: Logger, stop: Stop) -> None:
+        """Steps up to the end of the epoch, or to where the run is stopped."""
+        epoch, first = divmod(self._step, self._sizes.steps_per_epoch)
+        for batch in self._batches.epoch(epoch, first):
+            with jax.transfer_guard_device_to_host("disallow"):
+                self._state, metrics = self._mapped_step(self._state, self._batches.data, batch)
+            self._step += 1
+            logger.add(self._step, metrics)
+            at_log_point = self._step % self._config.log_every_steps == 0
+            if at_log_point:
+                logger.flush(self._last_saved)
+            if stop.poll(at_log_point):
+                break
+        logger.flush(self._last_saved)
+
+    def _is_due(self) -> bool:
+        """Whether the present step is one that is evaluated."""
+        epochs_done, rest = divmod(self._step, self._sizes.steps_per_epoch)
+        on_schedule = rest == 0 and epochs_done % self._config.eval.every_epochs == 0
+        return self._step == self._sizes.total_steps or (on_schedule and self._step > 0)
+
+    def _evaluate(self) -> None:
+        """Evaluate the present state, log it, and keep it if it is the best."""
+        epochs_done = self._step // self._sizes.steps_per_epoch
+        if self._step == self._sizes.total_steps:
+            scores = self._evaluator.finish(self._state, epochs_done, self._run)
+        else:
+            scores = self._evaluator.score(self._state, epochs_done)
+        if self._writer:
+            self._writer.metrics("eval", {"step": self._step, "epoch": epochs_done, **scores})
+            self._writer.flush()
+        if scores["mAP"] > self._best_mAP:
+            self._best_mAP = scores["mAP"]
+            self._saved.save(self._state, "best")
+
+    def _recall_evaluations(self) -> bool:
+        """Find the best score before this step; returns whether this step's evaluation is whole."""
+        evaluated = False
+        if parallel.is_main_process():
+            scores = {
+                r["step"]: r["mAP"] for r in self._run.eval_records if r["step"] <= self._step
+            }
+            best = max(scores, key=scores.__getitem__, default=None)
+            evaluated = self._step in scores
+            evaluated &= best != self._step or self._saved.step("best") == best
+            if self._step == self._sizes.total_steps:
+                evaluated &= self._run.results_file.is_file()
+            if not evaluated:
+                scores.pop(self._step, None)
+            self._best_mAP = max(scores.values(), default=-1.0)
+        return parallel.agree(evaluated)
 
 
-def main(argv: list[str]) -> None:
-    """Command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    console.show_messages()
-    parallel.use_compilation_cache()
-    parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    config = _CONFIG.value
+def _parse(argv: Sequence[str] | None) -> tuple[ConfigDict, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog="python -m mros_jax.train",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="--config.FIELD=VALUE sets a field of the config, as in --config.optimizer.lr=3e-4",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="config file (required)")
+    parser.add_argument(
+        "--workdir", help="directory of the run (default: runs/NAME-DATASET-seedSEED)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="only go on with a run that the workdir holds"
+    )
+    several = parser.add_argument_group("a run of several processes")
+    several.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    several.add_argument("--num_processes", type=int, help="processes of the run")
+    several.add_argument("--process_id", type=int, help="this process, from 0")
+    config, rest = configs.parse_config(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(rest)
+    if config is None:
+        parser.error("give --config FILE, such as configs/mros.py or configs/demo.py")
+    return config, args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    config, args = _parse(argv)
     default = f"runs/{config.name}-{config.dataset.name}-seed{config.seed}"
-    try:
-        train(config, _WORKDIR.value or default)
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        log.debug("Traceback", exc_info=error)
-        raise SystemExit(f"error: {error}") from error
+    workdir = args.workdir or default
+    if args.resume and not Run(workdir).exists():
+        raise NotFoundError(f"--resume: {workdir} holds no run; without --resume one is started")
+    parallel.use_compilation_cache()
+    parallel.initialize(args.coordinator_address, args.num_processes, args.process_id)
+    train(config, workdir)
+    return 0
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    sys.exit(console.run(main))

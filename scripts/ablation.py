@@ -17,13 +17,14 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 
-from mros_jax import compare, console
+from mros_jax import console
 from mros_jax.config import parse_config, read_variants
 from mros_jax.errors import UserError
-from mros_jax.files import read_json, write_atomically
+from mros_jax.files import write_atomically
+from mros_jax.runs.paper import load_tables
+from mros_jax.runs.run import Run
 from scripts import common
 
 METRICS = {"mAP": "mAP", "Rank-1": "rank1"}  # as shown: in the paper's tables
@@ -53,7 +54,7 @@ def read_scores(workdirs: Mapping[str, Iterable[pathlib.Path]]) -> Scores:
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}
     for system, runs in workdirs.items():
         for run in runs:
-            for result in read_json(run / "results.json")["results"]:
+            for result in Run(run).rankings:
                 of_ranking = scores.setdefault(system, {}).setdefault(result["name"], {})
                 for metric, value in zip(METRICS, (result["mAP"], result["cmc"][0]), strict=True):
                     of_ranking.setdefault(metric, []).append(100 * value)
@@ -62,7 +63,7 @@ def read_scores(workdirs: Mapping[str, Iterable[pathlib.Path]]) -> Scores:
 
 def read_paper() -> Paper:
     """The paper's scores of each system, without re-ranking."""
-    tables = tomllib.loads(compare.PAPER.read_text())["table"]
+    tables = load_tables()["table"]
     return {
         row["system"]: {metric: row[key] for metric, key in METRICS.items() if key in row}
         for table in tables

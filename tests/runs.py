@@ -3,64 +3,68 @@
 import json
 import pathlib
 
-import numpy as np
-
-from mros_jax import evaluate, inference, train
+from mros_jax import config as configs
+from mros_jax import inference
 from mros_jax.files import write_json
-from mros_jax.retrieval import descriptors, rerank
+from mros_jax.retrieval import descriptors
+from mros_jax.runs import provenance
+from mros_jax.runs.features import extract_features, fingerprint
+from mros_jax.runs.results import evaluate_features
+from mros_jax.runs.run import FORMAT, Run
 from mros_jax.training import recipe
 from mros_jax.training.checkpoints import Checkpoints
-from mros_jax.training.optimizers import make_optimizer
-from mros_jax.training.state import make_state
 from tests.training import make_config
 
 
 def make_run(path: pathlib.Path, cache_dir: pathlib.Path, **overrides) -> pathlib.Path:
     """Writes all files of a run whose three epochs of training are invented."""
     config = make_config(cache_dir, report=True, **overrides)
-    dataset = recipe.load_dataset(config)
-    model = recipe.make_model(config.model, dataset.num_classes)
-    variables = recipe.init_variables(model, config)
-    optimizer = make_optimizer(lambda step: 1e-3)
+    dataset = configs.load_dataset(config)
+    parts = recipe.build(config, dataset.num_classes, steps_per_epoch=10)
     path.mkdir(parents=True)
-    write_json(path / "config.json", config.to_dict())
-    write_json(path / "run.json", train.describe_run(dataset))
-    saved = Checkpoints(path / "checkpoints")
-    saved.save(make_state(variables, optimizer, np.zeros((1, 1, 1), np.float32)), {}, "last")
+    run = Run(path)
+    record = {"format": FORMAT, **provenance.describe_run(dataset, fingerprint(dataset))}
+    write_json(run.record_file, record)
+    write_json(run.config_file, config.to_dict())
+    saved = Checkpoints(run.checkpoints)
+    saved.save(parts.state)
     saved.close()
 
     embedder = inference.load_model(path)
-    features = evaluate.extract_features(
+    features = extract_features(
         embedder.embed,
-        recipe.load_images(config, dataset.query, progress=False),
-        recipe.load_images(config, dataset.gallery, progress=False),
+        configs.load_images(config, dataset.query, progress=False),
+        configs.load_images(config, dataset.gallery, progress=False),
+        checkpoint_id=embedder.checkpoint_id,
+        flip_test=False,
     )
     descriptors.save_features(path / "features.npz", features)
-    options = {"dataset": dataset.name, "setting": config.model.setting, "seed": config.seed}
-    results = evaluate.evaluate_features(
+    results = evaluate_features(
         features,
-        reranks=rerank.parse(config.eval.rerank, config.eval.rerank_options.to_dict()),
-        **options,
+        reranks=configs.make_reranks(config),
+        dataset=dataset.name,
+        system=config.name,
+        seed=config.seed,
     )
-    write_json(path / "results.json", results)
+    write_json(run.results_file, results)
     records = [
         {
             "kind": "train",
             "step": step,
-            "epoch": (step - 1) // 10,
+            "epoch": step // 10,
             "loss": 5 / step,
-            "cross_entropy": 3 / step,
-            "triplet": 0.0 if step == 7 else 1 / step,
-            "center": 100 / step,
-            "lr": 1e-3,
+            "loss/cross_entropy": 3 / step,
+            "loss/triplet": 0.0 if step == 7 else 1 / step,
+            "loss/center": 100 / step,
+            "lr/network": 1e-3,
             "grad_norm": 1.0,
         }
         for step in range(1, 31)
     ]
     scores = {"mAP": 0.2, "mINP": 0.1, "rank1": 0.2, "rank5": 0.5, "rank10": 0.8}
-    records.append({"kind": "eval", "step": 30, "epoch": 2, **scores})
+    records.append({"kind": "eval", "step": 30, "epoch": 3, **scores})
     lines = "".join(json.dumps(record) + "\n" for record in records)
-    (path / "metrics.jsonl").write_text(lines)
+    run.metrics_file.write_text(lines)
     timing = {"step": 30, "seconds": 2.0, "images_per_second": 120.0}
-    (path / "timing.jsonl").write_text(json.dumps(timing) + "\n")
+    run.timing_file.write_text(json.dumps(timing) + "\n")
     return path

@@ -3,13 +3,14 @@
 import csv
 import io
 import json
-import tomllib
 
 import numpy as np
 import pytest
 
-from mros_jax import compare
+from mros_jax import compare, console
 from mros_jax.retrieval import evaluate_distances
+from mros_jax.runs import paper
+from tests.training import ROOT
 
 MARKET = {
     "dataset": "market1501",
@@ -33,25 +34,27 @@ def make_entry(mAP=0.84, rerank=None, **protocol):
         "name": rerank or "plain",
         "rerank": rerank,
         "mAP": mAP,
-        "cmc": [mAP + 0.1, *([0.96] * 8), 0.98, *([0.99] * 40)],
+        "mINP": mAP / 2,
+        "cmc": [min(mAP + 0.1, 0.955), *([0.96] * 8), 0.98, *([0.99] * 40)],
         "protocol": MARKET | changes,
     }
 
 
-def write_run(path, entries, setting="IV", seed=0, config=None):
+def write_run(path, entries, system="mros-IV", seed=0, config=None):
     path.mkdir()
-    run = {"setting": setting, "seed": seed, "step": 1, "epoch": 1, "commit": "abc"}
+    run = {"system": system, "seed": seed, "step": 1, "epoch": 1, "commit": "abc"}
     for entry in entries:
         entry["protocol"]["seed"] = seed
     results = {"format": 1, "run": run, "dataset": {"name": "market1501"}, "results": entries}
     (path / "results.json").write_text(json.dumps(results))
     if config is not None:
-        (path / "config.json").write_text(json.dumps(config))
+        whole = {"name": system, "seed": seed, "dataset": {}, "input": {}} | config
+        (path / "config.json").write_text(json.dumps(whole))
     return str(path)
 
 
 def call(*argv, capsys):
-    status = compare.main([*argv])
+    status = console.run(compare.main, argv)
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -61,10 +64,10 @@ def read_csv(text):
 
 
 def test_the_papers_tables_are_whole():
-    paper = tomllib.loads(compare.PAPER.read_text())
-    sizes = {table["number"]: len(table["row"]) for table in paper["table"]}
+    tables = paper.load_tables()["table"]
+    sizes = {table["number"]: len(table["row"]) for table in tables}
     assert sizes == {1: 4, 2: 10, 3: 8}
-    rows = {(t["number"], r["name"]): r for t in paper["table"] for r in t["row"]}
+    rows = {(t["number"], r["name"]): r for t in tables for r in t["row"]}
     assert rows[2, "Proposed MROS"]["rank10"] == 98.7
     assert rows[3, "Proposed MROS"]["mAP"] == 93.5
     assert rows[1, "IV: complete MROS"]["rank1"] == 94.4
@@ -89,7 +92,7 @@ def test_a_run_stands_beside_its_row(tmp_path, capsys):
 
 
 def test_settings_find_their_own_row(tmp_path, capsys):
-    run = write_run(tmp_path / "a", [make_entry(0.84)], setting="III")
+    run = write_run(tmp_path / "a", [make_entry(0.84)], system="mros-III")
     rows = read_csv(call(run, "--format=csv", capsys=capsys)[1])
     at = next(i for i, row in enumerate(rows) if row["source"] == run)
     assert rows[at - 1]["name"].startswith("III:")
@@ -111,15 +114,19 @@ def test_seeds_are_averaged(tmp_path, capsys):
     assert float(ours[0]["mAP_std"]) == pytest.approx(np.std([82, 84, 86], ddof=1))
 
 
-@pytest.mark.parametrize("difference", ["protocol", "config", "setting"])
+@pytest.mark.parametrize("difference", ["protocol", "config", "system"])
 def test_what_differs_is_not_averaged(tmp_path, capsys, difference):
     runs = [
         write_run(
             tmp_path / str(i),
             [make_entry(0.8, ap=["standard", "trapezoid"][i * (difference == "protocol")])],
-            setting=["IV", "III"][i * (difference == "setting")],
+            system=["mros-IV", "mros-III"][i * (difference == "system")],
             seed=i,
-            config={"seed": i, "num_epochs": 120 - i * (difference == "config")},
+            config={
+                "seed": i,
+                "num_epochs": 120 - i * (difference == "config"),
+                "name": "mros-IV",
+            },
         )
         for i in range(2)
     ]
@@ -148,11 +155,11 @@ def test_another_protocol_is_flagged(tmp_path, capsys, changes, flag):
 def test_other_reranking_and_other_network_are_flagged(tmp_path, capsys):
     entries = [make_entry(0.8, "k_reciprocal"), make_entry(0.8, "ecn")]
     entries[1]["protocol"]["rerank_options"] = ECN | {"k": 10}
-    config = {"model": {"backbone": "tiny", "num_stripes": 6}}
+    config = {"name": "mros-IV", "network": {"trunk": "tiny", "num_stripes": 6}}
     text = call(write_run(tmp_path / "a", entries, config=config), capsys=capsys)[1]
     assert "rerank: k_reciprocal, not ecn" in text
     assert "k: 10, not 25" in text
-    assert "backbone: tiny, not resnet50" in text
+    assert "network.trunk: tiny, not resnet50" in text
 
 
 def test_markdown_is_a_table(tmp_path, capsys):
@@ -184,7 +191,7 @@ def test_paired_test_between_two_runs(tmp_path, capsys):
 
 
 def test_features_files_are_compared(capsys):
-    golden = str(compare.PAPER.parents[1] / "tests" / "data" / "retrieval_a.npz")
+    golden = str(ROOT / "tests" / "data" / "retrieval_a.npz")
     status, out, _ = call(golden, golden, "--paired", "--format=csv", capsys=capsys)
     assert status == 0
     assert float(read_csv(out)[0]["p_value"]) == 1
@@ -203,7 +210,7 @@ def test_clear_errors(tmp_path, capsys):
         ("other.json",): "is no results.json",
         ("new.json",): "has format 99; this version reads 1",
         ("good", "--paired"): "needs two results, got 1",
-        ("good", "--paper=nowhere.toml"): "--paper names the file",
+        ("good", "--paper=nowhere.toml"): "--paper names a file like",
     }
     for (name, *flags), message in cases.items():
         status, _, err = call(str(tmp_path / name), *flags, capsys=capsys)

@@ -58,7 +58,7 @@ def test_a_full_disk_is_told_by_whatever_it_ends_in(capsys):
         raising(RuntimeError("a"), full),
         chained(full, AttributeError("closed")),
         raising(
-            ValueError('RESOURCE_EXHAUSTED: Error writing "/run/x": [OS error 28: ENOSPC No space]')
+            ValueError("RESOURCE_EXHAUSTED: Error writing \"/run/x\": No [os_error_code='28']")
         ),
     ):
         assert console.run(main) == 2

@@ -1,5 +1,8 @@
 """The evaluation command: files in, numbers out; descriptors of a run kept and reused."""
 
+import csv
+import dataclasses
+import errno
 import io
 import json
 import pathlib
@@ -8,14 +11,15 @@ import types
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
-from PIL import Image
 
-from mros_jax import evaluate, inference
+from mros_jax import compare, console, evaluate
+from mros_jax import config as configs
 from mros_jax.data.datasets.splits import Dataset, Split
-from mros_jax.data.images import EncodedImages
+from mros_jax.files import write_json
 from mros_jax.retrieval import descriptors
-from mros_jax.training import recipe
+from mros_jax.runs import provenance
+from mros_jax.runs.features import fingerprint
+from mros_jax.runs.run import FORMAT
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "retrieval_a.npz"
 
@@ -60,53 +64,55 @@ def dataset():
 class FakeModel:
     """Stands for a trained network; counts what it is asked."""
 
-    def __init__(self, checkpoint_id="step-1"):
+    def __init__(self, checkpoint_id="last-20-abc"):
         self.checkpoint_id = checkpoint_id
         self.calls = []
-        self.config = ConfigDict(
-            {
-                "seed": 3,
-                "dataset": {
-                    "name": "tiny",
-                    "root": None,
-                    "cache_dir": None,
-                    "on_bad_image": "error",
-                },
-                "input": {"height": 8, "width": 4},
-                "model": {"setting": "IV"},
-            }
-        )
 
     def embed(self, images, *, batch_size, flip_test, progress):
         self.calls.append((len(images), batch_size, flip_test))
         return images.reshape(len(images), -1).astype(np.float32) + 10 * flip_test + 1
 
 
+CONFIG = {
+    "seed": 3,
+    "dataset": {"name": "tiny", "root": None, "cache_dir": None, "on_bad_image": "error"},
+    "input": {"height": 8, "width": 4},
+    "name": "mros-IV",
+}
+
+
 @pytest.fixture
 def run(tmp_path, dataset, monkeypatch):
     """A run directory, with the model that it holds."""
-    state = types.SimpleNamespace(model=FakeModel(), path=tmp_path)
-    monkeypatch.setattr(inference, "load_model", lambda run, checkpoint: state.model)
-    monkeypatch.setattr(recipe, "load_dataset", lambda config: dataset)
+    state = types.SimpleNamespace(model=FakeModel(), path=tmp_path / "run", dataset=dataset)
+    state.path.mkdir()
+    record = {"format": FORMAT, **provenance.describe_run(dataset, fingerprint(dataset))}
+    write_json(state.path / "run.json", record)
+    write_json(state.path / "config.json", CONFIG)
+    steps = [{"kind": "train", "step": s, "epoch": s // 10} for s in range(1, 21)]
+    (state.path / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    monkeypatch.setattr(evaluate, "load_model", lambda run, checkpoint: state.model)
+    monkeypatch.setattr(configs, "load_dataset", lambda config: state.dataset)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return state
 
 
 def call(*argv, capsys):
-    status = evaluate.main([*argv, "--no_progress"])
+    status = console.run(evaluate.main, [*argv, "--no_progress"])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
 
 def test_checkpoint_is_evaluated_and_its_descriptors_kept(run, capsys):
-    argv = ("--checkpoint", str(run.path), "--rerank=ecn", "--json", "--batch_size=16")
+    argv = ("--run", str(run.path), "--rerank=ecn", "--json", "--batch_size=16")
     options = '--rerank_options={"ecn": {"k": 10, "t": 2, "q": 4}}'
     status, out, _ = call(*argv, options, capsys=capsys)
     assert status == 0
     results = json.loads(out)
     assert run.model.calls == [(12, 16, False), (40, 16, False)]
     assert results["format"] == 1
-    assert results["run"]["setting"] == "IV"
+    assert results["run"]["system"] == "mros-IV"
+    assert (results["run"]["step"], results["run"]["epoch"]) == (20, 2)
     assert results["run"]["seed"] == 3
     assert results["dataset"]["name"] == "tiny"
     assert results["dataset"]["num_gallery"] == 40
@@ -122,29 +128,149 @@ def test_checkpoint_is_evaluated_and_its_descriptors_kept(run, capsys):
         assert len(entry["ap"]) == len(entry["first_match_rank"]) == len(entry["valid_queries"])
 
     saved = descriptors.load_features(run.path / "features.npz")
-    assert str(saved["checkpoint_id"]) == "step-1"
+    assert str(saved["checkpoint_id"]) == "last-20-abc"
     assert saved["query_names"][0] == "query_000.jpg"
     again = call(*argv, options, capsys=capsys)[1]
     assert run.model.calls == [(12, 16, False), (40, 16, False)]
     assert json.loads(again)["results"] == results["results"]
 
 
-def test_descriptors_are_computed_again_when_something_changed(run, capsys, dataset):
-    argv = ("--checkpoint", str(run.path))
+def test_descriptors_of_other_weights_are_computed_again(run, capsys):
+    argv = ("--run", str(run.path))
     call(*argv, capsys=capsys)
     run.model.calls.clear()
-    run.model.checkpoint_id = "step-2"
+    run.model.checkpoint_id = "last-20-def"
+    _, _, err = call(*argv, capsys=capsys)
+    assert len(run.model.calls) == 2
+    assert "they are of checkpoint last-20-abc, not last-20-def" in err
     call(*argv, capsys=capsys)
     assert len(run.model.calls) == 2
-    dataset.gallery.camids[0] += 1
-    call(*argv, capsys=capsys)
-    assert len(run.model.calls) == 4
-    call(*argv, capsys=capsys)
-    assert len(run.model.calls) == 4
+
+
+@pytest.mark.parametrize("what", ["pixels", "labels", "names", "fewer"])
+def test_data_are_known_by_content(run, capsys, dataset, what):
+    """Other pixels under the same names have scores of their own, and spoil nobody else's."""
+    argv = ("--run", str(run.path), "--json")
+    first = json.loads(call(*argv, capsys=capsys)[1])
+    gallery = dataset.gallery
+    others = {
+        "pixels": dataclasses.replace(gallery, pixels=lambda: make_pixels(np.arange(40) % 3)),
+        "labels": dataclasses.replace(gallery, camids=gallery.camids[::-1].copy()),
+        "names": dataclasses.replace(gallery, names=np.char.add("x", gallery.names)),
+        "fewer": gallery.select(np.arange(30)),
+    }
+    run.dataset = dataclasses.replace(dataset, gallery=others[what])
+    run.model.calls.clear()
+    second = json.loads(call(*argv, capsys=capsys)[1])
+    assert len(run.model.calls) == 2
+    if what == "pixels":
+        assert second["results"][0]["mAP"] != first["results"][0]["mAP"]
+    names = sorted(path.name for path in run.path.glob("*.npz"))
+    assert len(names) == 2
+    assert "features.npz" in names
+    run.dataset = dataset
+    assert json.loads(call(*argv, capsys=capsys)[1])["results"] == first["results"]
+    assert len(run.model.calls) == 2
+
+
+def test_the_best_checkpoint_keeps_its_own_descriptors(run, capsys):
+    call("--run", str(run.path), capsys=capsys)
+    before = (run.path / "features.npz").read_bytes()
+    run.model.checkpoint_id = "best-10-abc"
+    call("--run", str(run.path), "--checkpoint=best", capsys=capsys)
+    assert (run.path / "features.npz").read_bytes() == before
+    assert (run.path / "features-best.npz").exists()
+
+
+@pytest.mark.parametrize("k", [1, 7])
+def test_a_rank_beyond_what_was_computed_is_absent(tmp_path, capsys, k):
+    out = tmp_path / "results.json"
+    argv = ("--features", str(GOLDEN), f"--max_rank={k}", "--out", str(out))
+    line = call(*argv, capsys=capsys)[1].splitlines()[-1].split()
+    assert line[3:].count("-") == sum(rank > k for rank in (1, 5, 10))
+    assert console.run(compare.main, [str(out), "--format=csv"]) == 0
+    printed = capsys.readouterr().out
+    ours = [row for row in csv.DictReader(io.StringIO(printed)) if row["source"] == str(out)]
+    assert ours
+    for row in ours:
+        assert [bool(row[f"rank{rank}"]) for rank in (1, 5, 10)] == [r <= k for r in (1, 5, 10)]
+
+
+def test_results_are_not_lost_where_they_cannot_be_kept(run, capsys, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(errno.EACCES, "no", "somewhere")
+
+    monkeypatch.setattr(files, "save_features", refuse)
+    status, out, err = call("--run", str(run.path), capsys=capsys)
+    assert status == 0
+    assert "mAP" in out
+    assert "Descriptors are not kept: somewhere: Permission denied" in err
+    monkeypatch.setattr(evaluate, "write_json", refuse)
+    status, out, err = call(
+        "--run", str(run.path), "--out", str(run.path / "x.json"), capsys=capsys
+    )
+    assert status == 2
+    assert "mAP" in out
+    assert err.splitlines()[-1] == "error: somewhere: Permission denied"
+
+
+def test_outputs_are_checked_before_the_work(run, capsys):
+    for name, message in (
+        ("nodir/x.json", "is no directory; make it first"),
+        ("", "is a directory"),
+        ("run.json/x.json", "is no directory"),
+    ):
+        argv = ("--run", str(run.path), "--out", f"{run.path}/{name}")
+        status, _, err = call(*argv, capsys=capsys)
+        assert status == 2
+        assert message in err
+    assert run.model.calls == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ('{"ecm": {"k": 5}}', "unknown method 'ecm'; expected some of ecn"),
+        ('{"k": 5}', "unknown method 'k'"),
+        ('{"ecn": {"foo": 1}}', "ecn has no option 'foo'; expected some of k, t, q"),
+        ('{"ecn": 5}', "ecn is 5; expected"),
+        ("[1]", "--rerank_options is [1]; expected"),
+        ("5", "--rerank_options is 5; expected"),
+    ],
+)
+def test_options_of_reranking_are_checked(run, capsys, options, message):
+    status, _, err = call(
+        "--run", str(run.path), "--rerank=ecn", f"--rerank_options={options}", capsys=capsys
+    )
+    assert status == 2
+    assert message in err
+    status, _, err = call("--run", str(run.path), "--rerank=magic", capsys=capsys)
+    assert "unknown method 'magic'" in err
+    assert run.model.calls == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "metrics.jsonl"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}\n', "\x00\n"])
+def test_a_damaged_run_is_named(run, capsys, name, text):
+    if (name, text) in (("metrics.jsonl", ""), ("metrics.jsonl", "{")):
+        pytest.skip("a log that was never written to, or whose last line was cut short")
+    if name == "metrics.jsonl":
+        text += "\n"
+    (run.path / name).write_text(text)
+    status, _, err = call("--run", str(run.path), capsys=capsys)
+    assert status == 2
+    assert name in err.splitlines()[-1]
+
+
+def test_a_run_of_another_version_is_refused(run, capsys):
+    write_json(run.path / "run.json", {"format": 99, "commit": "abc"})
+    status, _, err = call("--run", str(run.path), capsys=capsys)
+    assert status == 2
+    assert "is a run of format 99, this version reads 1" in err
 
 
 def test_flip_test_keeps_its_own_descriptors(run, capsys):
-    argv = ("--checkpoint", str(run.path))
+    argv = ("--run", str(run.path))
     call(*argv, capsys=capsys)
     status, out, _ = call(*argv, "--flip_test", capsys=capsys)
     assert status == 0
@@ -156,7 +282,7 @@ def test_flip_test_keeps_its_own_descriptors(run, capsys):
 
 def test_torn_descriptors_of_a_run_are_computed_again(run, capsys):
     (run.path / "features.npz").write_bytes(b"PK\x03\x04torn")
-    status, out, _ = call("--checkpoint", str(run.path), capsys=capsys)
+    status, out, _ = call("--run", str(run.path), capsys=capsys)
     assert status == 0
     assert "mAP" in out
     assert len(run.model.calls) == 2
@@ -171,7 +297,7 @@ def test_a_torn_features_file_is_refused_by_name(tmp_path, capsys):
 
 
 def test_no_run_is_a_clear_error(tmp_path, capsys):
-    status, _, err = call("--checkpoint", str(tmp_path), capsys=capsys)
+    status, _, err = call("--run", str(tmp_path), capsys=capsys)
     assert status == 2
     assert "is not a run" in err
 
@@ -282,11 +408,10 @@ def test_reranking_a_tiny_gallery_names_the_numbers(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "give one of --checkpoint"),
-        (["--features", "a", "--checkpoint", "b"], "give one of --checkpoint"),
+        ([], "give one of --run"),
+        (["--features", "a", "--run", "b"], "give one of --run"),
         (["--query_features", "a"], "go together"),
-        (["--features", "a", "--flip_test"], "--flip_test needs --checkpoint"),
-        (["--features", "a", "--rerank=magic"], "expected some of ecn"),
+        (["--features", "a", "--flip_test"], "--flip_test needs --run"),
         (["--features", "a", "--rerank_options=k=3"], "is not JSON"),
         (["--features", "a", "--rerank=ecn", '--rerank_options={"ecm": {}}'], "'ecm'"),
         (["--features", "a", '--rerank_options={"ecn": {"k": 5}}'], "add it to --rerank"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mros_jax import extract
+from mros_jax import console, extract
 from mros_jax.data import decoding
 from mros_jax.inference import load_model
 from tests.runs import make_run
@@ -92,12 +92,12 @@ def test_embed_refuses_bad_input(model, images, tmp_path):
         model.embed([images[0], images[0].astype(np.float32)])
     with pytest.raises(ValueError, match=r"2 images cannot be read: .*a\.jpg.*b\.jpg"):
         model.embed([tmp_path / "a.jpg", images[0], tmp_path / "b.jpg"])
-    with pytest.raises(ValueError, match="one path"):
+    with pytest.raises(ValueError, match=r"got one: a\.jpg"):
         model.embed("a.jpg")
 
 
 def _extract(run, *args):
-    return extract.main(["--checkpoint", str(run), *map(str, args)])
+    return console.run(extract.main, ["--run", str(run), *map(str, args)])
 
 
 def test_command_writes_descriptors_and_finds_an_image_again(
@@ -115,7 +115,7 @@ def test_command_writes_descriptors_and_finds_an_image_again(
         assert picture.width > 300
 
     with np.load(out) as file:
-        assert set(file.files) == {"names", "features", "root", "checkpoint"}
+        assert set(file.files) == {"names", "features", "root", "checkpoint", "flip_test"}
         names, features = file["names"].tolist(), file["features"]
         assert str(file["checkpoint"]) == model.checkpoint_id
     assert names == extract.list_images(folder)[1]
@@ -134,7 +134,7 @@ def test_names_every_bad_image(run, folder, tmp_path, monkeypatch, capsys):
     whole = (folder / "below" / "9.JPG").read_bytes()
     (folder / "below" / "9.JPG").write_bytes(whole[: len(whole) // 2])
     out = tmp_path / "features.npz"
-    assert _extract(run, "--images", folder, "--out", out) == 1
+    assert _extract(run, "--images", folder, "--out", out) == 2
     error = capsys.readouterr().err
     assert "2 of 10 images cannot be read" in error
     assert "0.png" in error
@@ -159,8 +159,9 @@ def test_skipping_must_leave_something(model, tmp_path):
 def test_refuses_descriptors_of_another_checkpoint(run, folder, tmp_path, capsys):
     other = tmp_path / "other.npz"
     arrays = {"names": ["a"], "features": np.ones((1, 4)), "root": ".", "checkpoint": "best-1-abc"}
+    arrays["flip_test"] = False
     np.savez(other, **arrays)
-    assert _extract(run, "--features", other, "--search", folder / "0.png") == 1
+    assert _extract(run, "--features", other, "--search", folder / "0.png") == 2
     assert "cannot be compared" in capsys.readouterr().err
 
 
@@ -169,11 +170,11 @@ def test_refuses_descriptors_of_another_checkpoint(run, folder, tmp_path, capsys
     [
         ((), "nothing to do"),
         (("--search", "absent.jpg"), "absent.jpg cannot be read"),
-        (("--search", "absent.jpg", "--top", "0"), "--top is 0"),
+        (("--search", "absent.jpg", "--top", "0"), "--top: 0 is below 1"),
     ],
 )
 def test_command_refuses_early(run, folder, args, message, capsys):
-    assert _extract(run, "--images", folder, *args) == 1
+    assert _extract(run, "--images", folder, *args) == 2
     assert message in capsys.readouterr().err
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mros_jax import console
 from mros_jax.models.outputs import Part
 from mros_jax.report import __main__ as command
-from mros_jax.report import build, ranking, write_report
-from mros_jax.retrieval import compute_distances, descriptors, evaluate
-from mros_jax.runs.run import load_run
-from scripts import chromium, shoot_report
+from mros_jax.report import ranking, write_report
+from mros_jax.retrieval import compute_distances
+from mros_jax.runs.run import Run
+from scripts import shoot_report
 from tests import browser
 from tests.runs import make_run
 
@@ -64,11 +65,11 @@ def test_states_scores_protocol_and_provenance(run, report):
     assert "84.2" in text  # the paper's
     assert "93.5" in text
     assert "dataset: synthetic, not market1501" in text
-    assert "backbone: tiny, not resnet50" in text
+    assert "network.trunk: tiny, not resnet50" in text
     provenance = json.loads((run / "run.json").read_text())
     assert provenance["versions"]["jax"] in text
     assert "rerank_options.k" in text
-    assert "optimizer.weight_decay" in text
+    assert "optimizer.network.weight_decay" in text
 
 
 def test_gives_differences_where_the_protocol_is_the_papers(copy):
@@ -83,7 +84,7 @@ def test_gives_differences_where_the_protocol_is_the_papers(copy):
     results["results"][1]["cmc"][0] = 0.945
     (copy / "results.json").write_text(json.dumps(results))
     config = json.loads((copy / "config.json").read_text())
-    config["model"]["backbone"] = "resnet50"
+    config["network"]["trunk"] = "resnet50"
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "features.npz").unlink()
     text = write_report(copy).read_text()
@@ -142,7 +143,7 @@ def test_pictures_of_the_report(report, tmp_path):
 
 
 def test_ranked_lists_agree_with_the_evaluation(run):
-    loaded = load_run(run)
+    loaded = Run.open(run)
     arrays = loaded.features
     for result in loaded.rankings:
         ranked = ranking.Ranking(arrays, result)
@@ -166,7 +167,7 @@ def test_ranked_lists_agree_with_the_evaluation(run):
 
 
 def test_lists_stop_at_top_and_limit_junk(run):
-    loaded = load_run(run)
+    loaded = Run.open(run)
     ranked = ranking.Ranking(loaded.features, loaded.rankings[0])
     row = ranked.rows(np.array([0]))[0]
     entries = ranked.list_top(0, row, 4, most_junk=1)
@@ -251,7 +252,7 @@ def test_scan_samples_many_distances(monkeypatch):
 
 @pytest.mark.parametrize(("metric", "normalize"), [("euclidean", True), ("euclidean", False)])
 def test_shows_the_distances_of_the_metric(run, metric, normalize):
-    loaded = load_run(run)
+    loaded = Run.open(run)
     result = {**loaded.rankings[0]}
     result["protocol"] = {**result["protocol"], "metric": metric, "normalize": normalize}
     rows = ranking.Ranking(loaded.features, result).rows(np.arange(2))
@@ -308,7 +309,6 @@ def test_comes_without_pictures_when_the_data_have_moved(copy):
 
 def test_comes_without_features(copy):
     (copy / "features.npz").unlink()
-    (copy / "run.json").unlink()
     (copy / "timing.jsonl").unlink()
     text = write_report(copy).read_text()
     assert "no features.npz" in text
@@ -341,7 +341,8 @@ def test_refuses_what_is_no_run(tmp_path, copy, capsys):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         write_report(tmp_path)
     (copy / "results.json").unlink()
-    assert command.main([str(copy)]) == 1
-    assert "mros_jax.evaluate --checkpoint" in capsys.readouterr().err
+    assert console.run(command.main, [str(copy)]) == 2
+    advice = f"python -m mros_jax.evaluate --run {copy} --out {copy / 'results.json'}"
+    assert advice in capsys.readouterr().err
     with pytest.raises(ValueError, match="top is 0"):
         write_report(copy, top=0)

@@ -1,25 +1,32 @@
 """The training command: real processes, real kills, and what it refuses."""
 
+import errno
 import json
+import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
-from mros_jax import parallel, train
+from mros_jax import console, parallel, train
+from mros_jax.errors import DivergedError, NotFoundError, UserError
 from mros_jax.files import read_jsonl
 from mros_jax.inference import load_model
+from mros_jax.runs import lock
+from mros_jax.runs import run as run_module
 from mros_jax.runs.logs import Writer
-from mros_jax.training import checkpoints
+from mros_jax.runs.run import Run
+from mros_jax.training import checkpoints, validation
 from mros_jax.training.loop import Stop
-from tests.training import TINY, assert_close, assert_equal, finish, make_config, start
+from tests.training import ROOT, TINY, assert_close, assert_equal, finish, make_config, start
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +72,15 @@ def test_run_leaves_all_its_files(uninterrupted):
     steps = _logged_steps(workdir)
     assert steps == list(range(1, steps[-1] + 1))
     records = read_jsonl(workdir / "metrics.jsonl")
-    assert {"loss", "triplet", "center", "cross_entropy", "lr", "grad_norm"} <= records[0].keys()
+    assert {"loss", "loss/triplet", "loss/center", "lr/network", "grad_norm"} <= records[0].keys()
     evaluated = [r["epoch"] for r in records if r["kind"] == "eval"]
-    assert evaluated == [1, 2]  # every second epoch and the last, counted from 0
+    assert evaluated == [2, 3]  # completed epochs: every second and the last
+    per_epoch = steps[-1] // 3
+    assert [r["epoch"] for r in records if r["kind"] == "train"] == [s // per_epoch for s in steps]
     results = json.loads((workdir / "results.json").read_text())
     assert [r["name"] for r in results["results"]] == ["plain", "ecn"]
     assert results["results"][0]["mAP"] == records[-1]["mAP"]
-    assert results["run"]["step"] == steps[-1]
+    assert (results["run"]["step"], results["run"]["epoch"]) == (steps[-1], 3)
     run = json.loads((workdir / "run.json").read_text())
     assert run["command"].split()[1:3] == ["-m", "mros_jax.train"]
     assert run["versions"]["jax"] == jax.__version__
@@ -81,9 +90,49 @@ def test_run_leaves_all_its_files(uninterrupted):
         assert len(features["query_features"]) == len(features["query_names"])
         # So that `mros_jax.evaluate` takes them as this checkpoint's and computes nothing again.
         assert features["checkpoint_id"] == load_model(workdir).checkpoint_id
+    best = workdir / "checkpoints" / "best"
+    assert not list(best.glob("*/training"))  # only what is evaluated
     _, step = checkpoints.load_variables(workdir / "checkpoints", "best")
     best = max((r for r in records if r["kind"] == "eval"), key=lambda r: r["mAP"])
     assert step == best["step"]
+
+
+def _assert_same_run(workdir, reference):
+    assert_equal(_training_state(workdir), _training_state(reference))
+    for name in ("metrics.jsonl", "config.json"):
+        assert (workdir / name).read_bytes() == (reference / name).read_bytes(), name
+    for name in ("last", "best"):
+        ours, theirs = (
+            checkpoints.load_variables(w / "checkpoints", name) for w in (workdir, reference)
+        )
+        assert_equal(ours[0], theirs[0])
+        assert ours[1] == theirs[1]
+    for here, there in zip(_results(workdir), _results(reference), strict=True):
+        for name in ("mAP", "mINP", "cmc", "ap", "first_match_rank"):
+            assert here[name] == there[name]
+
+
+def test_random_kills(tmp_path, cache_dir, uninterrupted):
+    """kill -9 at random moments, a few by default; MROS_KILLS=50 takes longer."""
+    kills = int(os.environ.get("MROS_KILLS", "2"))
+    workdir, reference = tmp_path / "run", uninterrupted[0]
+    moments = np.random.default_rng(int(os.environ.get("MROS_KILLS_SEED", "0")))
+    done = 0
+    while done < kills:
+        process = start(workdir, cache_dir)
+        _wait_until(lambda: (workdir / "config.json").exists(), process)
+        try:
+            # Half of a run's length after its start, so that runs end, too, and begin again.
+            process.wait(moments.uniform(0, 12))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            done += 1
+        process.communicate()
+        if process.returncode == 0:
+            _assert_same_run(workdir, reference)
+            shutil.rmtree(workdir)
+    finish(start(workdir, cache_dir))
+    _assert_same_run(workdir, reference)
 
 
 def test_interrupted_run_resumes_exactly(tmp_path, cache_dir, uninterrupted):
@@ -119,14 +168,9 @@ def test_interrupted_run_resumes_exactly(tmp_path, cache_dir, uninterrupted):
     assert not (workdir / "results.json").exists()
 
     finish(start(workdir, cache_dir))
-    assert_equal(_training_state(workdir), _training_state(reference))
-    for name in ("metrics.jsonl", "config.json"):
-        assert (workdir / name).read_bytes() == (reference / name).read_bytes(), name
+    _assert_same_run(workdir, reference)
     starts = json.loads((workdir / "run.json").read_text())["earlier_starts"]
     assert len(starts) == 3
-    for here, there in zip(_results(workdir), _results(reference), strict=True):
-        for name in ("mAP", "mINP", "cmc", "ap", "first_match_rank"):
-            assert here[name] == there[name]
 
 
 def test_interrupt_is_taken_note_of_once():
@@ -151,7 +195,7 @@ def test_two_processes_equal_one(tmp_path, cache_dir):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    common = {"num_epochs": 1, "model.batch_norm": "synchronised"}
+    common = {"num_epochs": 1, "batch_norm": "synchronised"}
     pair = [
         start(
             tmp_path / "pair",
@@ -184,9 +228,9 @@ def test_loop_runs_under_a_transfer_guard(tmp_path, cache_dir, monkeypatch):
         return call(self, *args)
 
     monkeypatch.setattr(parallel.MappedStep, "__call__", spy)
-    options = {"num_epochs": 1, "model.dtype": "bfloat16", "optimizer.ema_decay": 0.9}
-    options |= {"optimizer.accumulate_steps": 2, "optimizer.clip_norm": 1.0}
-    config = make_config(cache_dir, **options, **{"optimizer.name": "adamw"})
+    options = {"num_epochs": 1, "dtype": "bfloat16", "ema_decay": 0.9}
+    options |= {"accumulate_steps": 2, "clip_norm": 1.0, "optimizer.network.kind": "adamw"}
+    config = make_config(cache_dir, **options)
     train.train(config, tmp_path / "run")
     assert set(guards) == {"disallow"}
     variables, _ = checkpoints.load_variables(tmp_path / "run" / "checkpoints")
@@ -194,13 +238,13 @@ def test_loop_runs_under_a_transfer_guard(tmp_path, cache_dir, monkeypatch):
     assert_equal(variables["params"], state["ema_params"])
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state["params"]))
     with pytest.raises(AssertionError):
-        assert_close(state["params"], state["ema_params"], 1e-6)
+        assert_close(state["params"]["network"], state["ema_params"], 1e-6)
 
 
 def test_other_configs_workdir_is_refused(uninterrupted, cache_dir):
     workdir, _ = uninterrupted
-    config = make_config(cache_dir, **{"optimizer.lr": 0.5})
-    with pytest.raises(ValueError, match=r"another config(.|\n)*optimizer.lr: 0.006 -> 0.5"):
+    config = make_config(cache_dir, **{"optimizer.network.lr": 0.5})
+    with pytest.raises(ValueError, match=r"another config(.|\n)*network.lr: 0.006 -> 0.5"):
         train.train(config, workdir)
 
 
@@ -213,20 +257,21 @@ def test_strangers_directory_is_refused(tmp_path, cache_dir):
 
 def test_diverged_loss_names_step_parts_and_checkpoint(tmp_path, cache_dir):
     config = make_config(
-        cache_dir, **{"optimizer.lr": 1e25, "optimizer.warmup_epochs": 0, "log_every_steps": 100}
+        cache_dir,
+        **{"optimizer.network.lr": 1e25, "schedule.warmup_epochs": 0, "log_every_steps": 100},
     )
-    with pytest.raises(FloatingPointError, match=r"at step \d+ .*triplet.*none was saved yet"):
+    with pytest.raises(DivergedError, match=r"at step \d+ .*triplet.*none was saved yet"):
         train.train(config, tmp_path / "run")
-    assert checkpoints.Checkpoints(tmp_path / "run" / "checkpoints").last_step() is None
+    assert checkpoints.Checkpoints(tmp_path / "run" / "checkpoints").step() is None
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("model.dtype", "float16", "config.model.dtype is 'float16'; expected one of"),
+        ("dtype", "float16", "config.dtype is 'float16'; expected one of"),
         ("num_epochs", 0, "config.num_epochs is 0; it must be at least 1"),
-        ("eval.rerank", ("magic",), "config.eval.rerank names 'magic'"),
-        ("batch.identities", 3, "a batch of 3 identities x 2 images = 6 cannot be split over 4"),
+        ("eval.rerank", ("magic",), "magic"),
+        ("batch.identities", 3, "a batch of 6 images cannot be split over 4"),
         ("batch.identities", 100, "12 training identities"),
         ("dataset.preset", "huge", "unknown preset 'huge'"),
         ("eval.rerank_options.ecn.k", 5000, "5000"),
@@ -239,57 +284,311 @@ def test_impossible_configs_are_refused_early(tmp_path, cache_dir, name, value, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def parse(monkeypatch):
-    def parse(*arguments):
-        # ml_collections finds overrides of the config in sys.argv.
-        monkeypatch.setattr(sys, "argv", ["train", *arguments])
-        values = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
-        values(sys.argv)
-        return values.config
-
-    return parse
-
-
-def test_config_arguments_and_overrides(parse):
-    config = parse("--config=configs/mros.py:duke,III", "--config.optimizer.lr=3e-4")
-    assert (config.dataset.name, config.model.setting) == ("dukemtmc", "III")
-    assert config.optimizer.lr == 3e-4
-    config = parse("--config=configs/mros.py", "--config.dataset.root=somewhere")
-    assert (config.dataset.name, config.model.setting) == ("market1501", "IV")
-    assert config.dataset.root == "somewhere"
-    assert config.batch.identities * config.batch.images == 128
-    assert parse("--config=configs/mros.py:synthetic").dataset.name == "synthetic"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (["--config=configs/mros.py", "--config.optimizer.rate=1"], AttributeError),
-        (["--config=configs/mros.py", "--config.optimizer.lr=fast"], flags.IllegalFlagValueError),
-        (["--config=configs/mros.py:V"], flags.IllegalFlagValueError),
-    ],
-)
-def test_unknown_names_and_wrong_types_are_errors(parse, arguments, error):
-    with pytest.raises(error):
-        _ = parse(*arguments)
-
-
 def test_resumed_log_drops_what_came_after_the_checkpoint(tmp_path):
-    writer = Writer(tmp_path)
+    run = Run(tmp_path)
+    writer = Writer(run)
     for step in (1, 2, 3):
         writer.metrics("train", {"step": step, "epoch": 0, "loss": 1.0 / step})
+    writer.metrics("eval", {"step": 2, "epoch": 1, "mAP": 0.5})
     writer.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    with run.metrics_file.open("a") as file:
         file.write('{"kind": "train", "step": 4, "lo')  # killed while writing
-    Writer(tmp_path, start_step=2).close()
+    Writer(run, 2).close()
     assert _logged_steps(tmp_path) == [1, 2]
+    assert len(Run(tmp_path).eval_records) == 1
+    Writer(run, 2, keep_evaluation=False).close()
+    assert _logged_steps(tmp_path) == [1, 2]
+    assert Run(tmp_path).eval_records == []
 
 
 def test_command_line_says_what_is_wrong_without_a_traceback(tmp_path, cache_dir):
     process = start(tmp_path / "run", cache_dir, **{"dataset.name": "market1501"})
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert "configs/mros.py:synthetic" in output
     assert "Traceback" not in output
+
+
+@pytest.fixture
+def copy(uninterrupted, tmp_path):
+    """A copy of a finished run to do harm to."""
+    return shutil.copytree(uninterrupted[0], tmp_path / "copy")
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Training that would be wrong to start."""
+
+    def refuse(*args):
+        raise AssertionError("a step was taken")
+
+    monkeypatch.setattr(parallel.MappedStep, "__call__", refuse)
+
+
+def test_a_failing_evaluation_loses_nothing(tmp_path, cache_dir, uninterrupted, monkeypatch):
+    """The state is saved before it is evaluated; the next start evaluates it and goes on."""
+    reference = uninterrupted[0]
+    with monkeypatch.context() as patch:
+
+        def fail(*args, **options):
+            raise RuntimeError("no memory")
+
+        patch.setattr(validation, "evaluate_features", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            train.train(make_config(cache_dir), tmp_path / "run")
+    saved = checkpoints.Checkpoints(tmp_path / "run" / "checkpoints")
+    assert saved.step() == 2 * _logged_steps(reference)[-1] // 3
+    saved.close()
+    assert train.train(make_config(cache_dir), tmp_path / "run") is not None
+    assert _logged_steps(tmp_path / "run") == _logged_steps(reference)
+    assert [r["epoch"] for r in Run(tmp_path / "run").eval_records] == [2, 3]
+
+
+def test_results_that_are_gone_come_again(copy, cache_dir, untrained, uninterrupted):
+    log_of_run = (copy / "metrics.jsonl").read_bytes()
+    (copy / "results.json").unlink()
+    train.train(make_config(cache_dir), copy)
+    assert (copy / "metrics.jsonl").read_bytes() == log_of_run
+    for here, there in zip(_results(copy), _results(uninterrupted[0]), strict=True):
+        assert here["mAP"] == pytest.approx(there["mAP"], abs=1e-3)  # on four devices
+
+
+def test_what_changes_no_result_may_change(copy, cache_dir, untrained, caplog):
+    changes = {
+        "dataset.device_fraction": 0.1,
+        "log_every_steps": 7,
+        "eval.batch_size": 64,
+        "dataset.cache_dir": str(cache_dir),
+    }
+    caplog.set_level("INFO")
+    assert train.train(make_config(cache_dir, **changes), copy) is not None
+    assert "which change no result: dataset.device_fraction: 0.5 -> 0.1" in caplog.text
+    assert json.loads((copy / "config.json").read_text())["log_every_steps"] == 7
+
+
+def test_other_data_are_refused(copy, cache_dir, untrained):
+    record = json.loads((copy / "run.json").read_text())
+    record["dataset"]["fingerprints"]["gallery"] = "0" * 32
+    record["dataset"]["num_gallery"] -= 1
+    (copy / "run.json").write_text(json.dumps(record))
+    before = _listing(copy)
+    with pytest.raises(UserError, match=r"started with other gallery images of synthetic: \d+"):
+        train.train(make_config(cache_dir), copy)
+    assert _listing(copy) == before
+
+
+def test_another_arithmetic_is_refused(copy, cache_dir, untrained):
+    record = json.loads((copy / "run.json").read_text())
+    record["arithmetic"]["enable_x64"] = True
+    (copy / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="enable_x64: True -> False"):
+        train.train(make_config(cache_dir), copy)
+
+
+def _listing(path):
+    return sorted((str(p), p.stat().st_mtime_ns) for p in path.rglob("*"))
+
+
+def test_a_workdir_in_use_is_refused_at_once(copy, cache_dir, untrained):
+    with lock.hold(copy / ".lock"):
+        before = _listing(copy)
+        since = time.monotonic()
+        with pytest.raises(UserError, match=rf"in use by another process: {os.getpid()} on .*"):
+            train.train(make_config(cache_dir), copy)
+        assert time.monotonic() - since < 2
+        assert _listing(copy) == before
+    (copy / ".lock").write_text("left by one that was killed")
+    train.train(make_config(cache_dir), copy)
+    assert not (copy / ".lock").exists()
+
+
+def test_two_commands_at_once(tmp_path, cache_dir):
+    first = start(tmp_path / "run", cache_dir)
+    _wait_until(lambda: (tmp_path / "run" / "config.json").exists(), first)
+    second = start(tmp_path / "run", cache_dir)
+    output, _ = second.communicate(timeout=100)
+    assert second.returncode == 2
+    assert f"is in use by another process: {first.pid} on" in output
+    assert "Traceback" not in output
+    first.kill()
+    first.communicate()
+
+
+@pytest.mark.parametrize(
+    "strays", [["lost+found"], ["train.log", "nohup.out"], [".config.json.1.tmp"]]
+)
+def test_what_systems_leave_does_not_matter(tmp_path, cache_dir, strays):
+    for name in strays:
+        (tmp_path / name).touch()
+    Run(tmp_path).check_free(make_config(cache_dir))
+
+
+@pytest.mark.parametrize("name", ["", "below", "below/more"])
+def test_a_file_as_workdir(tmp_path, cache_dir, name):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match="file is a file; give another --workdir"):
+        train.train(make_config(cache_dir), tmp_path / "file" / name)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path, cache_dir, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(UserError, match="cannot be written; give another --workdir"):
+        train.train(make_config(cache_dir), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_start_leaves_no_trace_and_the_right_one_goes_on(tmp_path, cache_dir):
+    config = make_config(cache_dir, **{"weights": str(tmp_path / "typo.safetensors")})
+    with pytest.raises(UserError, match=r"typo\.safetensors"):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    Run(tmp_path / "run").check_free(make_config(cache_dir))
+
+
+@pytest.mark.parametrize(
+    ("harm", "program"), [("remove", "evaluate"), ("flip", "evaluate"), ("cut", "train")]
+)
+def test_a_damaged_checkpoint_is_named(copy, cache_dir, harm, program):
+    [model] = (copy / "checkpoints" / "last").glob("*/model/d/*")
+    [training] = (copy / "checkpoints" / "last").glob("*/training/d/*")
+    for path in (model, training):
+        whole = path.read_bytes()
+        path.unlink()
+        if harm == "cut":
+            path.write_bytes(whole[: len(whole) // 2])
+        elif harm == "flip":
+            path.write_bytes(bytes(255 - byte for byte in whole))
+    arguments = {
+        "evaluate": [f"--run={copy}"],
+        "train": ["--config=configs/demo.py", f"--workdir={copy}", *_overrides(cache_dir)],
+    }[program]
+    done = subprocess.run(
+        [sys.executable, "-m", f"mros_jax.{program}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    told = done.stderr.splitlines()[-1]
+    assert "is damaged" in told
+    assert "--checkpoint best" in told
+    assert "To start over, remove" in told
+    assert "Traceback" not in done.stderr
+
+
+def _overrides(cache_dir):
+    values = {**TINY, "dataset.cache_dir": str(cache_dir)}
+    return [f"--config.{name}={value}" for name, value in values.items()]
+
+
+@pytest.mark.parametrize("where", ["claim", "logs", "save"])
+def test_a_full_disk_ends_with_one_line(tmp_path, cache_dir, where, monkeypatch, capsys):
+    """What was there stays, no temporary file stays, and the same command goes on."""
+    full = OSError(errno.ENOSPC, "no", str(tmp_path / "run" / "x"))
+
+    def fail(*args, **options):
+        raise full
+
+    target = {
+        "claim": (run_module, "write_json"),
+        "logs": (Writer, "flush"),
+        "save": (ocp.CheckpointManager, "save"),
+    }[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, fail)
+        arguments = ["--config=configs/demo.py", f"--workdir={tmp_path / 'run'}"]
+        assert console.run(train.main, arguments + _overrides(cache_dir)) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert told == [
+        f"error: {full.filename}: No space left on device; make room, then give the same command "
+        "again"
+    ]
+    left = [path.name for path in (tmp_path / "run").rglob("*") if "tmp" in path.name]
+    assert left == []
+    Run(tmp_path / "run").check_free(make_config(cache_dir))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
+@pytest.mark.parametrize("kilobytes", [16, 600])
+def test_a_disk_that_is_really_full(tmp_path, cache_dir, kilobytes):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "disk", str(disk)]
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        process = start(disk / "run", cache_dir)
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 2, output
+        assert "Traceback" not in output
+        assert "No space left on device" in output.splitlines()[-1]
+        assert not (disk / "run" / "results.json").exists()
+        assert [p for p in (disk / "run").rglob("*") if "tmp" in p.name] == []
+        if kilobytes < 100:
+            return
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        finish(start(disk / "run", cache_dir))
+        assert (disk / "run" / "results.json").exists()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_training_in_a_thread(copy, cache_dir):
+    found = []
+    config = make_config(cache_dir)
+    thread = threading.Thread(target=lambda: found.append(train.train(config, copy)))
+    thread.start()
+    thread.join()
+    assert found[0]["results"]
+
+
+def test_importing_defines_no_flags():
+    code = """
+from absl import flags
+import mros_jax.train, importlib
+importlib.reload(mros_jax.train)
+assert not {"config", "workdir"} & set(flags.FLAGS)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_resume_wants_a_run(tmp_path):
+    with pytest.raises(NotFoundError, match="holds no run; without --resume one is started"):
+        train.main(["--config=configs/demo.py", f"--workdir={tmp_path}", "--resume"])
+
+
+def test_train_needs_a_config(capsys):
+    assert console.run(train.main, []) == 2
+    assert "give --config FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("10.0.0.1:1234", None, None), "go together; --num_processes and --process_id not given"),
+        ((None, 2, None), "--coordinator_address and --process_id not given"),
+        (("127.0.0.1", 2, 0), "'127.0.0.1'; expected HOST:PORT"),
+        (("host:70000", 2, 0), "expected HOST:PORT"),
+        (("host:1234", 2, 2), "--process_id is 2 of --num_processes 2"),
+        (("host:1234", 0, 0), "--process_id is 0 of --num_processes 0"),
+    ],
+)
+def test_addresses_are_checked(given, message):
+    with pytest.raises(UserError, match=message):
+        parallel.initialize(*given)
+
+
+def test_waiting_for_slurm_tasks_is_told_and_ends(monkeypatch, caplog):
+    def wait(*args, initialization_timeout):
+        raise RuntimeError(f"DEADLINE_EXCEEDED after {initialization_timeout} s")
+
+    monkeypatch.setattr(jax.distributed, "initialize", wait)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    caplog.set_level("INFO")
+    with pytest.raises(UserError, match=r"the 4 tasks .* in vain .*7 s.*SLURM_STEP_NUM_TASKS=1"):
+        parallel.initialize(timeout=7)
+    assert "Waiting for the 4 tasks of this SLURM job step, at most 7 seconds" in caplog.text

@@ -87,6 +87,7 @@ class Network(Protocol):
     """
 
     init: Any
+    init_with_output: Any
     apply: Any
 
     def __call__(self, images: Any, *, train: bool, keys: Any = None) -> Outputs:

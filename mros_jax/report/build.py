@@ -13,17 +13,20 @@ import jinja2
 import numpy as np
 import PIL.Image
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from mros_jax import config as configs
+from mros_jax import console
 from mros_jax.data.datasets.splits import Split
 from mros_jax.data.images import Picture
+from mros_jax.errors import UserError
+from mros_jax.files import check_output, write_atomically
 from mros_jax.losses import make_objective
 from mros_jax.models.outputs import Part
 from mros_jax.report import plots
 from mros_jax.report.ranking import Pairs, Ranking, Scan, choose_queries, split_distance
 from mros_jax.runs.paper import METRICS, find_paper_rows
-from mros_jax.runs.run import Run, load_run
+from mros_jax.runs.results import get_scores
+from mros_jax.runs.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -56,19 +59,22 @@ def write_report(
         The file.
 
     Raises:
-        FileNotFoundError: no run, or one without results.
-        ValueError: `queries` or `top` below 1, or incomplete features.
+        NotFoundError: no run, or one without results.
+        UserError: `queries` or `top` below 1, a damaged file of the run, or a page that cannot be
+            written.
     """
     for name, value in (("queries", queries), ("top", top)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1")
-    run = load_run(workdir)
-    path = pathlib.Path(out) if out is not None else run.path / "report.html"
+            raise UserError(f"{name} is {value}; expected at least 1")
+    run = Run.open(workdir)
+    rankings = run.rankings
+    path = pathlib.Path(out) if out is not None else run.report_file
+    check_output(path)
     page: dict[str, Any] = {
         "run": run,
         "title": f"{run.system} on {run.dataset}",
         "notes": [],
-        "scores": [_score(result) for result in run.rankings],
+        "scores": [_score(result) for result in rankings],
         "paper": _compare_with_paper(run),
         "metrics": list(METRICS),
         "curves": _plot_training(run),
@@ -81,10 +87,10 @@ def write_report(
     if run.features is None:
         page["notes"].append(
             "The run holds no features.npz: ranked lists, distances and camera pairs are left out. "
-            "python -m mros_jax.evaluate --checkpoint RUN makes it."
+            f"python -m mros_jax.evaluate --run {run} makes it."
         )
     else:
-        page |= _describe_retrieval(run, page["notes"], queries, top, seed, progress)
+        page |= _describe_retrieval(run, run.features, page["notes"], queries, top, seed, progress)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mros_jax.report", "."),
         autoescape=True,
@@ -94,9 +100,8 @@ def write_report(
     )
     environment.filters["percent"] = _percent
     html = environment.get_template("report.html").render(page)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(html, encoding="utf-8")
-    os.replace(temporary, path)
+    with write_atomically(path) as file:
+        file.write(html)
     return path
 
 
@@ -105,12 +110,8 @@ def _percent(value: float | None, digits: int = 1) -> str:
 
 
 def _score(result: dict[str, Any]) -> dict[str, Any]:
-    cmc = result["cmc"]
-    values = {
-        "mAP": result["mAP"],
-        **{f"Rank-{k}": cmc[k - 1] if k <= len(cmc) else None for k in (1, 5, 10)},
-        "mINP": result["mINP"],
-    }
+    scores = get_scores(result)
+    values = {name: scores.get(key) for name, key in METRICS.items()}
     return {
         "name": _NAMES.get(result["name"], result["name"]),
         "values": values,
@@ -143,24 +144,20 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 def _plot_training(run: Run) -> list[dict[str, str]]:
     charts = []
-    epochs = [record["step"] / run.steps_per_epoch for record in run.train]
-    if run.train:
-        labels = {"loss": ("total", 1.0)}
+    epochs = [record["step"] / run.steps_per_epoch for record in run.train_records]
+    if run.train_records:
+        losses = {"total": (epochs, [record["loss"] for record in run.train_records])}
         for name, term in make_objective(run.config["objective"]).terms.items():
-            weight, shown = term.weight, name.replace("_", " ")
-            label = shown if weight == 1 else f"{weight:g} × {shown}"
-            labels[f"loss/{name}"] = (label, weight)
-        losses = {
-            label: (epochs, [scale * record[key] for record in run.train])
-            for key, (label, scale) in labels.items()
-            if key in run.train[0]
-        }
+            if f"loss/{name}" in run.train_records[0]:
+                weight, shown = term.weight, name.replace("_", " ")
+                values = [weight * record[f"loss/{name}"] for record in run.train_records]
+                losses[shown if weight == 1 else f"{weight:g} × {shown}"] = (epochs, values)
         description = "Training loss and its parts by epoch"
         svg = plots.plot_lines("loss", description, losses, xlabel="epoch", ylabel="loss", log=True)
         charts.append({"title": "Loss", "svg": svg})
         rate = {
-            key.removeprefix("lr/"): (epochs, [record[key] for record in run.train])
-            for key in run.train[0]
+            key.removeprefix("lr/"): (epochs, [record[key] for record in run.train_records])
+            for key in run.train_records[0]
             if key.startswith("lr/")
         }
         description = "Learning rate by epoch"
@@ -168,14 +165,14 @@ def _plot_training(run: Run) -> list[dict[str, str]]:
             "rate", description, rate, xlabel="epoch", ylabel="learning rate", log=True
         )
         charts.append({"title": "Learning rate", "svg": svg})
-    if run.evals:
-        at = [record["step"] / run.steps_per_epoch for record in run.evals]
+    if run.eval_records:
+        at = [record["step"] / run.steps_per_epoch for record in run.eval_records]
         names = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10"}
         names["mINP"] = "mINP"
         scores = {
-            label: (at, [100 * record[key] for record in run.evals])
+            label: (at, [100 * record[key] for record in run.eval_records])
             for key, label in names.items()
-            if key in run.evals[0]
+            if key in run.eval_records[0]
         }
         svg = plots.plot_lines(
             "metrics",
@@ -224,19 +221,25 @@ def _plot_cmc(run: Run) -> str:
 
 
 def _describe_retrieval(
-    run: Run, notes: list[str], queries: int, top: int, seed: int, progress: bool
+    run: Run,
+    arrays: dict[str, np.ndarray],
+    notes: list[str],
+    queries: int,
+    top: int,
+    seed: int,
+    progress: bool,
 ) -> dict[str, Any]:
     """Everything that is computed again from the descriptors."""
-    assert run.features is not None
-    rankings = [Ranking(run.features, result) for result in run.rankings]
+    rankings = [Ranking(arrays, result) for result in run.rankings]
     names = [_NAMES.get(ranking.name, ranking.name) for ranking in rankings]
     scans: list[Scan] = []
-    for ranking in tqdm(rankings, desc="ranking", unit=" lists", disable=not progress):
+    for ranking in console.progress(rankings, desc="ranking", unit=" lists", disable=not progress):
         scans.append(ranking.scan(seed))
     if not _agree(run, scans):
         notes.append(
             "features.npz does not give the scores of results.json: one of them is from another "
-            "checkpoint. python -m mros_jax.evaluate --checkpoint RUN makes both again."
+            f"checkpoint. python -m mros_jax.evaluate --run {run} --out {run.results_file} makes "
+            "both again."
         )
     histograms = []
     for result, name, scan in zip(run.rankings, names, scans, strict=True):
@@ -254,7 +257,7 @@ def _describe_retrieval(
         {"name": name} | _tabulate(scan.pairs) for name, scan in zip(names, scans, strict=True)
     ]
     return {
-        "groups": _list_queries(run, rankings, names, scans, notes, queries, top, seed),
+        "groups": _list_queries(run, arrays, rankings, names, scans, notes, queries, top, seed),
         "histograms": histograms,
         "cameras": cameras,
         "edges": _list_edges(_list_parts(run)),
@@ -307,6 +310,7 @@ def _list_edges(parts: Sequence[Part]) -> dict[str, list[tuple[float, float]]]:
 
 def _list_queries(
     run: Run,
+    arrays: dict[str, np.ndarray],
     rankings: Sequence[Ranking],
     names: Sequence[str],
     scans: Sequence[Scan],
@@ -316,8 +320,6 @@ def _list_queries(
     seed: int,
 ) -> list[dict[str, Any]]:
     """Ranked lists of the chosen queries, grouped as best, worst and random."""
-    arrays = run.features
-    assert arrays is not None
     parts = _list_parts(run)
     chosen = choose_queries(run.rankings[0], queries, seed)
     indices = np.array([query for group in chosen.values() for query, _, _ in group])
@@ -330,7 +332,7 @@ def _list_queries(
         for i, query in enumerate(indices)
     }
     wanted = sorted({e.index for own in lists.values() for entries in own for e in entries})
-    pictures = _load_pictures(run, indices.tolist(), wanted, notes)
+    pictures = _load_pictures(run, arrays, indices.tolist(), wanted, notes)
 
     def describe_entry(query: int, entry: Any) -> dict[str, Any]:
         added = split_distance(
@@ -375,15 +377,18 @@ def _name(arrays: dict[str, np.ndarray], split: str, index: int) -> str:
 
 
 def _load_pictures(
-    run: Run, queries: Sequence[int], gallery: Sequence[int], notes: list[str]
+    run: Run,
+    arrays: dict[str, np.ndarray],
+    queries: Sequence[int],
+    gallery: Sequence[int],
+    notes: list[str],
 ) -> dict[str, dict[int, str]]:
     """Data URIs of the images that the lists need; none, and a note why, if the data are gone."""
-    assert run.features is not None
     config = ConfigDict(run.config)
     try:
         dataset = configs.load_dataset(config)
         return {
-            split.name: _read_pictures(split, rows, run.features)
+            split.name: _read_pictures(split, rows, arrays)
             for split, rows in ((dataset.query, queries), (dataset.gallery, gallery))
         }
     except (OSError, ValueError, KeyError) as error:

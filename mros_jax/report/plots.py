@@ -1,12 +1,18 @@
 """Charts as inline SVG that takes its colours from the page, dark or light."""
 
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
+
+try:
+    import matplotlib
+except ValueError:  # $MPLBACKEND, which a notebook's shell passes on, names what is not there
+    del os.environ["MPLBACKEND"]
+    import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator

@@ -4,15 +4,20 @@
 byte by byte; wall-clock figures go to `timing.jsonl`.
 """
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from mros_jax.files import read_jsonl
+from mros_jax.files import write_atomically
+from mros_jax.runs.run import Run, read_records
 
 
 class Writer:
@@ -20,50 +25,66 @@ class Writer:
 
     Whatever an interrupted run logged beyond its last checkpoint is dropped, since it will be
     computed again.
+
+    Args:
+        run: whose logs they are.
+        start_step: step of the checkpoint that the run goes on from.
+        keep_evaluation: keep the record of an evaluation at `start_step`; otherwise it comes again.
     """
 
-    def __init__(self, workdir: str | os.PathLike, start_step: int = 0):
-        self._workdir = pathlib.Path(workdir)
-        self._files = {
-            name: self._open(self._workdir / f"{name}.jsonl", start_step)
-            for name in ("metrics", "timing")
-        }
-        self._events = tensorboardX.SummaryWriter(
-            str(self._workdir / "tensorboard"), purge_step=start_step + 1
-        )
+    def __init__(self, run: Run, start_step: int = 0, *, keep_evaluation: bool = True):
+        def keep(record: Mapping[str, Any]) -> bool:
+            again = record.get("kind") == "eval" and not keep_evaluation
+            return record["step"] < start_step + (not again)
 
-    @staticmethod
-    def _open(path: pathlib.Path, start_step: int):
-        kept = [record for record in read_jsonl(path) if record["step"] <= start_step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, path)
-        return path.open("a")
+        self._files = {
+            "metrics": _reopen(run.metrics_file, keep),
+            "timing": _reopen(run.timing_file, keep, kind=False),
+        }
+        run.tensorboard.mkdir(exist_ok=True)
+        # In this thread: a writer of its own would meet a full disk unheard.
+        self._events = EventsWriter(str(run.tensorboard / "events"))
+        self._log_event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def _write(self, name: str, prefix: str, record: Mapping[str, Any]) -> None:
         self._files[name].write(json.dumps(dict(record)) + "\n")
-        for key, value in record.items():
-            if isinstance(value, int | float) and key not in ("step", "epoch"):
-                self._events.add_scalar(f"{prefix}/{key}", value, record["step"])
+        shown = {
+            key: value
+            for key, value in record.items()
+            if isinstance(value, int | float) and key not in ("step", "epoch")
+        }
+        for key, value in shown.items():
+            self._log_event(record["step"], summary=summary.scalar(f"{prefix}/{key}", value))
+
+    def _log_event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def metrics(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Logs one record of `kind` ("train" or "eval"); it must hold "step" and "epoch"."""
+        """Log one record of `kind` ("train" or "eval"); it must hold "step" and "epoch"."""
         self._write("metrics", kind, {"kind": kind, **record})
 
     def timing(self, record: Mapping[str, Any]) -> None:
-        """Logs wall-clock figures; the record must hold "step"."""
+        """Log wall-clock figures; the record must hold "step"."""
         self._write("timing", "timing", record)
 
     def flush(self) -> None:
-        """Brings everything logged so far to disk."""
+        """Bring everything logged so far to disk."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
         self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes the logs."""
-        self.flush()
-        for file in self._files.values():
-            file.close()
-        self._events.close()
+        """Flush and close the logs; all of them, also where one cannot be written."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._events.close)
+            for file in self._files.values():
+                stack.callback(file.close)
+            self.flush()
+
+
+def _reopen(path: pathlib.Path, keep: Callable[[Mapping[str, Any]], bool], *, kind: bool = True):
+    kept = [record for record in read_records(path, kind=kind) if keep(record)]
+    with write_atomically(path) as file:
+        file.write("".join(json.dumps(record) + "\n" for record in kept))
+    return path.open("a", encoding="utf-8")

@@ -1,13 +1,85 @@
-"""A run beside the paper's tables, and what keeps the two from being compared."""
+"""Results beside the tables of a paper, and what keeps the two from being compared."""
 
+import importlib.resources
 import tomllib
+from collections.abc import Mapping
 from typing import Any
 
-from mros_jax import compare
+from mros_jax.errors import NotFoundError, UserError
 from mros_jax.runs.run import Run
 
-# Column of the report: key in the paper's tables.
+# Column of the report: key in the tables.
 METRICS = {"mAP": "mAP", "Rank-1": "rank1", "Rank-5": "rank5", "Rank-10": "rank10", "mINP": "mINP"}
+
+
+def load_tables(path: str | None = None) -> dict[str, Any]:
+    """Read a paper's tables.
+
+    Args:
+        path: a file like `mros_jax/runs/paper_results.toml`, which is what None stands for.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UserError: it is no TOML, or holds something else.
+    """
+    if path is None:
+        return tomllib.loads((importlib.resources.files("mros_jax.runs") / _TABLES).read_text())
+    try:
+        with open(path, "rb") as file:
+            tables = tomllib.load(file)
+    except FileNotFoundError as error:
+        raise NotFoundError(
+            f"{path} does not exist; --paper names a file like {_TABLES} of mros_jax/runs"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from error
+    missing = [name for name in ("protocol", "config", "table") if name not in tables]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; expected what {_TABLES} has")
+    return tables
+
+
+_TABLES = "paper_results.toml"
+
+
+def find_mismatches(
+    protocol: Mapping[str, Any], paper: Mapping[str, Any], table: Mapping[str, Any]
+) -> list[str]:
+    """What makes a number another measurement than the paper's: "what: here, not there"."""
+    got = dict(protocol)
+    # Whether junk is dropped first or later, the plain scores are the same: the sum must agree.
+    got["num_gallery_and_junk"] = protocol["num_gallery"] + protocol["num_junk"]
+    found = [
+        f"{name}: {got.get(name)}, not {wanted}"
+        for name, wanted in paper["protocol"].items()
+        if got.get(name) != wanted
+    ]
+    if protocol["rerank"] != table.get("rerank"):
+        found.append(f"rerank: {protocol['rerank']}, not {table.get('rerank')}")
+    elif table.get("rerank"):
+        options = protocol["rerank_options"]
+        found += [
+            f"{name}: {options.get(name)}, not {wanted}"
+            for name, wanted in table["rerank_options"].items()
+            if options.get(name) != wanted
+        ]
+    return found
+
+
+def find_config_mismatches(config: Mapping[str, Any] | None, paper: Mapping[str, Any]) -> list[str]:
+    """Where a run's config is another than that of the paper's row of its system."""
+    if config is None:
+        return []
+    wanted = paper["config"].get(config.get("name"), {})
+    found = {name: _look_up(config, name) for name in wanted}
+    return [f"{k}: {found[k]}, not {wanted[k]}" for k in wanted if found[k] != wanted[k]]
+
+
+def _look_up(tree: Any, name: str) -> Any:
+    """The value of a dotted name, None where there is none."""
+    for key in name.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def find_paper_rows(run: Run) -> tuple[list[dict[str, float]], list[str]]:
@@ -17,9 +89,7 @@ def find_paper_rows(run: Run) -> tuple[list[dict[str, float]], list[str]]:
         For each ranking column -> fraction of 1, empty where the paper has none; and what was
         measured otherwise than in the paper, as "what: here, not there".
     """
-    if not compare.PAPER.exists():  # installed without the repository
-        return [{} for _ in run.rankings], [f"{compare.PAPER} is not there"]
-    paper = tomllib.loads(compare.PAPER.read_text())
+    paper = load_tables()
     rows, mismatches = [], []
     for result in run.rankings:
         found: dict[str, Any] = {}
@@ -29,11 +99,7 @@ def find_paper_rows(run: Run) -> tuple[list[dict[str, float]], list[str]]:
             own = [row for row in table["row"] if row.get("system") == run.system]
             if own and len(own[0]) > len(found):  # the table with more columns
                 found = own[0]
-                mismatches += compare.find_mismatches(result["protocol"], paper, table)
+                mismatches += find_mismatches(result["protocol"], paper, table)
         rows.append({name: found[key] / 100 for name, key in METRICS.items() if key in found})
-    mismatches += [
-        f"{name}: {run.config['network'].get(name)}, not {wanted}"
-        for name, wanted in paper["model"].items()
-        if run.config["network"].get(name) != wanted
-    ]
+    mismatches += find_config_mismatches(run.config, paper)
     return rows, list(dict.fromkeys(mismatches))

@@ -7,9 +7,12 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+
+from mros_jax.data.datasets.splits import Dataset
 
 PACKAGES = ("mros_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
 
@@ -21,8 +24,10 @@ def get_commit() -> str | None:
         return None
 
     def git(*args: str) -> str:
+        # A checkout of another user's, as in containers: git is only asked what is there.
+        safe = ("-c", f"safe.directory={root}", "-c", "core.fsmonitor=false")
         return subprocess.run(
-            ("git", "-C", str(root), *args), check=True, capture_output=True, text=True
+            ("git", *safe, "-C", str(root), *args), check=True, capture_output=True, text=True
         ).stdout.strip()
 
     try:
@@ -30,6 +35,36 @@ def get_commit() -> str | None:
         return git("rev-parse", "--short=12", "HEAD") + dirty
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def describe_arithmetic() -> dict[str, Any]:
+    """What of JAX's settings changes numbers: types, random generator, precision of products."""
+    names = (
+        "enable_x64",
+        "default_prng_impl",
+        "threefry_partitionable",
+        "default_matmul_precision",
+    )
+    return {name: getattr(jax.config, f"jax_{name}") for name in names}
+
+
+def describe_run(dataset: Dataset, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """What `run.json` says of this start: process, arithmetic, data set.
+
+    Args:
+        dataset: that is trained and evaluated on.
+        fingerprints: of its splits.
+    """
+    return {
+        **describe(),
+        "arithmetic": describe_arithmetic(),
+        "dataset": {
+            "name": dataset.name,
+            "num_classes": dataset.num_classes,
+            **{f"num_{split.name}": len(split) for split in dataset.splits},
+            "fingerprints": dict(fingerprints),
+        },
+    }
 
 
 def describe() -> dict[str, Any]:

@@ -1,9 +1,16 @@
 """Results as text for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mros_jax.retrieval import Result
+from mros_jax.runs.results import RANKS, get_rank
+
+_WIDTHS = (7, 8, 8, 8, 9)
+
+
+def format_percent(value: float | None, digits: int = 2) -> str:
+    """A fraction of 1 in percent; "-" where there is none."""
+    return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
 def format_results(results: Mapping[str, Any]) -> str:
@@ -17,14 +24,11 @@ def format_results(results: Mapping[str, Any]) -> str:
         f"{'normalised' if protocol['normalize'] else 'unnormalised'}, AP {protocol['ap']}, "
         f"flip test {protocol['flip_test']}, commit {protocol['commit']}",
         "",
-        f"{'':14}{'mAP':>7}{'mINP':>8}{'Rank-1':>8}{'Rank-5':>8}{'Rank-10':>9}",
+        _format_line("", ("mAP", "mINP", *(f"Rank-{k}" for k in RANKS))),
     ]
     for entry in results["results"]:
-        result = Result.from_dict(entry)
-        values = (result.mAP, result.mINP, result.rank(1), result.rank(5), result.rank(10))
-        shown = ["-" if value is None else f"{100 * value:.2f}" for value in values]
-        numbers = "".join(f"{v:>{w}}" for v, w in zip(shown, (7, 8, 8, 8, 9), strict=True))
-        lines.append(f"{entry['name']:14}{numbers}")
+        values = (entry["mAP"], entry["mINP"], *(get_rank(entry, k) for k in RANKS))
+        lines.append(_format_line(entry["name"], tuple(map(format_percent, values))))
         if "intervals" in entry:
             ranges = {k: v for k, v in entry["intervals"].items() if isinstance(v, tuple)}
             text = "  ".join(f"{k} {100 * a:.2f}-{100 * b:.2f}" for k, (a, b) in ranges.items())
@@ -39,3 +43,17 @@ def format_results(results: Mapping[str, Any]) -> str:
                     f"threshold {at}"
                 )
     return "\n".join(lines)
+
+
+def format_grid(rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
+    """Rows of cells, the head first, in aligned columns or as a Markdown table."""
+    if markdown:
+        head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+        return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ((cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+def _format_line(name: str, cells: tuple[str, ...]) -> str:
+    return f"{name:14}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, _WIDTHS, strict=True))

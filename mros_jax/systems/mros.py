@@ -76,7 +76,8 @@ class MROS(nn.Module):
             name="trunk",
         )
         maps = trunk(jnp.asarray(images), train=train)
-        embeddings, logits = {}, {}
+        embeddings: dict[str, Array] = {}
+        logits: dict[str, Array] = {}
         for level in self.levels:
             g = pool_stripes(maps[level], self.num_stripes, self.overlap)
             neck = BatchNorm(

@@ -1,11 +1,15 @@
-"""Checkpoints of a run: the last one, to resume from, and the best one, both committed atomically.
+"""Checkpoints of a run: the last one, to resume from, and the best one, both whole or not there.
 
-A checkpoint has the items `model` (the variables to evaluate with), `training` (the whole state, to
-resume from) and `extra` (JSON). Arrays are saved whole, without a device axis, by process 0.
+Each has the items `model` (the variables to evaluate with) and `extra` (JSON: digests of the
+arrays); the last one also has `training` (the whole state). Arrays are saved without a device axis,
+by process 0.
 """
 
+import hashlib
 import os
 import pathlib
+import shutil
+import time
 from typing import Any
 
 import jax
@@ -13,7 +17,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mros_jax import parallel
+from mros_jax.errors import NotFoundError, UserError
 from mros_jax.training.state import TrainState
+
+NAMES = ("last", "best")
 
 
 def _make_manager(directory: pathlib.Path) -> ocp.CheckpointManager:
@@ -29,6 +36,8 @@ def _make_manager(directory: pathlib.Path) -> ocp.CheckpointManager:
         max_to_keep=1,
         create=jax.process_count() == 1,
         cleanup_tmp_directories=True,
+        # A disk that is full is met here, by the step that is being saved.
+        enable_async_checkpointing=False,
         multiprocessing_options=processes,
     )
     return ocp.CheckpointManager(directory, options=options)
@@ -37,25 +46,22 @@ def _make_manager(directory: pathlib.Path) -> ocp.CheckpointManager:
 class Checkpoints:
     """The checkpoints below `directory`: `last/STEP` and `best/STEP`."""
 
-    def __init__(self, directory: str | os.PathLike):
-        directory = pathlib.Path(directory).absolute()
+    def __init__(self, directory: str | os.PathLike[str]):
+        self._directory = pathlib.Path(directory).absolute()
         self._managers = (
-            {name: _make_manager(directory / name) for name in ("last", "best")}
+            {name: _make_manager(self._directory / name) for name in NAMES}
             if parallel.is_main_process()
             else {}
         )
 
-    def last_step(self) -> int | None:
-        """The step of the last complete checkpoint, or None where there is none."""
-        if not self._managers:
-            return None
-        return self._managers["last"].latest_step()
+    def step(self, name: str = "last") -> int | None:
+        """The step of a complete checkpoint; None where there is none, and in other processes."""
+        return self._managers[name].latest_step() if self._managers else None
 
-    def save(self, state: TrainState, extra: dict[str, Any], name: str = "last") -> None:
-        """Saves `state` and the JSON-able `extra` as checkpoint `name`; replaces the one before.
+    def save(self, state: TrainState, name: str = "last") -> None:
+        """Save a state as checkpoint `name`, for "best" only its model.
 
-        Returns once the arrays are copied; writing goes on in the background, and the former
-        checkpoint is removed only after the new one is complete.
+        Returns when it is on disk; the former one is removed only then.
         """
         if not self._managers:
             return
@@ -64,50 +70,65 @@ class Checkpoints:
         if step in manager.all_steps():
             return
         state = jax.tree.map(np.asarray, jax.device_get(state))
-        manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(state.eval_variables),
-                training=ocp.args.StandardSave(state),
-                extra=ocp.args.JsonSave(extra),
-            ),
-            force=True,
-        )
+        items = {"model": state.eval_variables} | ({"training": state} if name == "last" else {})
+        digests = {item: digest(value) for item, value in items.items()}
+        arguments = {item: ocp.args.StandardSave(value) for item, value in items.items()}
+        try:
+            manager.save(
+                step,
+                args=ocp.args.Composite(**arguments, extra=ocp.args.JsonSave(digests)),
+                force=True,
+            )
+        except Exception:
+            self._remove_torn(name, step)
+            raise
 
-    def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The last complete checkpoint and its `extra`, or None where there is none.
+    def _remove_torn(self, name: str, step: int) -> None:
+        """Remove what a save that failed has left; orbax's threads may still be writing there."""
+        for _ in range(20):
+            torn = list((self._directory / name).glob(f"{step}.orbax-checkpoint-tmp*"))
+            if not torn:
+                return
+            for path in torn:
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.05)
 
-        Process 0 reads; the others are sent the state (their `extra` is empty). A best checkpoint
-        from after the last one is dropped: the resumed run will come to it again.
+    def restore(self, template: TrainState) -> TrainState | None:
+        """The state of the last complete checkpoint; None where there is none.
+
+        Process 0 reads; the others are sent the state. A best checkpoint from after the last one
+        is dropped: the resumed run will come to it again.
 
         Args:
             template: a state of the same structure, shapes and types.
+
+        Raises:
+            UserError: the checkpoint is damaged, or of another network or optimiser.
         """
-        last = self.last_step()
+        last = self.step()
         step = int(parallel.broadcast(np.asarray(-1 if last is None else last)))
-        if step < 0:
-            return None
-        state, extra = template, {}
         if self._managers:
-            restored = self._managers["last"].restore(
-                step,
-                args=ocp.args.Composite(
-                    training=ocp.args.StandardRestore(template), extra=ocp.args.JsonRestore()
-                ),
-            )
-            state, extra = restored.training, restored.extra
             for late in self._managers["best"].all_steps():
                 if late > step:
                     self._managers["best"].delete(late)
-        return parallel.broadcast(state), extra
+        if step < 0:
+            return None
+        state = template
+        if self._managers:
+            path = self._directory / "last" / str(step)
+            restored = _read(self._managers["last"], path, "training", template)
+            state = jax.tree.map(_check_like(path), template, restored)
+        return parallel.broadcast(state)
 
     def close(self) -> None:
-        """Waits for pending writes and releases the directory."""
+        """Release the directory."""
         for manager in self._managers.values():
             manager.close()
 
 
-def load_variables(directory: str | os.PathLike, name: str = "last") -> tuple[dict[str, Any], int]:
+def load_variables(
+    directory: str | os.PathLike[str], name: str = "last"
+) -> tuple[dict[str, Any], int]:
     """The model's variables in a run's checkpoint, as NumPy arrays, and its step.
 
     Args:
@@ -115,18 +136,78 @@ def load_variables(directory: str | os.PathLike, name: str = "last") -> tuple[di
         name: "last" or "best".
 
     Raises:
-        FileNotFoundError: there is no complete checkpoint of that name.
+        NotFoundError: there is no complete checkpoint of that name.
+        UserError: it is damaged.
     """
     directory = pathlib.Path(directory).absolute() / name
-    step = None
     if directory.is_dir():
         options = ocp.CheckpointManagerOptions(read_only=True)
         with ocp.CheckpointManager(directory, options=options) as manager:
             step = manager.latest_step()
             if step is not None:
-                restored = manager.restore(
-                    step, args=ocp.args.Composite(model=ocp.args.StandardRestore())
-                )
-    if step is None:
-        raise FileNotFoundError(f"no complete checkpoint below {directory}")
-    return restored.model, step
+                return _read(manager, directory / str(step), "model"), step
+    raise NotFoundError(f"no complete checkpoint below {directory}; let the training save one")
+
+
+def digest(tree: Any) -> str:
+    """A digest of the arrays of a pytree, whatever holds them and in which order."""
+    leaves = (np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(tree))
+    digests = sorted(hashlib.blake2b(leaf.tobytes(), digest_size=16).digest() for leaf in leaves)
+    return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+
+def _read(
+    manager: ocp.CheckpointManager, path: pathlib.Path, item: str, template: Any = None
+) -> Any:
+    """An item of a checkpoint; what orbax raises is one of two things that a user can mend."""
+    step = int(path.name)
+
+    def restore(template: Any) -> tuple[Any, str]:
+        arguments = {item: ocp.args.StandardRestore(template), "extra": ocp.args.JsonRestore()}
+        restored = manager.restore(step, args=ocp.args.Composite(**arguments))
+        return restored[item], restored["extra"][item]
+
+    try:
+        value, expected = restore(template)
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # orbax and tensorstore raise many types
+        if "Permission denied" in str(error):
+            raise
+        if template is not None and _is_whole(restore):
+            raise UserError(
+                f"the checkpoint {path} is of another network or optimiser than this config's; "
+                "give another --workdir, or the version and config that wrote it"
+            ) from error
+        raise UserError(_describe_damage(path, str(error).splitlines()[0])) from error
+    if digest(value) != expected:
+        raise UserError(_describe_damage(path, "its arrays are not those that were saved"))
+    return value
+
+
+def _is_whole(restore: Any) -> bool:
+    try:
+        value, expected = restore(None)
+    except Exception:  # as above
+        return False
+    return digest(value) == expected
+
+
+def _describe_damage(path: pathlib.Path, why: str) -> str:
+    checkpoints = path.parents[1]
+    text = f"the checkpoint {path} is damaged ({why[:200]})"
+    if path.parent.name == "last" and any((checkpoints / "best").glob("[0-9]*")):
+        text += "; --checkpoint best evaluates the best one"
+    return f"{text}. To start over, remove {checkpoints} and give the training command again"
+
+
+def _check_like(path: pathlib.Path) -> Any:
+    def check(wanted: Any, found: Any) -> Any:
+        if np.shape(wanted) != np.shape(found):
+            raise UserError(
+                f"the checkpoint {path} holds an array of shape {np.shape(found)} where this "
+                f"config's state has {np.shape(wanted)}; give another --workdir"
+            )
+        return found
+
+    return check

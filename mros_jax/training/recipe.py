@@ -20,7 +20,6 @@ from mros_jax.files import cache_directory
 from mros_jax.losses import Objective, make_objective
 from mros_jax.models import torch_weights
 from mros_jax.models.outputs import Network, Outputs
-from mros_jax.retrieval import rerank
 from mros_jax.training import optimizers
 from mros_jax.training.state import TrainState, make_state
 from mros_jax.training.step import Augment, Step, make_train_step
@@ -81,7 +80,7 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {value}; it must be from 0 {below}")
     if config.clip_norm < 0:
         raise UserError(f"config.clip_norm is {config.clip_norm}; it must be 0 (off) or more")
-    _parse_rerank(config)
+    configs.make_reranks(config)
     batch, devices = make_sampler(config.batch.to_dict()).size, jax.device_count()
     if batch % devices:
         raise UserError(
@@ -102,18 +101,11 @@ def check_fit(config: ConfigDict, dataset: Dataset) -> None:
     else:
         examination.check_names(dataset, identities=1, images=1)
     gallery = int((config.eval.keep_junk or ~dataset.gallery.junk).sum())
-    for method in _parse_rerank(config):
+    for method in configs.make_reranks(config):
         try:
             method.check(len(dataset.query), gallery)
         except UserError as error:
             raise UserError(f"config.eval.rerank_options, {error}") from error
-
-
-def _parse_rerank(config: ConfigDict) -> tuple[rerank.Rerank, ...]:
-    try:
-        return rerank.parse(config.eval.rerank, config.eval.rerank_options.to_dict())
-    except UserError as error:
-        raise UserError(f"config.eval.rerank, rerank_options: {error}") from error
 
 
 # torchvision's files by trunk, first choice first: V1 is where re-identification codes start from.

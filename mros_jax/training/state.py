@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 if TYPE_CHECKING:
-    Scalar = jax.Array | np.ndarray
+    Scalar = jax.Array
     Tree = dict[str, Any]
 else:
     # Trees of shapes, of shardings and of None pass through the same class.
@@ -63,7 +64,7 @@ def make_state(
     """
     params = {"network": variables["params"], "objective": objective_params}
     state = TrainState(
-        step=np.zeros((), np.int32),
+        step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(params),

@@ -1,7 +1,8 @@
 """Evaluation of a model while and after it is trained."""
 
 import functools
-import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,14 +11,14 @@ from ml_collections import ConfigDict
 from mros_jax import config as configs
 from mros_jax import parallel
 from mros_jax.data.datasets.splits import Dataset
-from mros_jax.evaluate import evaluate_features, extract_features
 from mros_jax.files import write_json
 from mros_jax.inference import Embedder, make_checkpoint_id
 from mros_jax.models.outputs import Network
-from mros_jax.retrieval import descriptors, rerank
+from mros_jax.retrieval import descriptors, labels, rerank
+from mros_jax.runs.features import extract_features
+from mros_jax.runs.results import evaluate_features, get_scores
+from mros_jax.runs.run import Run
 from mros_jax.training.state import TrainState
-
-RANKS = (1, 5, 10)
 
 
 class Evaluator:
@@ -25,6 +26,9 @@ class Evaluator:
 
     Images are decoded and programs compiled once. In a run of many processes each computes the
     same, on its own devices.
+
+    Raises:
+        UserError: images that cannot be read, or queries none of which has a match.
     """
 
     def __init__(self, config: ConfigDict, dataset: Dataset, network: Network):
@@ -33,22 +37,59 @@ class Evaluator:
         progress = parallel.is_main_process()
         self._query = configs.load_images(config, dataset.query, progress=progress)
         self._gallery = configs.load_images(config, dataset.gallery, progress=progress)
+        query, gallery = self._query.split, self._gallery.split
+        labels.check_labels(
+            query.pids,
+            gallery.pids,
+            query.camids,
+            gallery.camids,
+            len(query),
+            len(gallery),
+            junk_pid=-1,
+            distractor_pid=0,
+        )
 
-    def run(
-        self, state: TrainState, epoch: int, workdir: pathlib.Path | None = None
-    ) -> dict[str, float]:
-        """Evaluates a state; with a workdir also with re-ranking, and all results are kept there.
+    def score(self, state: TrainState, epoch: int) -> dict[str, float]:
+        """Evaluate a state without re-ranking.
 
         Args:
             state: to evaluate.
             epoch: completed epochs.
-            workdir: where `features.npz` and `results.json` are written, by process 0.
 
         Returns:
-            mAP, mINP and rank1, rank5, rank10 without re-ranking, as fractions of 1.
+            mAP, mINP and rank1, rank5, rank10 as fractions of 1.
         """
+        results, _ = self._evaluate(state, epoch, reranks=())
+        return get_scores(results["results"][0])
+
+    def finish(self, state: TrainState, epoch: int, run: Run) -> dict[str, float]:
+        """Evaluate the last state, also with re-ranking.
+
+        Process 0 keeps all descriptors and results in the run.
+
+        Args:
+            state: to evaluate.
+            epoch: completed epochs.
+            run: where `features.npz` and `results.json` are written.
+
+        Returns:
+            As `score`.
+        """
+        results, features = self._evaluate(state, epoch, reranks=configs.make_reranks(self._config))
+        if parallel.is_main_process():
+            fingerprints = {s: str(features[f"{s}_fingerprint"]) for s in ("query", "gallery")}
+            flip_test = self._config.eval.flip_test
+            path = run.features_file(self._dataset.name, fingerprints, flip_test=flip_test)
+            descriptors.save_features(path, features)
+            write_json(run.results_file, results)
+        return get_scores(results["results"][0])
+
+    def _evaluate(
+        self, state: TrainState, epoch: int, reranks: Sequence[rerank.Rerank]
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         config = self._config.eval
-        self._embedder.replace_variables(jax.device_get(state.eval_variables))
+        variables = jax.device_get(state.eval_variables)
+        self._embedder.replace_variables(variables)
         features = extract_features(
             functools.partial(
                 self._embedder.embed,
@@ -58,11 +99,13 @@ class Evaluator:
             ),
             self._query,
             self._gallery,
+            checkpoint_id=make_checkpoint_id("last", int(state.step), variables),
+            flip_test=config.flip_test,
         )
         results = evaluate_features(
             features,
             dataset=self._dataset.name,
-            reranks=rerank.parse(config.rerank, config.rerank_options.to_dict()) if workdir else (),
+            reranks=reranks,
             metric=config.metric,
             ap=config.ap,
             flip_test=config.flip_test,
@@ -72,11 +115,4 @@ class Evaluator:
             step=int(state.step),
             epoch=epoch,
         )
-        if workdir and parallel.is_main_process():
-            identity = make_checkpoint_id("last", int(state.step), self._embedder.variables)
-            features["checkpoint_id"] = np.asarray(identity)
-            descriptors.save_features(workdir / "features.npz", features)
-            write_json(workdir / "results.json", results)
-        plain = results["results"][0]
-        ranks = {f"rank{k}": plain["cmc"][min(k, len(plain["cmc"])) - 1] for k in RANKS}
-        return {"mAP": plain["mAP"], "mINP": plain["mINP"], **ranks}
+        return results, features

@@ -54,8 +54,8 @@ def triplet_loss(x, labels, margin=0.3, reduction="mean"):
         negative = d[labels != labels[i]].min()
         gap = positive - negative
         losses.append(F.softplus(gap) if margin is None else F.relu(gap + margin))
-    losses = torch.stack(losses)
-    return losses.mean() if reduction == "mean" else losses.sum()
+    values = torch.stack(losses)
+    return values.mean() if reduction == "mean" else values.sum()
 
 
 def center_loss(x, labels, centers, reduction="mean"):

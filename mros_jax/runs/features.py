@@ -1,0 +1,73 @@
+"""Descriptors of a data set's queries and gallery, bound to the weights and images they are of."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mros_jax.data.datasets.splits import Dataset
+from mros_jax.data.fingerprint import fingerprint_split
+from mros_jax.data.store import ImageStore
+
+
+def extract_features(
+    embed: Callable[[np.ndarray], np.ndarray],
+    query: ImageStore,
+    gallery: ImageStore,
+    *,
+    checkpoint_id: str,
+    flip_test: bool,
+) -> dict[str, np.ndarray]:
+    """Compute the descriptors of a data set's queries and gallery.
+
+    Args:
+        embed: uint8 images (N, H, W, 3) to descriptors (N, D).
+        query: decoded query images.
+        gallery: decoded gallery images.
+        checkpoint_id: names the weights.
+        flip_test: whether `embed` takes the mean over image and mirror image.
+
+    Returns:
+        The arrays of `mros_jax.retrieval.descriptors.ARRAYS`; `query_names` and `gallery_names`;
+        and what the descriptors are of: `checkpoint_id`, `flip_test`, `query_fingerprint`,
+        `gallery_fingerprint`.
+    """
+    arrays = {"checkpoint_id": np.asarray(checkpoint_id), "flip_test": np.asarray(flip_test)}
+    for name, store in (("query", query), ("gallery", gallery)):
+        arrays[f"{name}_features"] = np.asarray(embed(store.images), np.float32)
+        arrays[f"{name}_pids"] = np.asarray(store.split.pids)
+        arrays[f"{name}_camids"] = np.asarray(store.split.camids)
+        arrays[f"{name}_names"] = np.asarray(store.split.names, np.str_)
+        arrays[f"{name}_fingerprint"] = np.asarray(store.fingerprint)
+    return arrays
+
+
+def fingerprint(dataset: Dataset, *, progress: bool = False) -> dict[str, str]:
+    """Split -> fingerprint, of all splits of a data set."""
+    return {split.name: fingerprint_split(split, progress=progress) for split in dataset.splits}
+
+
+def find_change(
+    saved: Mapping[str, Any],
+    *,
+    checkpoint_id: str,
+    flip_test: bool,
+    fingerprints: Mapping[str, str],
+) -> str | None:
+    """Why saved descriptors are not those asked for; None where they are.
+
+    Args:
+        saved: as `extract_features` returns them.
+        checkpoint_id: names the weights.
+        flip_test: whether means over image and mirror image are asked for.
+        fingerprints: of the splits "query" and "gallery".
+    """
+    found = str(saved.get("checkpoint_id", "unknown"))
+    if found != checkpoint_id:
+        return f"they are of checkpoint {found}, not {checkpoint_id}"
+    if bool(saved.get("flip_test", False)) != flip_test:
+        return f"they were made {'without' if flip_test else 'with'} the flip test"
+    for split in ("query", "gallery"):
+        if str(saved.get(f"{split}_fingerprint", "")) != fingerprints[split]:
+            return f"the {split} images are others"
+    return None
