@@ -20,7 +20,7 @@ from ml_collections.config_dict import placeholder
 from mros_jax import parallel
 from mros_jax.data import store
 from mros_jax.data.datasets import records, sources
-from mros_jax.data.datasets.splits import Dataset, Split
+from mros_jax.data.splits import Dataset, Split
 from mros_jax.errors import NotFoundError, UserError
 from mros_jax.models.outputs import Network
 from mros_jax.retrieval import rerank

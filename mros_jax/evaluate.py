@@ -30,11 +30,11 @@ from mros_jax.inference import load_model
 from mros_jax.retrieval import Result, bootstrap, descriptors, rerank, verify
 from mros_jax.retrieval.distances import METRICS
 from mros_jax.retrieval.metrics import AP_VARIANTS
+from mros_jax.runs.checkpoints import NAMES
 from mros_jax.runs.features import extract_features, find_change
 from mros_jax.runs.results import evaluate_features
 from mros_jax.runs.run import Run
 from mros_jax.runs.tables import format_results
-from mros_jax.training.checkpoints import NAMES
 
 log = logging.getLogger(__name__)
 

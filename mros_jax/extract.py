@@ -27,7 +27,7 @@ from mros_jax.errors import NotFoundError, UserError
 from mros_jax.files import check_output, write_atomically
 from mros_jax.inference import Embedder, load_model
 from mros_jax.retrieval import compute_distances, descriptors
-from mros_jax.training.checkpoints import NAMES
+from mros_jax.runs.checkpoints import NAMES
 
 log = logging.getLogger(__name__)
 

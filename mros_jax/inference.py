@@ -21,8 +21,8 @@ from mros_jax.config import make_network
 from mros_jax.data import augment, decoding
 from mros_jax.errors import UserError
 from mros_jax.models.outputs import Network, Outputs
+from mros_jax.runs.checkpoints import load_variables
 from mros_jax.runs.run import Run
-from mros_jax.training.checkpoints import load_variables
 
 Image = np.ndarray | jax.Array | PIL.Image.Image | str | os.PathLike
 

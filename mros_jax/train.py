@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 from mros_jax import config as configs
 from mros_jax import console, parallel, report
 from mros_jax.errors import NotFoundError
-from mros_jax.runs import features, provenance
+from mros_jax.runs import checkpoints, features, provenance
 from mros_jax.runs.logs import Writer
 from mros_jax.runs.run import Run
-from mros_jax.training import checkpoints, feed, recipe, validation
+from mros_jax.training import feed, recipe, validation
 from mros_jax.training.loop import Logger, Stop
 
 log = logging.getLogger("mros_jax.train")  # also where this file is __main__

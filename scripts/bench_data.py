@@ -32,8 +32,8 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from mros_jax import console, parallel
-from mros_jax.data import augment, batches, store
-from mros_jax.data.datasets import sources, splits
+from mros_jax.data import augment, batches, splits, store
+from mros_jax.data.datasets import sources
 from mros_jax.data.decoding import decode_image
 from mros_jax.data.images import EncodedImages
 from mros_jax.training import recipe

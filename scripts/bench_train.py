@@ -25,7 +25,7 @@ from mros_jax import config as configs
 from mros_jax import console, parallel
 from mros_jax.data import augment
 from mros_jax.data.batches import make_sampler
-from mros_jax.data.datasets.splits import Dataset
+from mros_jax.data.splits import Dataset
 from mros_jax.errors import UserError
 from mros_jax.training.feed import Feed
 from scripts import common

@@ -8,11 +8,11 @@ from mros_jax import inference
 from mros_jax.files import write_json
 from mros_jax.retrieval import descriptors
 from mros_jax.runs import provenance
+from mros_jax.runs.checkpoints import Checkpoints
 from mros_jax.runs.features import extract_features, fingerprint
 from mros_jax.runs.results import evaluate_features
 from mros_jax.runs.run import FORMAT, Run
 from mros_jax.training import recipe
-from mros_jax.training.checkpoints import Checkpoints
 from tests.training import make_config
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from mros_jax import compare, console, evaluate
 from mros_jax import config as configs
-from mros_jax.data.datasets.splits import Dataset, Split
+from mros_jax.data.splits import Dataset, Split
 from mros_jax.files import write_json
 from mros_jax.retrieval import descriptors
 from mros_jax.runs import provenance

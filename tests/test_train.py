@@ -20,11 +20,11 @@ from mros_jax import console, parallel, train
 from mros_jax.errors import DivergedError, NotFoundError, UserError
 from mros_jax.files import read_jsonl
 from mros_jax.inference import load_model
-from mros_jax.runs import lock
+from mros_jax.runs import checkpoints, lock
 from mros_jax.runs import run as run_module
 from mros_jax.runs.logs import Writer
 from mros_jax.runs.run import Run
-from mros_jax.training import checkpoints, validation
+from mros_jax.training import validation
 from mros_jax.training.loop import Stop
 from tests.training import ROOT, TINY, assert_close, assert_equal, finish, make_config, start
 

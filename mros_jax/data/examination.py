@@ -11,7 +11,7 @@ import numpy as np
 
 from mros_jax.data.datasets import checks
 from mros_jax.data.datasets.checks import Finding
-from mros_jax.data.datasets.splits import Dataset
+from mros_jax.data.splits import Dataset
 from mros_jax.errors import UserError
 
 log = logging.getLogger(__name__)

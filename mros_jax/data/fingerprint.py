@@ -2,7 +2,7 @@
 
 import hashlib
 
-from mros_jax.data.datasets.splits import Split
+from mros_jax.data.splits import Split
 
 
 def fingerprint_split(

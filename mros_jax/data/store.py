@@ -18,9 +18,9 @@ from jaxtyping import UInt8
 from mros_jax.data import cache, decoding, fingerprint
 from mros_jax.data.cache import Decoding
 from mros_jax.data.datasets.layouts import BadFiles, OnBadImage
-from mros_jax.data.datasets.splits import Split
 from mros_jax.data.images import Picture
 from mros_jax.data.prefetch import prefetch
+from mros_jax.data.splits import Split
 from mros_jax.errors import UserError
 
 log = logging.getLogger(__name__)

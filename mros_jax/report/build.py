@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from mros_jax import config as configs
 from mros_jax import console
-from mros_jax.data.datasets.splits import Split
 from mros_jax.data.images import Picture
+from mros_jax.data.splits import Split
 from mros_jax.errors import UserError
 from mros_jax.files import check_output, write_atomically
 from mros_jax.losses import make_objective

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from mros_jax.data.datasets.splits import Dataset
 from mros_jax.data.fingerprint import fingerprint_split
+from mros_jax.data.splits import Dataset
 from mros_jax.data.store import ImageStore
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from mros_jax.data.datasets.splits import Dataset
+from mros_jax.data.splits import Dataset
 
 PACKAGES = ("mros_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from mros_jax import config as configs
 from mros_jax import losses, parallel
 from mros_jax.data import batches, store
-from mros_jax.data.datasets.splits import Dataset
+from mros_jax.data.splits import Dataset
 
 log = logging.getLogger(__name__)
 

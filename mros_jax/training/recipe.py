@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mros_jax import config as configs
 from mros_jax.data import augment, examination
 from mros_jax.data.batches import Identities, make_sampler
-from mros_jax.data.datasets.splits import Dataset
+from mros_jax.data.splits import Dataset
 from mros_jax.errors import UserError
 from mros_jax.files import cache_directory
 from mros_jax.losses import Objective, make_objective

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from mros_jax import config as configs
 from mros_jax import parallel
-from mros_jax.data.datasets.splits import Dataset
+from mros_jax.data.splits import Dataset
 from mros_jax.files import write_json
 from mros_jax.inference import Embedder, make_checkpoint_id
 from mros_jax.models.outputs import Network

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from mros_jax.data import doctor, examination
+from mros_jax import doctor
+from mros_jax.data import examination
 from mros_jax.data.datasets.records import DATASETS, Counts
 from mros_jax.data.datasets.sources import load_dataset
 from mros_jax.errors import UserError

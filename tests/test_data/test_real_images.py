@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mros_jax.data import doctor
+from mros_jax import doctor
 from mros_jax.data.augment import augment_batch, example_keys, preprocess
 from mros_jax.data.batches import plan_epoch
 from mros_jax.data.datasets.sources import load_dataset

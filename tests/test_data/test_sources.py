@@ -5,8 +5,8 @@ import pytest
 
 from mros_jax.data.datasets.records import DATASETS
 from mros_jax.data.datasets.sources import load_dataset
-from mros_jax.data.datasets.splits import Dataset, Split, relabel
 from mros_jax.data.images import EncodedImages
+from mros_jax.data.splits import Dataset, Split, relabel
 
 
 def test_market_layout(market):

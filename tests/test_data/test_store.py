@@ -17,10 +17,10 @@ from mros_jax import parallel
 from mros_jax.data import cache
 from mros_jax.data.augment import augment_batch, example_keys
 from mros_jax.data.datasets.sources import load_dataset
-from mros_jax.data.datasets.splits import Split
 from mros_jax.data.decoding import decode_image
 from mros_jax.data.images import EncodedImages
 from mros_jax.data.prefetch import prefetch
+from mros_jax.data.splits import Split
 from mros_jax.data.store import load_store, place
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from mros_jax.data import cache
 from mros_jax.data.datasets.layouts import DISTRACTORS_500K
 from mros_jax.data.datasets.records import DATASETS
-from mros_jax.data.datasets.splits import Dataset, Split
 from mros_jax.data.images import Picture
+from mros_jax.data.splits import Dataset, Split
 
 Level = Literal["fatal", "error", "warning", "note"]
 

@@ -24,8 +24,8 @@ from mros_jax.data.datasets.layouts import (
     make_dataset,
     read_market_layout,
 )
-from mros_jax.data.datasets.splits import Dataset, Split
 from mros_jax.data.images import EncodedImages
+from mros_jax.data.splits import Dataset, Split
 from mros_jax.errors import UserError
 
 Kind = str  # "labeled" or "detected"

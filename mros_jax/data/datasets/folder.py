@@ -15,8 +15,8 @@ from mros_jax.data.datasets.layouts import (
     make_dataset,
     read_market_layout,
 )
-from mros_jax.data.datasets.splits import DISTRACTOR_PID, JUNK_PID, Dataset
 from mros_jax.data.listing import list_images
+from mros_jax.data.splits import DISTRACTOR_PID, JUNK_PID, Dataset
 from mros_jax.data.text import parse_whole, read_table
 from mros_jax.errors import UserError
 

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mros_jax.data.datasets.splits import (
+from mros_jax.data.images import EncodedImages
+from mros_jax.data.listing import list_images
+from mros_jax.data.splits import (
     DISTRACTOR_PID,
     JUNK_PID,
     Dataset,
@@ -18,8 +20,6 @@ from mros_jax.data.datasets.splits import (
     Split,
     relabel,
 )
-from mros_jax.data.images import EncodedImages
-from mros_jax.data.listing import list_images
 from mros_jax.data.text import fits_64_bits, parse_whole
 from mros_jax.errors import NotFoundError, UserError
 

@@ -3,7 +3,7 @@
 import pathlib
 
 from mros_jax.data.datasets.layouts import BadFiles, Entry, OnBadImage, find_root, make_dataset
-from mros_jax.data.datasets.splits import Dataset
+from mros_jax.data.splits import Dataset
 from mros_jax.data.text import parse_whole, read_lines
 
 NUM_TRAIN_PIDS = 1041

@@ -21,8 +21,8 @@ import tensorflow_datasets as tfds
 from mros_jax import console
 from mros_jax.data import fingerprint
 from mros_jax.data.datasets import layouts, records
-from mros_jax.data.datasets.splits import Dataset, Split, relabel
 from mros_jax.data.images import ContentDigest, EncodedImages, hash_bytes
+from mros_jax.data.splits import Dataset, Split, relabel
 from mros_jax.errors import NotFoundError, UserError
 
 _READ_AT_ONCE = 256

@@ -16,7 +16,7 @@ from typing import Any
 
 from mros_jax.data.datasets import cuhk03, folder, layouts, msmt17
 from mros_jax.data.datasets.layouts import OnBadImage
-from mros_jax.data.datasets.splits import Dataset
+from mros_jax.data.splits import Dataset
 from mros_jax.data.synthetic import dataset as synthetic
 from mros_jax.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mros_jax.data.datasets import records
 from mros_jax.data.datasets.layouts import MissingDataError, check_choice
-from mros_jax.data.datasets.splits import Dataset
+from mros_jax.data.splits import Dataset
 from mros_jax.errors import NotFoundError, UserError
 
 

@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from mros_jax import console
-from mros_jax.data.datasets.splits import DISTRACTOR_PID, JUNK_PID, Dataset, Split, relabel
 from mros_jax.data.images import Picture, hash_bytes
 from mros_jax.data.prefetch import prefetch
+from mros_jax.data.splits import DISTRACTOR_PID, JUNK_PID, Dataset, Split, relabel
 from mros_jax.data.synthetic import pedestrians, rendering
 from mros_jax.errors import UserError
 

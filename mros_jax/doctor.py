@@ -1,7 +1,7 @@
 """Data set doctor: what is wrong with a data set, before a day of training tells.
 
-    python -m mros_jax.data.doctor --dataset market1501 --root PATH
-    python -m mros_jax.data.doctor --config configs/mros.py --config.dataset.root=PATH
+    python -m mros_jax.doctor --dataset market1501 --root PATH
+    python -m mros_jax.doctor --config configs/mros.py --config.dataset.root=PATH
 
 Exit code 0: nothing wrong (warnings may be printed); 1: something is; 2: the data cannot be read.
 """
@@ -82,7 +82,7 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict | None]:
     parser = argparse.ArgumentParser(
-        prog="python -m mros_jax.data.doctor",
+        prog="python -m mros_jax.doctor",
         description="Say what is wrong with a data set, before a day of training tells.",
         epilog="With --config FILE, and --config.FIELD=VALUE, everything is taken from a training "
         "config instead: data set, options, batch, input size.",

@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 import time
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,9 +18,26 @@ import orbax.checkpoint as ocp
 
 from mros_jax import parallel
 from mros_jax.errors import NotFoundError, UserError
-from mros_jax.training.state import TrainState
 
 NAMES = ("last", "best")
+
+
+@runtime_checkable
+class State(Protocol):
+    """What a checkpoint holds: a pytree that knows its step and what a model is evaluated with."""
+
+    @property
+    def step(self) -> Any:
+        """Completed training steps."""
+        ...
+
+    @property
+    def eval_variables(self) -> dict[str, Any]:
+        """The variables to evaluate with."""
+        ...
+
+
+S = TypeVar("S", bound=State)
 
 
 def _make_manager(directory: pathlib.Path) -> ocp.CheckpointManager:
@@ -58,7 +75,7 @@ class Checkpoints:
         """The step of a complete checkpoint; None where there is none, and in other processes."""
         return self._managers[name].latest_step() if self._managers else None
 
-    def save(self, state: TrainState, name: str = "last") -> None:
+    def save(self, state: State, name: str = "last") -> None:
         """Save a state as checkpoint `name`, for "best" only its model.
 
         Returns when it is on disk; the former one is removed only then.
@@ -93,7 +110,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
             time.sleep(0.05)
 
-    def restore(self, template: TrainState) -> TrainState | None:
+    def restore(self, template: S) -> S | None:
         """The state of the last complete checkpoint; None where there is none.
 
         Process 0 reads; the others are sent the state. A best checkpoint from after the last one
@@ -103,7 +120,7 @@ class Checkpoints:
             template: a state of the same structure, shapes and types.
 
         Raises:
-            UserError: the checkpoint is damaged, or of another network or optimiser.
+            UserError: the checkpoint is damaged, or of another network or optimizer.
         """
         last = self.step()
         step = int(parallel.broadcast(np.asarray(-1 if last is None else last)))
@@ -176,7 +193,7 @@ def _read(
             raise
         if template is not None and _is_whole(restore):
             raise UserError(
-                f"the checkpoint {path} is of another network or optimiser than this config's; "
+                f"the checkpoint {path} is of another network or optimizer than this config's; "
                 "give another --workdir, or the version and config that wrote it"
             ) from error
         raise UserError(_describe_damage(path, str(error).splitlines()[0])) from error
