@@ -11,13 +11,15 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mros_jax import compare, console, evaluate
 from mros_jax import config as configs
+from mros_jax.data.images import EncodedImages
 from mros_jax.data.splits import Dataset, Split
 from mros_jax.files import write_json
 from mros_jax.retrieval import descriptors
-from mros_jax.runs import provenance
+from mros_jax.runs import provenance, results
 from mros_jax.runs.features import fingerprint
 from mros_jax.runs.run import FORMAT
 
@@ -380,7 +382,7 @@ def test_bad_files(arrays, message, tmp_path, capsys):
     np.savez(tmp_path / "bad.npz", **arrays)
     status, _, err = call("--features", str(tmp_path / "bad.npz"), capsys=capsys)
     assert status == 2
-    assert err.startswith("error: ")
+    assert err.splitlines()[-1].startswith("error: ")
     assert re.search(message, err)
 
 
@@ -449,7 +451,7 @@ def test_a_rank_that_was_not_computed_is_absent(capsys):
 
 
 def test_reranking_is_checked_before_the_work(capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "evaluate", None)
+    monkeypatch.setattr(results, "evaluate", None)
     options = '--rerank_options={"ecn": {"k": 5000}}'
     status, _, err = call("--features", str(GOLDEN), "--rerank=ecn", options, capsys=capsys)
     assert status == 2

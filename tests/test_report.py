@@ -13,10 +13,10 @@ from PIL import Image
 from mros_jax import console
 from mros_jax.models.outputs import Part
 from mros_jax.report import __main__ as command
-from mros_jax.report import ranking, write_report
-from mros_jax.retrieval import compute_distances
+from mros_jax.report import build, ranking, write_report
+from mros_jax.retrieval import compute_distances, descriptors, evaluate
 from mros_jax.runs.run import Run
-from scripts import shoot_report
+from scripts import chromium, shoot_report
 from tests import browser
 from tests.runs import make_run
 

@@ -273,7 +273,7 @@ def test_diverged_loss_names_step_parts_and_checkpoint(tmp_path, cache_dir):
         ("eval.rerank", ("magic",), "magic"),
         ("batch.identities", 3, "a batch of 6 images cannot be split over 4"),
         ("batch.identities", 100, "12 training identities"),
-        ("dataset.preset", "huge", "unknown preset 'huge'"),
+        ("dataset.preset", "huge", "preset is 'huge'; expected one of market, demo, small"),
         ("eval.rerank_options.ecn.k", 5000, "5000"),
         ("input.height", 100, "height 100"),
     ],
@@ -305,7 +305,7 @@ def test_command_line_says_what_is_wrong_without_a_traceback(tmp_path, cache_dir
     process = start(tmp_path / "run", cache_dir, **{"dataset.name": "market1501"})
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "configs/mros.py:synthetic" in output
+    assert "the data set 'synthetic' is rendered and needs none" in output
     assert "Traceback" not in output
 
 

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from mros_jax.errors import UserError
@@ -24,8 +25,8 @@ def pool_stripes(
         features: (..., H, W, C) feature map.
         num_stripes: s; H must be a multiple of it.
         overlap: pairs of adjacent stripes (S = s - 1) or single stripes (S = s).
-        kind: the "mean" or the "max" of each channel in each window; the gradient of a maximum is
-            shared by all values that are equal to it.
+        kind: the "mean" or the "max" of each channel in each window; of equal values the
+            first in reading order gets the gradient of a maximum, as in PyTorch.
 
     Returns:
         (..., S, C), at least float32, from the top of the image to the bottom.
@@ -53,7 +54,10 @@ def pool_stripes(
     shape = (*features.shape[:-3], num_stripes, height // num_stripes * width, channels)
     pixels = features.reshape(shape)
     if kind == "max":
-        stripes = widen(jnp.max(pixels, axis=-2))  # (..., s, C)
+        # By its place: XLA's own gradient asks which values equal the maximum, and finds none where
+        # the compiler has computed the map twice with other rounding.
+        place = jnp.argmax(lax.stop_gradient(pixels), axis=-2, keepdims=True)
+        stripes = widen(jnp.take_along_axis(pixels, place, axis=-2)[..., 0, :])  # (..., s, C)
     else:
         wide = jnp.promote_types(features.dtype, jnp.float32)
         stripes = jnp.mean(pixels, axis=-2, dtype=wide)

@@ -48,7 +48,7 @@ def test_composes_with_transformations():
 
 
 def test_maxima_and_their_gradients_are_pytorchs():
-    x = jax.random.normal(jax.random.key(0), (3, 12, 2, 4))
+    x = jnp.round(jax.random.normal(jax.random.key(0), (3, 12, 2, 4)))  # many are equal
     theirs = torch.tensor(np.asarray(x), requires_grad=True)
     pooled = torch.nn.functional.max_pool2d(theirs.permute(0, 3, 1, 2), (4, 2)).squeeze(3)
     (pooled**2).sum().backward()

@@ -4,9 +4,9 @@ import functools
 
 import jax
 import pytest
-import test_systems
 import torch
 
+from tests.parity import test_systems
 from tests.parity.harness import NUM_CLASSES
 from tests.parity.torch_mgn import TorchMGN, make_optimizers, rate, rate_of_public, total_loss
 
