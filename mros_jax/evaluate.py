@@ -182,10 +182,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if args.run is None and args.flip_test:
         parser.error("--flip_test needs --run: features are taken as they are")
-    try:
-        args.rerank = _parse_rerank(args.rerank, args.rerank_options, args.neighbors)
-    except UserError as error:
-        parser.error(str(error))
+    args.rerank = _parse_rerank(args.rerank, args.rerank_options, args.neighbors)
     if args.out is not None:
         check_output(args.out)
     return args
