@@ -131,6 +131,15 @@ def _chain(error: BaseException, with_context: bool = False) -> Iterator[BaseExc
         link = link.__cause__ or (link.__context__ if with_context else None)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of asyncio's is not of an error that ends the program in one line anyhow.
+
+    tensorstore's writes are tasks; asyncio logs the errors of those that nobody has waited for.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or explain(error) is None
+
+
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
@@ -148,6 +157,7 @@ def show_messages() -> None:
     """Show the messages of this project and of JAX on standard error, above any progress bar."""
     # orbax tells every file that it touches, and logs the errors that it raises.
     absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").addFilter(_is_news)
     for name, level in (("mros_jax", logging.INFO), ("jax", logging.WARNING)):
         logger = logging.getLogger(name)
         if not any(isinstance(handler, _Handler) for handler in logger.handlers):

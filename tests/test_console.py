@@ -159,3 +159,20 @@ def test_a_notebooks_drawing_backend_does_no_harm():
     backend = {"MPLBACKEND": "module://nowhere.backend"}
     done = program(code, environment=backend)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_asyncio_says_of_a_full_disk_is_told_once(capsys):
+    def fail(error):
+        logger = logging.getLogger("asyncio")
+        logger.error("Task exception was never retrieved", exc_info=error)
+
+    console.show_messages()
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger("asyncio").addHandler(handler)
+    try:
+        fail(OSError(errno.ENOSPC, "full"))
+        assert capsys.readouterr().err == ""
+        fail(KeyError("a bug"))
+        assert "a bug" in capsys.readouterr().err
+    finally:
+        logging.getLogger("asyncio").removeHandler(handler)
