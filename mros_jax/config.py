@@ -34,8 +34,9 @@ _SHORT = {"market": "market1501", "duke": "dukemtmc"}
 
 
 def base(dataset: str = "market1501") -> ConfigDict:
-    """The fields that every config has, with this project's defaults; network, objective and
-    optimizer are for the system to fill.
+    """The fields that every config has, with this project's defaults.
+
+    Network, objective and optimizer are for the system to fill.
 
     Args:
         dataset: a name in `mros_jax.data.datasets.records.DATASETS`.

@@ -78,7 +78,7 @@ def check_last_stride(last_stride: int) -> None:
 
 
 def torchvision_name(path: tuple[str, ...]) -> str:
-    """torchvision's name of a module of a ResNet: ("layer3_0", "conv1") -> "layer3.0.conv1"."""
+    """Name a module of a ResNet as torchvision does: ("layer3_0", "conv1") -> "layer3.0.conv1"."""
     name = ".".join(path).replace("downsample_conv", "downsample.0")
     return re.sub(r"(layer\d+)_(\d+)", r"\1.\2", name.replace("downsample_bn", "downsample.1"))
 

@@ -98,7 +98,7 @@ def encode(features: Any, neighbors: Neighbors, k1: int, k2: int) -> scipy.spars
 
 
 def scale_distances(cosine_distance: np.ndarray, smallest: np.ndarray) -> np.ndarray:
-    """Divide by the distance of the farthest image. (All images alike: 0, not NaN.)"""
+    """Divide by the distance of the farthest image; 0 where all images are alike."""
     farthest = np.maximum(1.0 - smallest, np.finfo(np.float32).tiny)
     scaled = np.maximum(cosine_distance, 0)
     scaled /= farthest
