@@ -180,5 +180,5 @@ def make_checkpoint_id(checkpoint: str, step: int, variables: Any) -> str:
     """Names the weights of a checkpoint by its name, its step and a digest of their values."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(variables):
-        digest.update(np.ascontiguousarray(leaf))
+        digest.update(np.ascontiguousarray(leaf).data)
     return f"{checkpoint}-{step}-{digest.hexdigest()[:12]}"

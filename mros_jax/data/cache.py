@@ -115,7 +115,7 @@ def save(path: pathlib.Path, decoding: Decoding) -> Decoding:
             np.lib.format.write_array_header_1_0(
                 file, np.lib.format.header_data_from_array_1_0(images)
             )
-            flat = memoryview(np.ascontiguousarray(images).reshape(-1))
+            flat = np.ascontiguousarray(images).reshape(-1).data
             for start in range(0, len(flat), _BLOCK):
                 file.write(flat[start : start + _BLOCK])
             file.flush()

@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import logging
+import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,9 +65,15 @@ class Recipe:
 def check_config(config: ConfigDict) -> None:
     """Refuse what cannot work on any data set, before any work is done.
 
+    Everything but the numbers is built, so that what a part would refuse is refused here.
+
     Raises:
         UserError: names the field, its value and what is expected.
     """
+    _check_finite(config)
+    for name in ("seed", "dataset.seed"):
+        if (seed := configs.get_field(config, name)) < 0:
+            raise UserError(f"config.{name} is {seed}; it must be 0 or more")
     for name, choices in _CHOICES.items():
         configs.check_choice(name, configs.get_field(config, name), choices)
     for name in _AT_LEAST_ONE:
@@ -87,6 +94,37 @@ def check_config(config: ConfigDict) -> None:
             f"a batch of {batch} images cannot be split over {devices} devices; choose a multiple "
             "(config.batch)"
         )
+    _check_parts(config)
+
+
+def _check_finite(section: ConfigDict, name: str = "config") -> None:
+    for key, value in section.items():
+        if isinstance(value, ConfigDict):
+            _check_finite(value, f"{name}.{key}")
+        elif any(isinstance(x, float) and not math.isfinite(x) for x in _flatten(value)):
+            raise UserError(f"{name}.{key} is {value}; it must be a finite number")
+
+
+def _flatten(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, tuple | list) else (value,)
+
+
+def _check_parts(config: ConfigDict) -> None:
+    network = configs.make_network(config, 2)
+    objective = make_objective(config.objective.to_dict())
+    groups = optimizers.make_groups(config.optimizer.to_dict())
+    make_schedules(config, steps_per_epoch=1)
+
+    def make_params(key: jax.Array, image: jax.Array) -> dict[str, Any]:
+        outputs, variables = network.init_with_output(key, image, train=False)
+        own = objective.init(key, outputs, 2)
+        objective(own, outputs, jnp.zeros(1, jnp.int32))  # each term finds its outputs
+        return {"network": variables["params"], "objective": own}
+
+    key = jax.random.key(0)
+    stored = jax.ShapeDtypeStruct((1, 128, 64, 3), jnp.uint8)
+    image = jax.eval_shape(make_augment(config), stored, key[None])
+    optimizers.label_params(jax.eval_shape(make_params, key, image), groups)
 
 
 def check_fit(config: ConfigDict, dataset: Dataset) -> None:
@@ -193,6 +231,12 @@ def build(
     objective = make_objective(config.objective.to_dict())
     groups = optimizers.make_groups(config.optimizer.to_dict())
     schedules = make_schedules(config, steps_per_epoch)
+    steps = config.num_epochs * steps_per_epoch
+    if config.accumulate_steps > steps:
+        raise UserError(
+            f"config.accumulate_steps is {config.accumulate_steps}, and the run has only {steps} "
+            "steps: it would end before its first update"
+        )
     optimizer = optimizers.make_optimizer(
         groups,
         schedules,
@@ -203,8 +247,6 @@ def build(
     shapes = shape_outputs(network, config.input.height, config.input.width)
     outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     own = objective.init(jax.random.key(config.seed), outputs, num_classes)
-    labels = jnp.zeros(1, jnp.int32)
-    jax.eval_shape(objective, own, outputs, labels)  # each term finds its outputs
     return Recipe(
         network=network,
         objective=objective,
