@@ -155,7 +155,7 @@ def test_messages_are_shown_once(capsys):
 
 
 def test_a_notebooks_drawing_backend_does_no_harm():
-    code = "console.run(lambda argv: None)\nimport matplotlib"
+    code = "import mros_jax.report\nconsole.run(lambda argv: None)\nimport matplotlib"
     backend = {"MPLBACKEND": "module://nowhere.backend"}
     done = program(code, environment=backend)
     assert done.returncode == 0, done.stderr

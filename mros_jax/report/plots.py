@@ -1,5 +1,6 @@
 """Charts as inline SVG that takes its colours from the page, dark or light."""
 
+import importlib.util
 import io
 import os
 import re
@@ -8,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-try:
-    import matplotlib
-except ValueError:  # $MPLBACKEND, which a notebook's shell passes on, names what is not there
-    del os.environ["MPLBACKEND"]
-    import matplotlib
+# A notebook's shell passes on a backend that may not be there, and matplotlib fails on it for good.
+_backend = os.environ.get("MPLBACKEND", "")
+if _backend.startswith("module://"):
+    _package = _backend.removeprefix("module://").partition(".")[0]
+    if importlib.util.find_spec(_package) is None:
+        del os.environ["MPLBACKEND"]
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
