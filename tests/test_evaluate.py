@@ -23,7 +23,8 @@ from mros_jax.runs import provenance, results
 from mros_jax.runs.features import fingerprint
 from mros_jax.runs.run import FORMAT
 
-GOLDEN = pathlib.Path(__file__).parent / "data" / "retrieval_a.npz"
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "data" / "retrieval_a.npz"
 
 
 def make_split(name, num, rng, people=4):
@@ -459,3 +460,23 @@ def test_reranking_is_checked_before_the_work(capsys, monkeypatch):
     status, _, err = call("--features", str(GOLDEN), "--rerank=ecn", options, capsys=capsys)
     assert status == 2
     assert "k is 5000" in err
+
+
+def test_people_numbered_from_zero_are_pointed_out(tmp_path, capsys):
+    features = np.eye(3, dtype=np.float32)
+    pids, path = np.arange(3), tmp_path / "zero.npz"
+    np.savez(
+        path,
+        query_features=features,
+        gallery_features=features,
+        query_pids=pids,
+        gallery_pids=pids,
+        query_camids=np.ones(3, int),
+        gallery_camids=np.full(3, 2),
+    )
+    _, out, err = call("--features", str(path), capsys=capsys)
+    assert "3 queries (2 with a match)" in out
+    assert "1 of 3 queries have pid 0, which means distractor" in err
+    _, out, err = call("--features", str(path), "--no_distractors", capsys=capsys)
+    assert "3 queries (3 with a match)" in out
+    assert "distractor" not in err

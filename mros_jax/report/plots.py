@@ -15,10 +15,10 @@ if _backend.startswith("module://"):
     _package = _backend.removeprefix("module://").partition(".")[0]
     if importlib.util.find_spec(_package) is None:
         del os.environ["MPLBACKEND"]
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+import matplotlib  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
 # Matplotlib draws in stand-in colours; each is replaced by a CSS variable of the page.
 _VARIABLES = {

@@ -60,6 +60,15 @@ def evaluate_features(
     Raises:
         UserError: as `mros_jax.retrieval.evaluate`.
     """
+    nobody = np.count_nonzero(np.asarray(features["query_pids"]) == distractor_pid)
+    if distractor_pid is not None and nobody:
+        log.warning(
+            "%d of %d queries have pid %d, which means distractor, and do not count; where it is a "
+            "person, evaluate with --no_distractors (distractor_pid=None)",
+            nobody,
+            len(features["query_pids"]),
+            distractor_pid,
+        )
     commit = provenance.get_commit()
     own = {"dataset": dataset, "flip_test": flip_test, "commit": commit, "seed": seed}
     junk = 0 if keep_junk else np.count_nonzero(features["gallery_pids"] == -1)
