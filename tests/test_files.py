@@ -13,9 +13,14 @@ from mros_jax.errors import NotFoundError, UserError
 def test_a_failing_writer_leaves_what_was_there(tmp_path):
     path = tmp_path / "a.json"
     files.write_json(path, {"a": 1})
-    with pytest.raises(RuntimeError), files.write_atomically(path) as file:
-        file.write("half")
-        raise RuntimeError
+
+    def write_half():
+        with files.write_atomically(path) as file:
+            file.write("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
     assert files.read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 

@@ -161,9 +161,11 @@ class Run:
         data = record.get("dataset")
         data = data if isinstance(data, dict) else {}
         prints, classes = data.get("fingerprints"), data.get("num_classes")
-        if not isinstance(prints, dict) or not isinstance(classes, int):
+        splits = ("train", "query", "gallery")
+        known = isinstance(prints, dict) and all(isinstance(prints.get(s), str) for s in splits)
+        if not known or not isinstance(classes, int) or not isinstance(data.get("name"), str):
             raise UserError(
-                f"{self.record_file} lacks the data set's num_classes and fingerprints; {_REPAIR}"
+                f"{self.record_file} lacks the data set's name, num_classes and fingerprints; {_REPAIR}"
             )
         return record
 
