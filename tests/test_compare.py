@@ -19,6 +19,7 @@ MARKET = {
     "num_junk": 3819,
     "ap": "standard",
     "flip_test": False,
+    "crops": "none",
     "normalize": True,
     "rerank": None,
     "rerank_options": None,
@@ -139,6 +140,7 @@ def test_what_differs_is_not_averaged(tmp_path, capsys, difference):
     [
         ({"ap": "trapezoid"}, "ap: trapezoid, not standard"),
         ({"flip_test": True}, "flip_test: True, not False"),
+        ({"crops": "ten"}, "crops: ten, not none"),
         ({"dataset": "msmt17"}, "dataset: msmt17, not market1501"),
         ({"num_query": 100}, "num_query: 100, not 3368"),
         ({"num_junk": 0}, "num_gallery_and_junk: 15913, not 19732"),
@@ -150,6 +152,16 @@ def test_another_protocol_is_flagged(tmp_path, capsys, changes, flag):
     text = call(run, capsys=capsys)[1]
     assert f"NOT COMPARABLE: {flag}" in text
     assert f"NOT COMPARABLE: {flag}" in call(run, "--format=markdown", capsys=capsys)[1]
+
+
+def test_a_system_beside_its_own_row(tmp_path, capsys):
+    run = write_run(tmp_path / "a", [make_entry(0.826)], system="spherereid")
+    rows = read_csv(call(run, "--format=csv", capsys=capsys)[1])
+    places = [i for i, row in enumerate(rows) if row["name"] == "SphereReID"]
+    ours = [i for i, row in enumerate(rows) if row["name"] == "ours, spherereid"]
+    assert ours == [i + 1 for i in places]
+    assert float(rows[ours[0]]["mAP_difference"]) == pytest.approx(82.6 - 83.6)
+    assert rows[ours[0]]["mismatches"] == ""
 
 
 def test_other_reranking_and_other_network_are_flagged(tmp_path, capsys):
