@@ -67,7 +67,7 @@ def read_csv(text):
 def test_the_papers_tables_are_whole():
     tables = paper.load_tables()["table"]
     sizes = {table["number"]: len(table["row"]) for table in tables}
-    assert sizes == {1: 4, 2: 10, 3: 8}
+    assert sizes == {1: 4, 2: 10, 3: 8, 4: 1}
     rows = {(t["number"], r["name"]): r for t in tables for r in t["row"]}
     assert rows[2, "Proposed MROS"]["rank10"] == 98.7
     assert rows[3, "Proposed MROS"]["mAP"] == 93.5
@@ -164,6 +164,16 @@ def test_a_system_beside_its_own_row(tmp_path, capsys):
     assert rows[ours[0]]["mismatches"] == ""
 
 
+def test_a_row_with_a_protocol_of_its_own(tmp_path, capsys):
+    own = {"metric": "euclidean", "normalize": False, "ap": "trapezoid", "crops": "ten"}
+    for changes, mismatches in ((own, ""), (own | {"crops": "none"}, "crops: none, not ten")):
+        run = write_run(tmp_path / changes["crops"], [make_entry(0.68, **changes)], system="trinet")
+        rows = read_csv(call(run, "--format=csv", capsys=capsys)[1])
+        [row] = [row for row in rows if row["table"] == "4" and row["source"] != "paper"]
+        assert float(row["mAP_difference"]) == pytest.approx(68 - 69.14)
+        assert row["mismatches"] == mismatches
+
+
 def test_other_reranking_and_other_network_are_flagged(tmp_path, capsys):
     entries = [make_entry(0.8, "k_reciprocal"), make_entry(0.8, "ecn")]
     entries[1]["protocol"]["rerank_options"] = ECN | {"k": 10}
@@ -178,7 +188,7 @@ def test_markdown_is_a_table(tmp_path, capsys):
     out = call(write_run(tmp_path / "a", [make_entry()]), "--format=markdown", capsys=capsys)[1]
     lines = [line for line in out.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in lines} == {7}
-    assert out.count("### Table") == 3
+    assert out.count("### Table") == 4
 
 
 def make_result(seed, shift):

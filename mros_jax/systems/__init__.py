@@ -7,6 +7,7 @@ from mros_jax.systems.mros import MROS
 from mros_jax.systems.pcb import PCB
 from mros_jax.systems.spherereid import SphereReID
 from mros_jax.systems.strong import StrongBaseline
+from mros_jax.systems.trinet import TriNet
 
 # What `config.network.name` may say. The rest of the section are the module's fields.
 NETWORKS: dict[str, Any] = {
@@ -15,4 +16,5 @@ NETWORKS: dict[str, Any] = {
     "pcb": PCB,
     "spherereid": SphereReID,
     "strong": StrongBaseline,
+    "trinet": TriNet,
 }

@@ -25,7 +25,7 @@ from mros_jax.models import torch_weights
 from mros_jax.models.heads import dropout
 from mros_jax.parallel import AXIS
 from mros_jax.training.optimizers import make_groups, make_optimizer, make_schedules
-from tests.parity import torch_pcb, torch_spherereid, torch_strong
+from tests.parity import torch_pcb, torch_spherereid, torch_strong, torch_trinet
 from tests.parity.harness import (
     LABELS,
     NUM_CLASSES,
@@ -97,12 +97,25 @@ def _spherereid():
     )
 
 
+def _trinet():
+    return Case(
+        "trinet",
+        "",
+        torch_trinet.TorchTriNet,
+        torch_trinet.total_loss,
+        torch_trinet.make_optimizers,
+        lambda epoch: torch_trinet.rate_at(7 * epoch),
+        idle=("embedding.bias",),  # distances do not see it
+    )
+
+
 CASES = {
     "strong": _strong("", torch_strong.rate),
     "strong-authors": _strong("authors", torch_strong.rate_of_authors),
     "pcb": _pcb(""),
     "pcb-own": _pcb("own"),
     "spherereid": _spherereid(),
+    "trinet": _trinet(),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -255,9 +268,10 @@ def test_schedule(case):
     config = read(CONFIGS / f"{case.file}.py", case.variant or None)
     groups = make_groups(config.optimizer.to_dict())
     schedules = make_schedules(groups, steps_per_epoch=7, **config.schedule)
-    steps = 7 * np.arange(config.num_epochs)
+    epochs = range(config.num_steps // 7 or config.num_epochs)
+    steps = 7 * np.asarray(epochs)
     for name, group in groups.items():
-        factors = [case.rate(e) if group.scheduled else 1.0 for e in range(config.num_epochs)]
+        factors = [case.rate(e) if group.scheduled else 1.0 for e in epochs]
         rates = [schedules[name](int(step)) for step in steps]
         np.testing.assert_allclose(rates, group.lr * np.array(factors), rtol=1e-6, err_msg=name)
 
