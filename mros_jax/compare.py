@@ -126,18 +126,20 @@ def build_rows(measured: Sequence[Measured], paper: Mapping[str, Any]) -> list[R
             values = {name: printed[name] for name in COLUMNS if name in printed}
             rows.append(Row(table["number"], printed["name"], "paper", 1, values, {}, {}, []))
             for group in ours:
-                if table["number"] == 1 and group[0].system == printed.get("system"):
-                    rows.append(_make_row(group, table, paper, values))
+                if group[0].system is not None and group[0].system == printed.get("system"):
+                    rows.append(_make_row(group, printed, table, paper, values))
                     placed.append(group)
         reference = {name: table["row"][-1].get(name) for name in COLUMNS}
         reference = {name: value for name, value in reference.items() if value is not None}
-        if table["number"] != 1:
-            rows += [_make_row(g, table, paper, reference) for g in ours if g not in placed]
+        if not table.get("own_systems_only"):
+            last = table["row"][-1]
+            rows += [_make_row(g, last, table, paper, reference) for g in ours if g not in placed]
     return rows
 
 
 def _make_row(
     group: Sequence[Measured],
+    printed: Mapping[str, Any],
     table: Mapping[str, Any],
     paper: Mapping[str, Any],
     reference: Mapping[str, float],
@@ -163,7 +165,7 @@ def _make_row(
         values=values,
         deviations=deviations,
         differences={name: values[name] - reference[name] for name in reference if name in values},
-        mismatches=papers.find_mismatches(first.protocol, paper, table)
+        mismatches=papers.find_mismatches(first.protocol, paper, table, printed)
         + papers.find_config_mismatches(first.config, paper),
     )
 

@@ -45,6 +45,7 @@ def base(dataset: str = "market1501") -> ConfigDict:
     config.name = ""  # of the system, as in the paper's tables
     config.seed = 0
     config.num_epochs = 120
+    config.num_steps = 0  # length of the run in steps; 0: num_epochs
 
     config.dataset = ConfigDict()
     config.dataset.name = dataset
@@ -68,6 +69,7 @@ def base(dataset: str = "market1501") -> ConfigDict:
     config.input.width = 128
 
     config.augment = ConfigDict()
+    config.augment.resize = ()  # height and width before the crop to the input's size; (): that
     config.augment.flip = 0.5  # probability
     config.augment.pad = 10  # pixels, zero, then a random crop back to size
     config.augment.erase = 0.5  # probability
@@ -94,7 +96,11 @@ def base(dataset: str = "market1501") -> ConfigDict:
     config.schedule.warmup_epochs = 0
     config.schedule.warmup_factor = 0.01  # the first epoch's share of the rate
     config.schedule.warmup_per = "epoch"  # or "iteration"
-    config.schedule.decay_epochs = ()
+    config.schedule.warmup = "linear"  # or "exponential"
+    config.schedule.decay = "steps"  # or "exponential"
+    config.schedule.decay_epochs = ()  # "steps": the rate is multiplied by the factor at each
+    config.schedule.decay_start = 0  # "exponential": the training step t0 where it begins, and
+    config.schedule.decay_length = 1  # l: the rate is multiplied by factor^((t - t0) / l)
     config.schedule.decay_factor = 0.1
     config.clip_norm = 0.0  # largest global norm of the network's gradient; 0: no clipping
     config.accumulate_steps = 1  # batches averaged into one update
@@ -103,7 +109,11 @@ def base(dataset: str = "market1501") -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every_epochs = 10  # and at the end, then with re-ranking
     config.eval.batch_size = 128  # images
+    config.eval.resize = ()  # height and width of images at test; (): the input's
+    # "none": whole images; "ten": mean of ten crops of the input's size, five of the mirror image
+    config.eval.crops = "none"
     config.eval.metric = "cosine"  # or "euclidean"
+    config.eval.normalize = True  # divide descriptors by their norm
     config.eval.ap = "standard"  # or "trapezoid", the Market-1501 MATLAB code's
     config.eval.flip_test = False
     config.eval.keep_junk = False
@@ -155,11 +165,22 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.dataset.name = "synthetic"
     config.dataset.preset = "demo"
     config.num_epochs = 32
+    if config.num_steps:
+        share = 300 / config.num_steps
+        config.num_steps = 300
+        config.schedule.decay_start = int(config.schedule.decay_start * share)
+        config.schedule.decay_length = max(int(config.schedule.decay_length * share), 1)
+        for group in config.optimizer.values():
+            if "b1_changes" in group:
+                group.b1_changes = tuple((int(step * share), b1) for step, b1 in group.b1_changes)
     if config.batch.sampler == "identities":
         config.batch.identities = min(config.batch.identities, 16)
     config.input.height = 96
     config.input.width = 48
     config.augment.pad = min(config.augment.pad, 4)
+    for section in (config.augment, config.eval):
+        if section.resize:
+            section.resize = (108, 54)
     config.network.trunk = "tiny"
     config.weights = "none"
     config.schedule.warmup_epochs = min(config.schedule.warmup_epochs, 4)
@@ -181,14 +202,22 @@ def load_dataset(config: ConfigDict) -> Dataset:
 
 def load_images(config: ConfigDict, split: Split, *, progress: bool = True) -> store.ImageStore:
     """The decoded images of a split, in the size and from the cache that a config names."""
+    training = split.labels is not None
+    height, width = find_size(config, config.augment if training else config.eval)
     return store.load_store(
         split,
-        height=config.input.height,
-        width=config.input.width,
+        height=height,
+        width=width,
         cache_dir=config.dataset.cache_dir,
         on_bad_image=config.dataset.on_bad_image,
         progress=progress,
     )
+
+
+def find_size(config: ConfigDict, section: ConfigDict) -> tuple[int, int]:
+    """Height and width that images are resized to: the section's `resize`, else the input's."""
+    height, width = section.resize or (config.input.height, config.input.width)
+    return height, width
 
 
 def make_network(config: ConfigDict, num_classes: int) -> Network:

@@ -4,8 +4,8 @@
     python -m mros_jax.evaluate --features features.npz --rerank=ecn,k_reciprocal --json
     python -m mros_jax.evaluate --query_features q.npz --gallery_features g.npz
 
-Descriptors of a run are kept in it and computed again only if the weights, the images or the flip
-test are others. docs/evaluation.md says what the files hold.
+Descriptors of a run are kept in it and computed again only if the weights, the images, the flip
+test or the crops are others. docs/evaluation.md says what the files hold.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from mros_jax.data.datasets import sources
 from mros_jax.data.fingerprint import fingerprint_split
 from mros_jax.errors import UserError
 from mros_jax.files import check_output, write_json
-from mros_jax.inference import load_model
+from mros_jax.inference import CROPS, choose_test, load_model
 from mros_jax.retrieval import Result, bootstrap, descriptors, rerank, verify
 from mros_jax.retrieval.distances import METRICS
 from mros_jax.retrieval.metrics import AP_VARIANTS
@@ -45,22 +45,24 @@ def load_run_features(
     checkpoint: str = "last",
     dataset: str | None = None,
     root: str | None = None,
-    flip_test: bool = False,
+    flip_test: bool | None = None,
+    crops: str | None = None,
     batch_size: int = 128,
     progress: bool = True,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Load the descriptors of a run's checkpoint: those saved if they fit, else new ones.
 
-    They fit where weights, images (by content, not by name) and flip test are the same. They are
-    kept as `features.npz` in the run; those of other images, another checkpoint or the flip test in
-    files of their own.
+    They fit where weights, images (by content, not by name), flip test and crops are the same.
+    They are kept as `features.npz` in the run; those of other images, another checkpoint, the flip
+    test or crops in files of their own.
 
     Args:
         path: directory of the run.
         checkpoint: "last" or "best".
         dataset: another data set than the run's.
         root: its directory; with the run's own data set, where that is now.
-        flip_test: mean of the descriptors of image and mirror image.
+        flip_test: mean of the descriptors of image and mirror image; None: as the run.
+        crops: "ten": mean of the descriptors of ten crops, or "none"; None: as the run.
         batch_size: images in a batch.
         progress: show progress bars.
 
@@ -75,6 +77,7 @@ def load_run_features(
     config = ConfigDict(run.config)
     if root is not None:
         config.dataset.root = root
+    flip_test, crops = choose_test(config.eval, flip_test, crops)
     own = dataset in (None, config.dataset.name)
     data = configs.load_dataset(config) if own else sources.load_dataset(str(dataset), root)
     model = load_model(run.path, checkpoint)
@@ -82,11 +85,14 @@ def load_run_features(
         split.name: fingerprint_split(split, progress=progress)
         for split in (data.query, data.gallery)
     }
-    file = run.features_file(data.name, fingerprints, flip_test=flip_test, checkpoint=checkpoint)
+    file = run.features_file(
+        data.name, fingerprints, flip_test=flip_test, crops=crops, checkpoint=checkpoint
+    )
     _, step, _ = model.checkpoint_id.split("-")
     described = {
         "dataset": data.name,
         "flip_test": flip_test,
+        "crops": crops,
         "system": run.system,
         "seed": config.seed,
         "step": int(step),
@@ -99,6 +105,7 @@ def load_run_features(
                 saved,
                 checkpoint_id=model.checkpoint_id,
                 flip_test=flip_test,
+                crops=crops,
                 fingerprints=fingerprints,
             )
         except UserError as error:
@@ -109,12 +116,17 @@ def load_run_features(
         log.info("Computing descriptors again instead of taking those of %s: %s", file, why)
     features = extract_features(
         functools.partial(
-            model.embed, batch_size=batch_size, flip_test=flip_test, progress=progress
+            model.embed,
+            batch_size=batch_size,
+            flip_test=flip_test,
+            crops=crops,
+            progress=progress,
         ),
         configs.load_images(config, data.query, progress=progress),
         configs.load_images(config, data.gallery, progress=progress),
         checkpoint_id=model.checkpoint_id,
         flip_test=flip_test,
+        crops=crops,
     )
     try:
         descriptors.save_features(file, features)
@@ -134,7 +146,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--checkpoint", choices=NAMES, default="last", help="of the run")
     source.add_argument("--dataset", help="data set (default: the run's)")
     source.add_argument("--root", help="directory of the data set (default: the run's)")
-    source.add_argument("--flip_test", action="store_true", help="mean of image and mirror image")
+    source.add_argument(
+        "--flip_test",
+        action=argparse.BooleanOptionalAction,
+        help="mean of image and mirror image (default: as the run)",
+    )
+    source.add_argument("--crops", choices=CROPS, help="mean over crops (default: as the run)")
     source.add_argument("--batch_size", type=console.count, default=128, help="images in a batch")
     source.add_argument(
         "--features", metavar="NPZ", help=f"file with {', '.join(descriptors.ARRAYS)}"
@@ -142,9 +159,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--query_features", metavar="NPZ", help="file: features, pids, camids")
     source.add_argument("--gallery_features", metavar="NPZ", help="file: features, pids, camids")
     how = parser.add_argument_group("protocol")
-    how.add_argument("--metric", choices=METRICS, default="cosine")
-    how.add_argument("--unnormalized", action="store_true", help="use descriptors as they are")
-    how.add_argument("--ap", choices=AP_VARIANTS, default="standard")
+    how.add_argument("--metric", choices=METRICS, help="default: as the run, else cosine")
+    how.add_argument(
+        "--unnormalized",
+        action=argparse.BooleanOptionalAction,
+        help="use descriptors as they are (default: as the run, else not)",
+    )
+    how.add_argument("--ap", choices=AP_VARIANTS, help="default: as the run, else standard")
     how.add_argument("--max_rank", type=console.count, default=50, help="length of the CMC curve")
     how.add_argument("--keep_junk", action="store_true", help="junk takes part in re-ranking")
     how.add_argument(
@@ -180,8 +201,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(
             "give one of --run RUN, --features FILE, or --query_features with --gallery_features"
         )
-    if args.run is None and args.flip_test:
-        parser.error("--flip_test needs --run: features are taken as they are")
+    for name in ("flip_test", "crops"):
+        if args.run is None and getattr(args, name) is not None:
+            parser.error(f"--{name} needs --run: features are taken as they are")
     args.rerank = _parse_rerank(args.rerank, args.rerank_options, args.neighbors)
     if args.out is not None:
         check_output(args.out)
@@ -215,6 +237,7 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, An
             dataset=args.dataset,
             root=args.root,
             flip_test=args.flip_test,
+            crops=args.crops,
             batch_size=args.batch_size,
             progress=not args.no_progress,
         )
@@ -229,12 +252,16 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, An
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     features, described = _load(args)
     distractor_pid = None if args.no_distractors else 0
+    saved = configs.base().eval if args.run is None else ConfigDict(Run.open(args.run).config).eval
+    how = {
+        "metric": saved.metric if args.metric is None else args.metric,
+        "normalize": saved.normalize if args.unnormalized is None else not args.unnormalized,
+    }
     results = evaluate_features(
         features,
         reranks=args.rerank,
-        metric=args.metric,
-        normalize=not args.unnormalized,
-        ap=args.ap,
+        ap=saved.ap if args.ap is None else args.ap,
+        **how,
         max_rank=args.max_rank,
         keep_junk=args.keep_junk,
         distractor_pid=distractor_pid,
@@ -258,8 +285,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     if args.verification:
         verified = verify(
             *(features[name] for name in descriptors.ARRAYS),
-            metric=args.metric,
-            normalize=not args.unnormalized,
+            **how,
             distractor_pid=distractor_pid,
         )
         results["verification"] = verified.to_dict()

@@ -5,8 +5,8 @@
     python -m mros_jax.extract --run RUN --features features.npz --search QUERY.jpg
 
 `features.npz` holds `names` (N,), paths relative to `root`; `features` (N, D) float32, not
-normalised; `root`, the directory; and what they are of: `checkpoint`, which names the weights, and
-`flip_test`.
+normalised; `root`, the directory; and what they are of: `checkpoint`, which names the weights,
+`flip_test` and `crops`. Those two are the run's unless told otherwise.
 """
 
 import argparse
@@ -19,19 +19,22 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Float32
+from ml_collections import ConfigDict
 
 from mros_jax import console, parallel
 from mros_jax.data import listing, text
 from mros_jax.data.decoding import decode_images
 from mros_jax.errors import NotFoundError, UserError
 from mros_jax.files import check_output, write_atomically
-from mros_jax.inference import Embedder, load_model
+from mros_jax.inference import CROPS, Embedder, choose_test, load_model
 from mros_jax.retrieval import compute_distances, descriptors
 from mros_jax.runs.checkpoints import NAMES
+from mros_jax.runs.run import Run
 
 log = logging.getLogger(__name__)
 
 _BATCH = 128
+_MADE_WITH = ("checkpoint", "flip_test", "crops")
 
 
 def list_images(source: str | os.PathLike) -> tuple[pathlib.Path, list[str]]:
@@ -179,14 +182,15 @@ def draw_search(
 
 
 def _load_features(
-    path: str | os.PathLike, checkpoint_id: str, flip_test: bool
+    path: str | os.PathLike, checkpoint_id: str, flip_test: bool, crops: str
 ) -> tuple[np.ndarray, list[str], pathlib.Path]:
-    arrays = descriptors.load_arrays(path, ("names", "features", "root", "checkpoint", "flip_test"))
-    found = (str(arrays["checkpoint"]), bool(arrays["flip_test"]))
-    if found != (checkpoint_id, flip_test):
+    arrays = descriptors.load_arrays(path, ("names", "features", "root", *_MADE_WITH))
+    found = (str(arrays["checkpoint"]), bool(arrays["flip_test"]), str(arrays["crops"]))
+    wanted = (checkpoint_id, flip_test, crops)
+    if found != wanted:
         words = (
-            f"checkpoint {x} {'with' if flip else 'without'} the flip test"
-            for x, flip in (found, (checkpoint_id, flip_test))
+            f"checkpoint {x} {'with' if flip else 'without'} the flip test and crops {cut!r}"
+            for x, flip, cut in (found, wanted)
         )
         there, here = words
         raise UserError(
@@ -211,12 +215,15 @@ def _run(args: argparse.Namespace) -> None:
             raise UserError(f"--search: {args.search} cannot be read ({query})")
     log.info("Devices: %s", parallel.describe_devices())
     model = load_model(args.run, args.checkpoint)
+    saved = ConfigDict(Run.open(args.run).config).eval
+    args.flip_test, args.crops = choose_test(saved, args.flip_test, args.crops)
 
     def embed(images: list[np.ndarray]) -> np.ndarray:
         # A last, shorter batch is filled up: one shape, hence one compilation.
         full = _BATCH if listed is not None and len(listed[1]) > _BATCH else len(images)
         filled = images + images[:1] * (full - len(images))
-        return model.embed(filled, batch_size=full, flip_test=args.flip_test)[: len(images)]
+        made = model.embed(filled, batch_size=full, flip_test=args.flip_test, crops=args.crops)
+        return made[: len(images)]
 
     if listed is not None:
         root, names = listed
@@ -226,7 +233,9 @@ def _run(args: argparse.Namespace) -> None:
         for name, reason in bad.items():
             log.warning("left out: %s (%s)", name, reason)
     else:
-        features, names, root = _load_features(args.features, model.checkpoint_id, args.flip_test)
+        features, names, root = _load_features(
+            args.features, model.checkpoint_id, args.flip_test, args.crops
+        )
     if args.out is not None:
         arrays = {
             "names": np.array(names, np.str_),
@@ -234,6 +243,7 @@ def _run(args: argparse.Namespace) -> None:
             "root": np.array(str(root)),
             "checkpoint": np.array(model.checkpoint_id),
             "flip_test": np.array(args.flip_test),
+            "crops": np.array(args.crops),
         }
         descriptors.save_features(args.out, arrays)
         print(f"{args.out}: {len(names)} descriptors of {features.shape[1]} numbers")
@@ -248,7 +258,7 @@ def _search(
     names: Sequence[str],
     root: pathlib.Path,
 ) -> None:
-    [descriptor] = model.embed([args.search], flip_test=args.flip_test)
+    [descriptor] = model.embed([args.search], flip_test=args.flip_test, crops=args.crops)
     order, distances = search(descriptor, features, args.top)
     for place, (i, distance) in enumerate(zip(order, distances, strict=True), 1):
         print(f"{place:4d}  {distance:.4f}  {names[i]}")
@@ -276,8 +286,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error")
     parser.add_argument(
-        "--flip_test", action="store_true", help="mean of the descriptors of image and mirror image"
+        "--flip_test",
+        action=argparse.BooleanOptionalAction,
+        help="mean of the descriptors of image and mirror image (default: as the run)",
     )
+    parser.add_argument("--crops", choices=CROPS, help="mean over crops (default: as the run)")
     args = parser.parse_args(argv)
     parallel.use_compilation_cache()
     _run(args)

@@ -12,18 +12,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 from ml_collections import ConfigDict
 
 from mros_jax import console, parallel
-from mros_jax.config import make_network
+from mros_jax.config import find_size, make_network
 from mros_jax.data import augment, decoding
 from mros_jax.errors import UserError
 from mros_jax.models.outputs import Network, Outputs
 from mros_jax.runs.checkpoints import load_variables
 from mros_jax.runs.run import Run
 
+CROPS = ("none", "ten")
 Image = np.ndarray | jax.Array | PIL.Image.Image | str | os.PathLike
 
 
@@ -37,6 +39,11 @@ class Embedder:
         variables: its parameters and running statistics, on the host.
         config: the run's resolved config, where it came from a run.
         checkpoint_id: names the weights: descriptors of another id are not these.
+
+    Args:
+        height: images are resized to this height, in pixels.
+        width: and to this width.
+        crop: height and width of each of ten crops; None: those of the images.
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class Embedder:
         *,
         height: int,
         width: int,
+        crop: tuple[int, int] | None = None,
         config: ConfigDict | None = None,
         checkpoint_id: str = "",
     ):
@@ -55,7 +63,7 @@ class Embedder:
         self.checkpoint_id = checkpoint_id
         self._height, self._width = height, width
         self._placed = parallel.replicate(variables)
-        self._embed = _make_embed(network, height, width)
+        self._embed = _make_embed(network, height, width, crop or (height, width))
 
     def replace_variables(self, variables: dict[str, Any]) -> None:
         """Use other variables of the same shapes, without compiling again."""
@@ -68,24 +76,31 @@ class Embedder:
         *,
         batch_size: int = 128,
         flip_test: bool = False,
+        crops: str = "none",
         progress: bool = False,
     ) -> np.ndarray:
         """Descriptors of images, not normalized.
 
         Args:
             images: uint8 (N, H, W, 3) RGB, any size; or a sequence of uint8 (H, W, 3) arrays of
-                different sizes, PIL images or image files. They are resized to the network's
-                input.
+                different sizes, PIL images or image files. They are resized to one size.
             batch_size: images per call, rounded up to a multiple of the local devices.
             flip_test: mean of the descriptors of image and mirror image.
+            crops: "none": of whole images; "ten": mean of the descriptors of five crops of the
+                image and of its mirror image.
             progress: show a progress bar.
 
         Returns:
             float32 (N, D).
 
         Raises:
-            UserError: images of another type or rank, or files that cannot be read.
+            UserError: images of another type or rank, files that cannot be read, images that the
+                crops cannot be cut from, or a flip test of ten crops.
         """
+        if crops not in CROPS:
+            raise UserError(f"crops is {crops!r}; expected one of {', '.join(CROPS)}")
+        if flip_test and crops == "ten":
+            raise UserError("ten crops have mirror images already; use them without the flip test")
         if isinstance(images, str | os.PathLike | PIL.Image.Image):
             raise UserError(f"expected several images or files, got one: {images}; give [it]")
         if isinstance(images, jax.Array):
@@ -109,7 +124,7 @@ class Embedder:
                 batch = decoding.load_images(arrays, height=self._height, width=self._width)
             padding = batch_size - len(batch)
             padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
-            out = self._embed(self._placed, parallel.split(padded), flip_test)
+            out = self._embed(self._placed, parallel.split(padded), flip_test, crops)
             # (devices, b, D) -> (batch_size, D)
             parts.append(np.asarray(out).reshape(batch_size, -1)[: len(batch)])
         return np.concatenate(parts) if parts else np.zeros((0, self.descriptor_size), np.float32)
@@ -132,17 +147,22 @@ def _to_array(image: Image) -> np.ndarray | str | os.PathLike:
     return np.asarray(image) if isinstance(image, jax.Array) else image
 
 
-def _make_embed(network: Network, height: int, width: int) -> Any:
+def _make_embed(network: Network, height: int, width: int, crop: tuple[int, int]) -> Any:
     # Local devices only: in a run of many processes each may embed what it likes.
     @functools.partial(
         jax.pmap,
         axis_name=parallel.AXIS,
         in_axes=(None, 0),
-        static_broadcasted_argnums=2,
+        static_broadcasted_argnums=(2, 3),
         devices=jax.local_devices(),
     )
-    def embed(variables, images, flip_test):
+    def embed(variables, images, flip_test, crops):
         inputs = augment.preprocess(images, height=height, width=width)
+        if crops == "ten":
+            # One after another: ten times the batch would not fit where the batch just does.
+            views = augment.ten_crops(inputs, height=crop[0], width=crop[1])
+            apply = functools.partial(network.apply, variables, train=False)
+            return jnp.mean(jax.lax.map(lambda view: apply(view).descriptor, views), axis=0)
         outputs = network.apply(variables, inputs, train=False)
         if not flip_test:
             return outputs.descriptor
@@ -166,13 +186,41 @@ def load_model(run: str | os.PathLike, checkpoint: str = "last") -> Embedder:
     opened = Run.open(run)
     config = ConfigDict(opened.config)
     variables, step = load_variables(opened.checkpoints, checkpoint)
-    return Embedder(
+    return make_embedder(
+        config,
         make_network(config, opened.num_classes),
         variables,
-        height=config.input.height,
-        width=config.input.width,
-        config=config,
         checkpoint_id=make_checkpoint_id(checkpoint, step, variables),
+    )
+
+
+def choose_test(
+    section: ConfigDict, flip_test: bool | None = None, crops: str | None = None
+) -> tuple[bool, str]:
+    """Flip test and crops: those asked for, else those of a config's `eval` section.
+
+    Who asks for one of the two and says nothing of the other gets it alone.
+    """
+    if flip_test is None:
+        flip_test = section.flip_test and crops in (None, "none")
+    if crops is None:
+        crops = "none" if flip_test else section.crops
+    return flip_test, crops
+
+
+def make_embedder(
+    config: ConfigDict, network: Network, variables: dict[str, Any], *, checkpoint_id: str = ""
+) -> Embedder:
+    """An embedder of images in the sizes that a config tests with."""
+    height, width = find_size(config, config.eval)
+    return Embedder(
+        network,
+        variables,
+        height=height,
+        width=width,
+        crop=(config.input.height, config.input.width),
+        config=config,
+        checkpoint_id=checkpoint_id,
     )
 
 

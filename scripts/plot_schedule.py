@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=pathlib.Path, default="schedule.png", help="PNG to write")
     config, args = common.parse_with_config(parser, argv)
-    steps = jnp.arange(config.num_epochs * args.steps_per_epoch)
+    steps = jnp.arange(config.num_steps or config.num_epochs * args.steps_per_epoch)
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     for name, schedule in recipe.make_schedules(config, args.steps_per_epoch).items():

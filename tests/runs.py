@@ -37,6 +37,7 @@ def make_run(path: pathlib.Path, cache_dir: pathlib.Path, **overrides) -> pathli
         configs.load_images(config, dataset.gallery, progress=False),
         checkpoint_id=embedder.checkpoint_id,
         flip_test=False,
+        crops="none",
     )
     descriptors.save_features(path / "features.npz", features)
     results = evaluate_features(

@@ -19,6 +19,7 @@ MARKET = {
     "num_junk": 3819,
     "ap": "standard",
     "flip_test": False,
+    "crops": "none",
     "normalize": True,
     "rerank": None,
     "rerank_options": None,
@@ -66,7 +67,7 @@ def read_csv(text):
 def test_the_papers_tables_are_whole():
     tables = paper.load_tables()["table"]
     sizes = {table["number"]: len(table["row"]) for table in tables}
-    assert sizes == {1: 4, 2: 10, 3: 8}
+    assert sizes == {1: 4, 2: 10, 3: 8, 4: 1}
     rows = {(t["number"], r["name"]): r for t in tables for r in t["row"]}
     assert rows[2, "Proposed MROS"]["rank10"] == 98.7
     assert rows[3, "Proposed MROS"]["mAP"] == 93.5
@@ -139,6 +140,7 @@ def test_what_differs_is_not_averaged(tmp_path, capsys, difference):
     [
         ({"ap": "trapezoid"}, "ap: trapezoid, not standard"),
         ({"flip_test": True}, "flip_test: True, not False"),
+        ({"crops": "ten"}, "crops: ten, not none"),
         ({"dataset": "msmt17"}, "dataset: msmt17, not market1501"),
         ({"num_query": 100}, "num_query: 100, not 3368"),
         ({"num_junk": 0}, "num_gallery_and_junk: 15913, not 19732"),
@@ -150,6 +152,26 @@ def test_another_protocol_is_flagged(tmp_path, capsys, changes, flag):
     text = call(run, capsys=capsys)[1]
     assert f"NOT COMPARABLE: {flag}" in text
     assert f"NOT COMPARABLE: {flag}" in call(run, "--format=markdown", capsys=capsys)[1]
+
+
+def test_a_system_beside_its_own_row(tmp_path, capsys):
+    run = write_run(tmp_path / "a", [make_entry(0.826)], system="spherereid")
+    rows = read_csv(call(run, "--format=csv", capsys=capsys)[1])
+    places = [i for i, row in enumerate(rows) if row["name"] == "SphereReID"]
+    ours = [i for i, row in enumerate(rows) if row["name"] == "ours, spherereid"]
+    assert ours == [i + 1 for i in places]
+    assert float(rows[ours[0]]["mAP_difference"]) == pytest.approx(82.6 - 83.6)
+    assert rows[ours[0]]["mismatches"] == ""
+
+
+def test_a_row_with_a_protocol_of_its_own(tmp_path, capsys):
+    own = {"metric": "euclidean", "normalize": False, "ap": "trapezoid", "crops": "ten"}
+    for changes, mismatches in ((own, ""), (own | {"crops": "none"}, "crops: none, not ten")):
+        run = write_run(tmp_path / changes["crops"], [make_entry(0.68, **changes)], system="trinet")
+        rows = read_csv(call(run, "--format=csv", capsys=capsys)[1])
+        [row] = [row for row in rows if row["table"] == "4" and row["source"] != "paper"]
+        assert float(row["mAP_difference"]) == pytest.approx(68 - 69.14)
+        assert row["mismatches"] == mismatches
 
 
 def test_other_reranking_and_other_network_are_flagged(tmp_path, capsys):
@@ -166,7 +188,7 @@ def test_markdown_is_a_table(tmp_path, capsys):
     out = call(write_run(tmp_path / "a", [make_entry()]), "--format=markdown", capsys=capsys)[1]
     lines = [line for line in out.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in lines} == {7}
-    assert out.count("### Table") == 3
+    assert out.count("### Table") == 4
 
 
 def make_result(seed, shift):

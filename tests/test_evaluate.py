@@ -75,9 +75,14 @@ class FakeModel:
         self.checkpoint_id = checkpoint_id
         self.calls = []
 
-    def embed(self, images, *, batch_size, flip_test, progress):
+    def embed(self, images, *, batch_size, flip_test, crops, progress):
         self.calls.append((len(images), batch_size, flip_test))
-        return images.reshape(len(images), -1).astype(np.float32) + 10 * flip_test + 1
+        return (
+            images.reshape(len(images), -1).astype(np.float32)
+            + 10 * flip_test
+            + 1
+            + (crops == "ten")
+        )
 
 
 CONFIG = {
@@ -85,6 +90,7 @@ CONFIG = {
     "dataset": {"name": "tiny", "root": None, "cache_dir": None, "on_bad_image": "error"},
     "input": {"height": 8, "width": 4},
     "name": "mros-IV",
+    "eval": configs.base().eval.to_dict(),
 }
 
 
@@ -287,6 +293,30 @@ def test_flip_test_keeps_its_own_descriptors(run, capsys):
     assert names == {"features.npz", "features-flip.npz"}
 
 
+def test_a_run_is_tested_as_its_config_says(run, capsys):
+    """Crops, metric and AP too, unless the command line says otherwise."""
+    eval_config = {"crops": "ten", "metric": "euclidean", "normalize": False, "ap": "trapezoid"}
+    write_json(run.path / "config.json", CONFIG | {"eval": CONFIG["eval"] | eval_config})
+    for words, expected in (
+        ((), eval_config),
+        (
+            ("--crops=none", "--metric=cosine", "--no-unnormalized", "--ap=standard"),
+            {"crops": "none", "metric": "cosine", "normalize": True, "ap": "standard"},
+        ),
+    ):
+        _, out, _ = call("--run", str(run.path), "--json", *words, capsys=capsys)
+        protocol = json.loads(out)["results"][0]["protocol"]
+        assert {name: protocol[name] for name in expected} == expected
+    names = {path.name for path in run.path.glob("*.npz")}
+    assert names == {"features.npz", "features-tencrops.npz"}
+    ten, whole = (descriptors.load_features(run.path / name) for name in sorted(names))
+    np.testing.assert_array_equal(ten["query_features"], whole["query_features"] + 1)
+    # The flip test alone: ten crops have mirror images already.
+    _, out, _ = call("--run", str(run.path), "--json", "--flip_test", capsys=capsys)
+    protocol = json.loads(out)["results"][0]["protocol"]
+    assert (protocol["flip_test"], protocol["crops"]) == (True, "none")
+
+
 def test_torn_descriptors_of_a_run_are_computed_again(run, capsys):
     (run.path / "features.npz").write_bytes(b"PK\x03\x04torn")
     status, out, _ = call("--run", str(run.path), capsys=capsys)
@@ -419,6 +449,7 @@ def test_reranking_a_tiny_gallery_names_the_numbers(tmp_path, capsys):
         (["--features", "a", "--run", "b"], "give one of --run"),
         (["--query_features", "a"], "go together"),
         (["--features", "a", "--flip_test"], "--flip_test needs --run"),
+        (["--features", "a", "--crops=ten"], "--crops needs --run"),
         (["--features", "a", "--rerank_options=k=3"], "is not JSON"),
         (["--features", "a", "--rerank=ecn", '--rerank_options={"ecm": {}}'], "'ecm'"),
         (["--features", "a", '--rerank_options={"ecn": {"k": 5}}'], "add it to --rerank"),

@@ -8,7 +8,8 @@ from PIL import Image
 
 from mros_jax import console, extract
 from mros_jax.data import decoding
-from mros_jax.inference import load_model
+from mros_jax.errors import UserError
+from mros_jax.inference import Embedder, load_model
 from tests.runs import make_run
 
 
@@ -87,6 +88,26 @@ def test_embeds_arrays_of_any_size_and_files_alike(model, images, tmp_path):
     np.testing.assert_allclose(model.embed(same_size), features[[0, 4, 8]], rtol=0.1, atol=0.02)
 
 
+def test_ten_crops_are_the_mean_of_ten_embeddings(model):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 104, 40, 3), dtype=np.uint8)
+    ten = Embedder(model.network, model.variables, height=104, width=40, crop=(96, 32))
+    made = []
+    for side in (images, images[:, :, ::-1]):
+        for y, x in ((0, 0), (0, 8), (8, 0), (8, 8), (4, 4)):
+            made.append(model.embed(np.ascontiguousarray(side[:, y : y + 96, x : x + 32])))
+    expected = np.mean(made, axis=0)
+    np.testing.assert_allclose(ten.embed(images, crops="ten"), expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(made[0] - expected).max() > 1e-2
+    constant = np.full((1, 30, 20, 3), 90, np.uint8)
+    one = model.embed(constant)
+    np.testing.assert_allclose(ten.embed(constant, crops="ten"), one, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="ten crops have mirror images already"):
+        ten.embed(images, crops="ten", flip_test=True)
+    with pytest.raises(UserError, match="crops is 'five'; expected one of none, ten"):
+        ten.embed(images, crops="five")
+
+
 def test_embed_refuses_bad_input(model, images, tmp_path):
     with pytest.raises(ValueError, match="image 1 is float32"):
         model.embed([images[0], images[0].astype(np.float32)])
@@ -115,7 +136,7 @@ def test_command_writes_descriptors_and_finds_an_image_again(
         assert picture.width > 300
 
     with np.load(out) as file:
-        assert set(file.files) == {"names", "features", "root", "checkpoint", "flip_test"}
+        assert set(file.files) == {"names", "features", "root", "checkpoint", "flip_test", "crops"}
         names, features = file["names"].tolist(), file["features"]
         assert str(file["checkpoint"]) == model.checkpoint_id
     assert names == extract.list_images(folder)[1]
@@ -159,7 +180,7 @@ def test_skipping_must_leave_something(model, tmp_path):
 def test_refuses_descriptors_of_another_checkpoint(run, folder, tmp_path, capsys):
     other = tmp_path / "other.npz"
     arrays = {"names": ["a"], "features": np.ones((1, 4)), "root": ".", "checkpoint": "best-1-abc"}
-    arrays["flip_test"] = False
+    arrays |= {"flip_test": False, "crops": "none"}
     np.savez(other, **arrays)
     assert _extract(run, "--features", other, "--search", folder / "0.png") == 2
     assert "cannot be compared" in capsys.readouterr().err

@@ -34,6 +34,34 @@ def test_warm_up_per_iteration():
     np.testing.assert_allclose(jax.vmap(rate)(jnp.asarray(steps)), expected, rtol=1e-5)
 
 
+def test_exponential_warm_up():
+    """By equal ratios, from 1e-5 to 1e-3 in 20 epochs."""
+    rate = make_schedule(
+        steps_per_epoch=3, warmup="exponential", warmup_epochs=20, warmup_factor=0.01,
+        decay_epochs=(30,),
+    )  # fmt: skip
+    for epoch, value in {0: 1e-5, 5: 10**-4.5, 10: 1e-4, 19: 10**-3.1, 20: 1e-3, 30: 1e-4}.items():
+        for step in (3 * epoch, 3 * epoch + 2):
+            np.testing.assert_allclose(jax.jit(rate)(step), value, rtol=1e-5)
+    by_step = make_schedule(
+        steps_per_epoch=3, warmup="exponential", warmup_epochs=2, warmup_per="iteration",
+        warmup_factor=1e-3, decay_epochs=(),
+    )  # fmt: skip
+    expected = 1e-3 * 1e-3 ** (1 - np.arange(7) / 6)
+    np.testing.assert_allclose(jax.vmap(by_step)(jnp.arange(7)), expected, rtol=1e-5)
+
+
+def test_exponential_decay_by_the_step():
+    """3e-4 up to step 15,000, then a thousandth in 10,000 steps (Hermans et al., 2017, Eq. 9)."""
+    rate = make_schedule(
+        lr=3e-4, steps_per_epoch=179, warmup_epochs=0, decay="exponential", decay_epochs=(),
+        decay_start=15_000, decay_length=10_000, decay_factor=0.001,
+    )  # fmt: skip
+    expected = {0: 3e-4, 15_000: 3e-4, 15_001: 3e-4 * 0.001**1e-4, 20_000: 9.48683e-6, 25_000: 3e-7}
+    for step, value in expected.items():
+        np.testing.assert_allclose(jax.jit(rate)(step), value, rtol=1e-5)
+
+
 def test_schedule_options():
     rate = make_schedule(
         lr=2, steps_per_epoch=1, warmup_epochs=0, decay_epochs=(1, 3), decay_factor=0.5
@@ -51,6 +79,10 @@ def test_schedule_options():
         ({"decay_epochs": (60, 30)}, r"decay_epochs \(60, 30\) must be increasing"),
         ({"decay_factor": 10}, "decay_factor 10"),
         ({"warmup_per": "step"}, "warmup_per is 'step'"),
+        ({"warmup": "square"}, "warmup is 'square'; .* 'exponential'"),
+        ({"decay": "cosine"}, "decay is 'cosine'; .* 'exponential'"),
+        ({"decay": "exponential"}, r"decay_epochs \(30, 60, 90\) are of decay 'steps'"),
+        ({"decay_length": 0}, "decay_length 0 at least 1"),
     ],
 )
 def test_bad_schedules(options, message, unchecked):
@@ -213,6 +245,37 @@ def test_amsgrad_is_pytorchs(kind, theirs):
     assert np.abs(plain["network"]["bn"]["bias"] - expected["network"]["bn"]["bias"]).max() > 0.01
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_change_of_b1_is_pytorchs(every, amsgrad):
+    """From a training step on; PyTorch corrects the bias by the present beta alone."""
+    group = {"params": ("",), "kind": "adam", "lr": 0.1, "amsgrad": amsgrad}
+    changes = [[5, 0.5], [9, 0.2]]  # as read from JSON
+    optimizer, _ = make(
+        {"all": {**group, "scheduled": False, "b1_changes": changes}}, accumulate_steps=every
+    )
+
+    class Changing(torch.optim.Adam):
+        updates = 0
+
+        def step(self):
+            last = every * self.updates + every - 1  # training step of the update
+            b1 = 0.2 if last >= 9 else 0.5 if last >= 5 else 0.9
+            self.param_groups[0]["betas"] = (b1, 0.999)
+            self.updates += 1
+            super().step()
+
+    names = (*NETWORK, *CENTERS)
+    expected = run_torch(
+        [(Changing, {"amsgrad": amsgrad}, lambda step: 0.1, names)], 15, every=every
+    )
+    assert_close(run(optimizer, 15), expected)
+    constant = run(make({"all": {**group, "scheduled": False}}, accumulate_steps=every)[0], 15)
+    assert (
+        np.abs(constant["network"]["bn"]["bias"] - expected["network"]["bn"]["bias"]).max() > 0.01
+    )
+
+
 @pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
 def test_decay_of_kernels_only(kind):
     def zeros(_):
@@ -235,6 +298,9 @@ def test_decay_of_kernels_only(kind):
         ({"lr": 0.0}, "lr 0.0"),
         ({"b1": 1.0}, "b1 1.0"),
         ({"nesterov": True}, "nesterov needs a momentum"),
+        ({"b1_changes": ((5, 0.5), (5, 0.2))}, "b1_changes is .*increasing steps"),
+        ({"b1_changes": ((5, 1.0),)}, "b1_changes is .*below 1"),
+        ({"kind": "sgd", "b1_changes": ((5, 0.5),)}, "b1_changes is for .* kind is 'sgd'"),
         ({"kind": "sgd", "amsgrad": True}, "amsgrad is for kind 'adam' and 'adamw'; .* 'sgd'"),
         (
             {"learning_rate": 1.0},

@@ -270,6 +270,11 @@ def test_diverged_loss_names_step_parts_and_checkpoint(tmp_path, cache_dir):
     [
         ("dtype", "float16", "config.dtype is 'float16'; expected one of"),
         ("num_epochs", 0, "config.num_epochs is 0; it must be at least 1"),
+        ("num_steps", -1, "config.num_steps is -1; it must be 0"),
+        ("augment.resize", (96, 31), r"config.augment.resize is \(96, 31\); .* at least 96 x 32"),
+        ("eval.resize", (96,), r"config.eval.resize is \(96,\); expected height and width"),
+        ("eval.resize", (100, 32), "height 100"),
+        ("eval.crops", "five", "config.eval.crops is 'five'; expected one of none, ten"),
         ("eval.rerank", ("magic",), "magic"),
         ("batch.identities", 3, "a batch of 6 images cannot be split over 4"),
         ("batch.identities", 100, "12 training identities"),
@@ -297,6 +302,36 @@ def test_impossible_configs_are_refused_early(tmp_path, cache_dir, name, value, 
     with pytest.raises(ValueError, match=message):
         train.train(make_config(cache_dir, **{name: value}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", [(95, 32), (96, 31)])
+def test_ten_crops_of_images_that_are_smaller(tmp_path, cache_dir, size):
+    config = make_config(cache_dir, **{"eval.crops": "ten", "eval.resize": size})
+    with pytest.raises(UserError, match=r"config.eval.resize is .* at least 96 x 32"):
+        train.train(config, tmp_path / "run")
+    config = make_config(cache_dir, **{"eval.crops": "ten", "eval.flip_test": True})
+    with pytest.raises(UserError, match="flip_test is True; the ten crops have mirror images"):
+        train.train(config, tmp_path / "run")
+
+
+def test_a_run_that_ends_within_an_epoch(tmp_path, cache_dir, uninterrupted):
+    """Its steps are those of a longer run; it is evaluated by epochs and at its end."""
+    longer, _ = uninterrupted
+    per_epoch = _logged_steps(longer)[-1] // TINY["num_epochs"]
+    workdir, length = tmp_path / "run", 2 * per_epoch + 3
+    # On four devices, where the longer run had one.
+    config = make_config(cache_dir, num_steps=length, batch_norm="synchronised")
+    results = train.train(config, workdir)
+    assert (results["run"]["step"], results["run"]["epoch"]) == (length, 2)
+    ours, theirs = (read_jsonl(w / "metrics.jsonl") for w in (workdir, longer))
+    assert [(r["step"], r["epoch"]) for r in ours if r["kind"] == "eval"] == [
+        (2 * per_epoch, 2), (length, 2),
+    ]  # fmt: skip
+    losses = [[r["loss"] for r in x if r["kind"] == "train"] for x in (ours, theirs)]
+    assert len(losses[0]) == length
+    np.testing.assert_allclose(losses[0][:5], losses[1][:5], rtol=1e-3)
+    # Once more changes nothing: the run is at its end.
+    assert train.train(config, workdir) == results
 
 
 def test_resumed_log_drops_what_came_after_the_checkpoint(tmp_path):

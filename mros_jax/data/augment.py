@@ -4,6 +4,7 @@ Every example has its own key, made from (seed, step, position in the global bat
 looks the same on any number of devices and after any resume.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ class AugmentParams(NamedTuple):
 
     Attributes:
         flip: mirror left and right.
-        offset: (2,) row and column, 0..2 pad, of the crop's corner in the padded image.
+        offset: (2,) row and column of the crop's corner in the resized and padded image.
         erase_box: (4,) top, left, height, width of the erased rectangle; height 0 erases nothing.
     """
 
@@ -54,6 +55,7 @@ def draw_params(
     *,
     height: int,
     width: int,
+    resize: Sequence[int] = (),
     flip: float = 0.5,
     pad: int = 10,
     erase: float = 0.5,
@@ -62,17 +64,19 @@ def draw_params(
 ) -> AugmentParams:
     """Draw what happens to one example.
 
-    The crop's corner is uniform over the (2 pad + 1)^2 possible ones. Random erasing (Zhong et al.,
-    AAAI 2020): up to 100 times draw an area, uniform in `erase_area` x the image's, and an aspect
-    ratio height / width, uniform in `erase_aspect`; sides are sqrt(area * aspect) and
-    sqrt(area / aspect), rounded; the first rectangle that is smaller than the image on both sides
-    is put at a place uniform over all where it fits. If none of the 100 is, nothing is erased. All
-    100 candidates are drawn at once and the first that fits is taken: the same distribution.
+    The crop's corner is uniform over all possible ones: (2 pad + 1)^2 without `resize`. Random
+    erasing (Zhong et al., AAAI 2020): up to 100 times draw an area, uniform in `erase_area` x the
+    image's, and an aspect ratio height / width, uniform in `erase_aspect`; sides are sqrt(area *
+    aspect) and sqrt(area / aspect), rounded; the first rectangle that is smaller than the image on
+    both sides is put at a place uniform over all where it fits. If none of the 100 is, nothing is
+    erased. All 100 candidates are drawn at once and the first that fits is taken: the same
+    distribution.
 
     Args:
         key: one key of `example_keys`.
         height: of the network's input, in pixels.
         width: of the network's input, in pixels.
+        resize: height and width that images are resized to before the crop; (): the input's.
         flip: probability of mirroring.
         pad: zero pixels added on each side before the crop.
         erase: probability of erasing.
@@ -80,8 +84,10 @@ def draw_params(
         erase_aspect: smallest and largest height / width.
 
     Raises:
-        UserError: a probability outside 0..1, a negative pad, or an empty range.
+        UserError: a probability outside 0..1, a negative pad, an empty range, or images that are
+            resized to less than the crop.
     """
+    tall, wide = resized_size(resize, height, width, "augmentation: resize")
     _check(flip, pad, erase, erase_area, erase_aspect)
     # One call for all numbers: multiples of 2^-23 below 1, so that floor(u n) is 0..n-1, each as
     # probable as the others to n 2^-23.
@@ -97,9 +103,35 @@ def draw_params(
     corner = jnp.floor(u[4:6] * (room + 1)).astype(jnp.int32)
     return AugmentParams(
         flip=u[0] < flip,
-        offset=jnp.floor(u[2:4] * (2 * pad + 1)).astype(jnp.int32),
+        offset=jnp.floor(
+            u[2:4] * np.array([tall - height + 2 * pad + 1, wide - width + 2 * pad + 1], np.float32)
+        ).astype(jnp.int32),
         erase_box=jnp.concatenate([corner, sides]),
     )
+
+
+def resized_size(
+    resize: Sequence[int], height: int, width: int, name: str = "resize"
+) -> tuple[int, int]:
+    """Height and width that images are resized to, from which `height` x `width` is cut.
+
+    Args:
+        resize: both; (): those of the cut.
+        height: of the cut.
+        width: of the cut.
+        name: what `resize` is called in the message.
+
+    Raises:
+        UserError: not two numbers, or less than the cut.
+    """
+    if not resize:
+        return height, width
+    if len(resize) != 2 or resize[0] < height or resize[1] < width:
+        raise UserError(
+            f"{name} is {tuple(resize)}; expected height and width of at least {height} x {width}, "
+            "which are cut from it, or () for the same"
+        )
+    return resize[0], resize[1]
 
 
 def _stretch(unit: Float[Array, "A"], limits: tuple[float, float]) -> Float[Array, "A"]:
@@ -138,6 +170,7 @@ def apply_params(
     *,
     height: int,
     width: int,
+    resize: Sequence[int] = (),
     pad: int = 10,
     erase_fill: str = "mean",
     dtype: DTypeLike = jnp.float32,
@@ -154,6 +187,7 @@ def apply_params(
         params: from `draw_params`.
         height: of the result.
         width: of the result.
+        resize: as given to `draw_params`.
         pad: as given to `draw_params`.
         erase_fill: "mean" or "public".
         dtype: of the result; the arithmetic is float32.
@@ -162,22 +196,23 @@ def apply_params(
         UserError: unknown `erase_fill`.
     """
     _check_fill(erase_fill)
+    tall, wide = resized_size(resize, height, width, "augmentation: resize")
     rows = jnp.arange(height) + params.offset[0] - pad
     columns = jnp.arange(width) + params.offset[1] - pad
-    inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))
-    columns = jnp.where(params.flip, width - 1 - columns, columns)
+    inside = ((rows >= 0) & (rows < tall))[:, None] & ((columns >= 0) & (columns < wide))
+    columns = jnp.where(params.flip, wide - 1 - columns, columns)
 
     narrow = resample_axis(
-        image, bilinear_taps(image.shape[1], width), 1, jnp.clip(columns, 0, width - 1)
+        image, bilinear_taps(image.shape[1], wide), 1, jnp.clip(columns, 0, wide - 1)
     )  # (h, width, 3)
     levels = resample_axis(
-        narrow, bilinear_taps(image.shape[0], height), 0, jnp.clip(rows, 0, height - 1)
+        narrow, bilinear_taps(image.shape[0], tall), 0, jnp.clip(rows, 0, tall - 1)
     )  # (height, width, 3)
     normalized = _normalize(jnp.where(inside[..., None], levels, 0))
 
-    top, left, tall, wide = params.erase_box
+    top, left, box_height, box_width = params.erase_box
     y, x = jnp.arange(height)[:, None], jnp.arange(width)
-    erased = (y >= top) & (y < top + tall) & (x >= left) & (x < left + wide)
+    erased = (y >= top) & (y < top + box_height) & (x >= left) & (x < left + box_width)
     fill = jnp.array(IMAGENET_MEAN if erase_fill == "public" else (0.0, 0.0, 0.0), jnp.float32)
     return jnp.where(erased[..., None], fill, normalized).astype(dtype)
 
@@ -196,6 +231,7 @@ def augment_batch(
     *,
     height: int,
     width: int,
+    resize: Sequence[int] = (),
     flip: float = 0.5,
     pad: int = 10,
     erase: float = 0.5,
@@ -214,6 +250,7 @@ def augment_batch(
         keys: (B,) from `example_keys`.
         height: of the network's input, in pixels.
         width: of the network's input, in pixels.
+        resize: height and width that images are resized to before the crop; (): the input's.
         flip: probability of mirroring.
         pad: zero pixels on each side before the crop.
         erase: probability of erasing.
@@ -235,6 +272,7 @@ def augment_batch(
             key,
             height=height,
             width=width,
+            resize=resize,
             flip=flip,
             pad=pad,
             erase=erase,
@@ -246,6 +284,7 @@ def augment_batch(
             params,
             height=height,
             width=width,
+            resize=resize,
             pad=pad,
             erase_fill=erase_fill,
             dtype=dtype,
@@ -273,6 +312,40 @@ def preprocess(
         (B, height, width, 3) normalised images.
     """
     return _normalize(resize(images, height=height, width=width)).astype(dtype)
+
+
+def ten_crops(
+    images: Float[Array, "B h w 3"], *, height: int, width: int
+) -> Float[Array, "10 B height width 3"]:
+    """The four corners and the center of images, then the same of their mirror images.
+
+    Args:
+        images: at least as large as the crops.
+        height: of a crop, in pixels.
+        width: of a crop, in pixels.
+
+    Returns:
+        Crops in the order of torchvision's `ten_crop`: top left, top right, bottom left, bottom
+        right, center.
+
+    Raises:
+        UserError: images smaller than the crops.
+    """
+    tall, wide = images.shape[1:3]
+    if tall < height or wide < width:
+        raise UserError(
+            f"ten crops of {height} x {width} cannot be cut from images of {tall} x {wide}; resize "
+            "them to that size or more (eval.resize)"
+        )
+    down, right = tall - height, wide - width
+    corners = [(0, 0), (0, right), (down, 0), (down, right), (round(down / 2), round(right / 2))]
+    return jnp.stack(
+        [
+            side[:, top : top + height, left : left + width]
+            for side in (images, images[:, :, ::-1])
+            for top, left in corners
+        ]
+    )
 
 
 def resize(

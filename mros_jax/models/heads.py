@@ -37,6 +37,30 @@ class Classifiers(nn.Module):
         return y
 
 
+class CosineClassifiers(nn.Module):
+    """The cosine of each of S vectors and the vector of each class, times a scale.
+
+    A softmax over these logits classifies on the sphere (SphereReID, Fan et al., 2019): the loss
+    sees directions alone.
+
+    Attributes:
+        num_classes: N.
+        scale: s, the largest logit.
+    """
+
+    num_classes: int
+    scale: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S N"]:
+        """Compare vector s with the classes of classifier s."""
+        shape = (*x.shape[1:], self.num_classes)
+        init = _each(nn.initializers.glorot_normal())
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        classes = to_unit_length(jnp.swapaxes(kernel, 1, 2))  # (S, N, C)
+        return self.scale * jnp.einsum("bsc,snc->bsn", to_unit_length(x), classes)
+
+
 class Reduction(nn.Module):
     """Linear layer, batch normalization and ReLU on each of S vectors.
 

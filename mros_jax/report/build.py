@@ -297,7 +297,7 @@ def _agree(run: Run, scans: Sequence[Scan]) -> bool:
 def _list_parts(run: Run) -> tuple[Part, ...]:
     """What the run's descriptor is made of, as the network says."""
     config = ConfigDict(run.config)
-    return configs.make_network(config, 2).parts(config.input.height, config.input.width)
+    return configs.make_network(config, 2).parts(*configs.find_size(config, config.eval))
 
 
 def _list_edges(parts: Sequence[Part]) -> dict[str, list[tuple[float, float]]]:

@@ -17,6 +17,7 @@ def extract_features(
     *,
     checkpoint_id: str,
     flip_test: bool,
+    crops: str,
 ) -> dict[str, np.ndarray]:
     """Compute the descriptors of a data set's queries and gallery.
 
@@ -26,13 +27,18 @@ def extract_features(
         gallery: decoded gallery images.
         checkpoint_id: names the weights.
         flip_test: whether `embed` takes the mean over image and mirror image.
+        crops: of images that it takes the mean over, "none" or "ten".
 
     Returns:
         The arrays of `mros_jax.retrieval.descriptors.ARRAYS`; `query_names` and `gallery_names`;
-        and what the descriptors are of: `checkpoint_id`, `flip_test`, `query_fingerprint`,
-        `gallery_fingerprint`.
+        and what the descriptors are of: `checkpoint_id`, `flip_test`, `crops`,
+        `query_fingerprint`, `gallery_fingerprint`.
     """
-    arrays = {"checkpoint_id": np.asarray(checkpoint_id), "flip_test": np.asarray(flip_test)}
+    arrays = {
+        "checkpoint_id": np.asarray(checkpoint_id),
+        "flip_test": np.asarray(flip_test),
+        "crops": np.asarray(crops),
+    }
     for name, store in (("query", query), ("gallery", gallery)):
         arrays[f"{name}_features"] = np.asarray(embed(store.images), np.float32)
         arrays[f"{name}_pids"] = np.asarray(store.split.pids)
@@ -52,6 +58,7 @@ def find_change(
     *,
     checkpoint_id: str,
     flip_test: bool,
+    crops: str,
     fingerprints: Mapping[str, str],
 ) -> str | None:
     """Why saved descriptors are not those asked for; None where they are.
@@ -60,6 +67,7 @@ def find_change(
         saved: as `extract_features` returns them.
         checkpoint_id: names the weights.
         flip_test: whether means over image and mirror image are asked for.
+        crops: of images that means over are asked for, "none" or "ten".
         fingerprints: of the splits "query" and "gallery".
     """
     found = str(saved.get("checkpoint_id", "unknown"))
@@ -67,6 +75,8 @@ def find_change(
         return f"they are of checkpoint {found}, not {checkpoint_id}"
     if bool(saved.get("flip_test", False)) != flip_test:
         return f"they were made {'without' if flip_test else 'with'} the flip test"
+    if (theirs := str(saved.get("crops", "none"))) != crops:
+        return f"they were made with crops {theirs!r}, not {crops!r}"
     for split in ("query", "gallery"):
         if str(saved.get(f"{split}_fingerprint", "")) != fingerprints[split]:
             return f"the {split} images are others"

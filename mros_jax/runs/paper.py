@@ -43,15 +43,18 @@ _TABLES = "paper_results.toml"
 
 
 def find_mismatches(
-    protocol: Mapping[str, Any], paper: Mapping[str, Any], table: Mapping[str, Any]
+    protocol: Mapping[str, Any],
+    paper: Mapping[str, Any],
+    table: Mapping[str, Any],
+    row: Mapping[str, Any],
 ) -> list[str]:
-    """What makes a number another measurement than the paper's: "what: here, not there"."""
+    """What makes a number another measurement than that of a row: "what: here, not there"."""
     got = dict(protocol)
     # Whether junk is dropped first or later, the plain scores are the same: the sum must agree.
     got["num_gallery_and_junk"] = protocol["num_gallery"] + protocol["num_junk"]
     found = [
         f"{name}: {got.get(name)}, not {wanted}"
-        for name, wanted in paper["protocol"].items()
+        for name, wanted in (paper["protocol"] | row.get("protocol", {})).items()
         if got.get(name) != wanted
     ]
     if protocol["rerank"] != table.get("rerank"):
@@ -99,7 +102,7 @@ def find_paper_rows(run: Run) -> tuple[list[dict[str, float]], list[str]]:
             own = [row for row in table["row"] if row.get("system") == run.system]
             if own and len(own[0]) > len(found):  # the table with more columns
                 found = own[0]
-                mismatches += find_mismatches(result["protocol"], paper, table)
+                mismatches += find_mismatches(result["protocol"], paper, table, found)
         rows.append({name: found[key] / 100 for name, key in METRICS.items() if key in found})
     mismatches += find_config_mismatches(run.config, paper)
     return rows, list(dict.fromkeys(mismatches))

@@ -28,6 +28,7 @@ def evaluate_features(
     ap: str = "standard",
     max_rank: int = 50,
     flip_test: bool | None = None,
+    crops: str | None = None,
     keep_junk: bool = False,
     distractor_pid: int | None = 0,
     system: str | None = None,
@@ -46,6 +47,7 @@ def evaluate_features(
         ap: "standard" or "trapezoid".
         max_rank: length of the CMC curve.
         flip_test: whether the descriptors are means over image and mirror image; None if unknown.
+        crops: of images that they are means over, "none" or "ten"; None if unknown.
         keep_junk: let junk take part in re-ranking.
         distractor_pid: the pid that never matches, None if there is none.
         system: the method that made the descriptors, as the paper's tables know it.
@@ -70,7 +72,13 @@ def evaluate_features(
             distractor_pid,
         )
     commit = provenance.get_commit()
-    own = {"dataset": dataset, "flip_test": flip_test, "commit": commit, "seed": seed}
+    own = {
+        "dataset": dataset,
+        "flip_test": flip_test,
+        "crops": crops,
+        "commit": commit,
+        "seed": seed,
+    }
     junk = 0 if keep_junk else np.count_nonzero(features["gallery_pids"] == -1)
     for wanted in reranks:
         wanted.check(len(features["query_pids"]), len(features["gallery_pids"]) - int(junk))

@@ -124,6 +124,7 @@ class Run:
         fingerprints: Mapping[str, str],
         *,
         flip_test: bool = False,
+        crops: str = "none",
         checkpoint: str = "last",
     ) -> pathlib.Path:
         """Descriptors of queries and gallery, a file of its own for whatever makes them others.
@@ -132,6 +133,7 @@ class Run:
             dataset: the data set's name.
             fingerprints: of its splits "query" and "gallery"; the run's own are `features.npz`.
             flip_test: whether they are means over image and mirror image.
+            crops: of images, "none" or "ten", that they are means over.
             checkpoint: "last" or "best".
         """
         words = ["features"]
@@ -139,6 +141,7 @@ class Run:
         if tested != [self.fingerprints.get(split) for split in ("query", "gallery")]:
             words += [dataset, *(text[:8] for text in tested)]
         words += [checkpoint] * (checkpoint != "last") + ["flip"] * flip_test
+        words += [f"{crops}crops"] * (crops != "none")
         return self.path / f"{'-'.join(words)}.npz"
 
     @functools.cached_property
@@ -243,7 +246,10 @@ class Run:
         """The descriptors that results.json was made of; None where they are not there."""
         protocol = self.rankings[0]["protocol"]
         path = self.features_file(
-            self.dataset, self.fingerprints, flip_test=bool(protocol.get("flip_test"))
+            self.dataset,
+            self.fingerprints,
+            flip_test=bool(protocol.get("flip_test")),
+            crops=protocol.get("crops") or "none",
         )
         return descriptors.load_features(path) if path.is_file() else None
 

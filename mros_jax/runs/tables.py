@@ -22,7 +22,8 @@ def format_results(results: Mapping[str, Any]) -> str:
         f"({protocol['num_distractors']} distractors), {protocol['num_junk']} junk left out",
         f"{protocol['metric']} distance, "
         f"{'normalised' if protocol['normalize'] else 'unnormalised'}, AP {protocol['ap']}, "
-        f"flip test {protocol['flip_test']}, commit {protocol['commit']}",
+        f"flip test {protocol['flip_test']}, crops {protocol.get('crops')}, "
+        f"commit {protocol['commit']}",
         "",
         _format_line("", ("mAP", "mINP", *(f"Rank-{k}" for k in RANKS))),
     ]

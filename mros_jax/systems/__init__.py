@@ -5,7 +5,16 @@ from typing import Any
 from mros_jax.systems.mgn import MGN
 from mros_jax.systems.mros import MROS
 from mros_jax.systems.pcb import PCB
+from mros_jax.systems.spherereid import SphereReID
 from mros_jax.systems.strong import StrongBaseline
+from mros_jax.systems.trinet import TriNet
 
 # What `config.network.name` may say. The rest of the section are the module's fields.
-NETWORKS: dict[str, Any] = {"mgn": MGN, "mros": MROS, "pcb": PCB, "strong": StrongBaseline}
+NETWORKS: dict[str, Any] = {
+    "mgn": MGN,
+    "mros": MROS,
+    "pcb": PCB,
+    "spherereid": SphereReID,
+    "strong": StrongBaseline,
+    "trinet": TriNet,
+}

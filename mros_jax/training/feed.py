@@ -39,7 +39,8 @@ class Feed:
         losses.check_labels(self._labels, dataset.num_classes)
         self._sampler = batches.make_sampler(config.batch.to_dict())
         steps = batches.steps_per_epoch(len(images), self._sampler.size)
-        self.sizes = Sizes(self._sampler.size, steps, config.num_epochs * steps)
+        total = config.num_steps or config.num_epochs * steps
+        self.sizes = Sizes(self._sampler.size, steps, total)
         self._placed = store.place(
             images, fraction=config.dataset.device_fraction, replicate=parallel.replicate
         )
@@ -48,7 +49,10 @@ class Feed:
         self._seed = config.seed
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Any]:
-        """The batches of an epoch from its step `first` on, split over this process's devices."""
+        """The batches of an epoch from its step `first` on, split over this process's devices.
+
+        The run may end within the epoch.
+        """
         plan = self._sampler.plan(
             self._labels,
             seed=self._seed,
@@ -56,4 +60,5 @@ class Feed:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        return iter(self._placed.batches(plan[first:], parallel.split))
+        end = self.sizes.total_steps - epoch * self.sizes.steps_per_epoch  # of the run
+        return iter(self._placed.batches(plan[first:end], parallel.split))

@@ -22,14 +22,20 @@ def make_schedule(
     warmup_epochs: int = 10,
     warmup_factor: float = 0.01,
     warmup_per: Literal["epoch", "iteration"] = "epoch",
+    warmup: Literal["linear", "exponential"] = "linear",
+    decay: Literal["steps", "exponential"] = "steps",
     decay_epochs: Sequence[int] = (30, 60, 90),
+    decay_start: int = 0,
+    decay_length: int = 1,
     decay_factor: float = 0.1,
 ) -> Schedule:
-    """Make the paper's learning rate: linear warm-up, then steps down.
+    """Make the learning rate: a warm-up, then down.
 
-    In warm-up, epoch e (from 0) runs at lr * (warmup_factor * (1 - e/E) + e/E), E =
-    `warmup_epochs`; per "iteration" e is the fractional epoch. From each epoch in
-    `decay_epochs` on, the rate is multiplied by `decay_factor`.
+    In a "linear" warm-up, epoch e (from 0) runs at lr * (warmup_factor * (1 - e/E) + e/E), E =
+    `warmup_epochs`, in an "exponential" one at lr * warmup_factor^(1 - e/E); per "iteration" e is
+    the fractional epoch. With decay by "steps" the rate is multiplied by `decay_factor` from each
+    epoch in `decay_epochs` on; with "exponential" decay it is multiplied by
+    decay_factor^((t - t0) / l) from training step t0 = `decay_start` on, l = `decay_length`.
 
     Args:
         lr: the rate after warm-up (1e-3 in the paper).
@@ -37,8 +43,13 @@ def make_schedule(
         warmup_epochs: E; 0 = no warm-up.
         warmup_factor: first epoch's share of the rate.
         warmup_per: the rate changes with every "epoch" or every "iteration" of the warm-up.
-        decay_epochs: increasing epochs, counted from 0.
-        decay_factor: of the rate at each of them.
+        warmup: the rate grows by equal differences ("linear") or by equal ratios ("exponential").
+        decay: "steps" or "exponential".
+        decay_epochs: increasing epochs, counted from 0; of "steps".
+        decay_start: training step, counted from 0, up to which the rate stays; of "exponential".
+        decay_length: training steps in which the rate is multiplied by the factor; of
+            "exponential".
+        decay_factor: of the rate at each of the epochs, or in each length.
 
     Returns:
         Function of the integer training step, usable under `jit`.
@@ -61,6 +72,17 @@ def make_schedule(
         )
     if warmup_per not in ("epoch", "iteration"):
         raise UserError(f"warmup_per is {warmup_per!r}; it must be 'epoch' or 'iteration'")
+    if warmup not in ("linear", "exponential"):
+        raise UserError(f"warmup is {warmup!r}; it must be 'linear' or 'exponential'")
+    if decay not in ("steps", "exponential"):
+        raise UserError(f"decay is {decay!r}; it must be 'steps' or 'exponential'")
+    if decay == "exponential" and milestones:
+        raise UserError(f"decay_epochs {milestones} are of decay 'steps'; 'exponential' needs ()")
+    if decay_start < 0 or decay_length < 1:
+        raise UserError(
+            f"decay_start {decay_start} must not be negative, and decay_length {decay_length} at "
+            "least 1 training step"
+        )
 
     def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
         step = jnp.asarray(step)
@@ -69,10 +91,15 @@ def make_schedule(
         # A table, not a power: exactly lr * decay**n in float32.
         levels = np.float32(lr) * np.float32(decay_factor) ** np.arange(len(milestones) + 1)
         rate = jnp.asarray(levels, jnp.float32)[passed]
+        if decay == "exponential":
+            lengths = jnp.maximum(step - decay_start, 0) / decay_length
+            rate = rate * jnp.float32(decay_factor) ** lengths.astype(jnp.float32)
         if warmup_epochs == 0:
             return rate
         done = epoch if warmup_per == "epoch" else step / steps_per_epoch
         progress = jnp.minimum(done / warmup_epochs, 1.0).astype(jnp.float32)
+        if warmup == "exponential":
+            return rate * jnp.float32(warmup_factor) ** (1 - progress)
         return rate * (warmup_factor * (1 - progress) + progress)
 
     return schedule
@@ -96,6 +123,9 @@ class Group:
         momentum: of "sgd".
         nesterov: of "sgd".
         b1: decay of the first moment of "adam" and "adamw".
+        b1_changes: (training step, b1) of each change: from that step, counted from 0, on. The
+            bias of the first moment is corrected by the present b1 alone, as where PyTorch's
+            `betas` are changed.
         b2: decay of their second moment.
         eps: added to the root of their second moment.
         amsgrad: they divide by the root of the largest second moment so far (Reddi et al., 2018),
@@ -111,6 +141,7 @@ class Group:
     momentum: float = 0.0
     nesterov: bool = False
     b1: float = 0.9
+    b1_changes: tuple[tuple[int, float], ...] = ()
     b2: float = 0.999
     eps: float = 1e-8
     amsgrad: bool = False
@@ -126,7 +157,16 @@ class Group:
                 f"lr {self.lr} and eps {self.eps} must be above 0, and weight_decay "
                 f"{self.weight_decay} must not be negative"
             )
-        if not all(0 <= x < 1 for x in (self.momentum, self.b1, self.b2)):
+        if self.b1_changes:
+            steps, values = zip(*self.b1_changes, strict=True)
+            if self.kind not in ("adam", "adamw"):
+                raise UserError(f"b1_changes is for 'adam' and 'adamw'; kind is {self.kind!r}")
+            if list(steps) != sorted(set(steps)) or steps[0] < 1 or not all(map(_below_1, values)):
+                raise UserError(
+                    f"b1_changes is {self.b1_changes}; expected increasing steps of 1 or more, "
+                    "each with a b1 from 0 to below 1"
+                )
+        if not all(map(_below_1, (self.momentum, self.b1, self.b2))):
             raise UserError(
                 f"momentum {self.momentum}, b1 {self.b1} and b2 {self.b2} must be from 0 to below 1"
             )
@@ -135,8 +175,22 @@ class Group:
         if self.amsgrad and self.kind not in ("adam", "adamw"):
             raise UserError(f"amsgrad is for kind 'adam' and 'adamw'; kind is {self.kind!r}")
 
-    def make(self, rate: Schedule | None) -> optax.GradientTransformation:
-        """The optax chain; `rate` by the number of updates so far, None where frozen."""
+    def b1_at(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        """The decay of the first moment at a training step."""
+        b1 = jnp.asarray(self.b1)
+        for start, value in self.b1_changes:
+            b1 = jnp.where(step < start, b1, value)
+        return b1
+
+    def make(
+        self, rate: Schedule | None, by_update: Callable[[Schedule], Schedule] = lambda x: x
+    ) -> optax.GradientTransformation:
+        """The optax chain.
+
+        Args:
+            rate: learning rate by the number of updates so far, None where frozen.
+            by_update: makes a function of the training step one of the number of updates so far.
+        """
         if self.kind == "frozen" or rate is None:
             return optax.set_to_zero()
         mask = None if self.decay_norm_and_bias else is_kernel
@@ -147,9 +201,18 @@ class Group:
                 chain.append(optax.trace(float(self.momentum), nesterov=self.nesterov))
         else:
             scale = scale_by_amsgrad if self.amsgrad else optax.scale_by_adam
-            adam = scale(b1=float(self.b1), b2=float(self.b2), eps=float(self.eps))
+            fixed = {"b2": float(self.b2), "eps": float(self.eps)}
+            if self.b1_changes:
+                by_b1 = optax.inject_hyperparams(lambda b1: scale(b1=b1, **fixed))
+                adam = by_b1(b1=by_update(self.b1_at))
+            else:
+                adam = scale(b1=float(self.b1), **fixed)
             chain = [*chain, adam] if self.kind == "adam" else [adam, *chain]
         return optax.chain(*chain, optax.scale_by_learning_rate(rate))
+
+
+def _below_1(value: float) -> bool:
+    return 0 <= value < 1
 
 
 class AmsgradState(NamedTuple):
@@ -161,7 +224,9 @@ class AmsgradState(NamedTuple):
     nu_max: Any
 
 
-def scale_by_amsgrad(*, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+def scale_by_amsgrad(
+    *, b1: float | Float[Array, ""], b2: float, eps: float
+) -> optax.GradientTransformation:
     """Rescale updates as PyTorch's `Adam(amsgrad=True)` does.
 
     It takes the maximum of the second moment first and corrects its bias then. optax's own corrects
@@ -204,7 +269,10 @@ def make_groups(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Group]:
                 f"optimizer.{name} has no field {', '.join(unknown)}; there are {', '.join(known)}"
             )
         try:
-            groups[name] = Group(**{**section, "params": tuple(section.get("params", ()))})
+            # A config read from JSON has lists for tuples.
+            tuples = {"params": tuple(section.get("params", ()))}
+            tuples["b1_changes"] = tuple(tuple(pair) for pair in section.get("b1_changes", ()))
+            groups[name] = Group(**{**section, **tuples})
         except UserError as error:
             raise UserError(f"optimizer.{name}: {error}") from error
     return groups
@@ -306,7 +374,7 @@ def make_optimizer(
         return lambda count: schedule(count * accumulate_steps + (accumulate_steps - 1))
 
     rules = {
-        name: group.make(by_update(schedules[name]) if group.kind != "frozen" else None)
+        name: group.make(by_update(schedules[name]) if group.kind != "frozen" else None, by_update)
         for name, group in groups.items()
     }
     chain = optax.partition(rules, lambda params: label_params(params, groups))

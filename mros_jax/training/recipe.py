@@ -18,6 +18,7 @@ from mros_jax.data.batches import Identities, make_sampler
 from mros_jax.data.splits import Dataset
 from mros_jax.errors import UserError
 from mros_jax.files import cache_directory
+from mros_jax.inference import CROPS
 from mros_jax.losses import Objective, make_objective
 from mros_jax.models import torch_weights
 from mros_jax.models.outputs import Network, Outputs
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 _CHOICES = {
     "dataset.on_bad_image": ("error", "skip"),
     "augment.erase_fill": ("mean", "public"),
+    "eval.crops": CROPS,
     "eval.metric": ("cosine", "euclidean"),
     "eval.ap": ("standard", "trapezoid"),
 }
@@ -85,6 +87,13 @@ def check_config(config: ConfigDict) -> None:
         if value < 0 or value > 1 or value == most:
             below = "to below 1" if most else "to 1"
             raise UserError(f"config.{name} is {value}; it must be from 0 {below}")
+    if config.num_steps < 0:
+        raise UserError(f"config.num_steps is {config.num_steps}; it must be 0 (off) or more")
+    for name, cut in (("augment", True), ("eval", config.eval.crops == "ten")):
+        least = config.input.to_dict() if cut else {"height": 1, "width": 1}
+        augment.resized_size(config[name].resize, **least, name=f"config.{name}.resize")
+    if config.eval.crops == "ten" and config.eval.flip_test:
+        raise UserError("config.eval.flip_test is True; the ten crops have mirror images already")
     if config.clip_norm < 0:
         raise UserError(f"config.clip_norm is {config.clip_norm}; it must be 0 (off) or more")
     configs.make_reranks(config)
@@ -245,6 +254,8 @@ def build(
     )
     variables = init_variables(network, config)
     shapes = shape_outputs(network, config.input.height, config.input.width)
+    if config.eval.crops == "none":
+        shape_outputs(network, *configs.find_size(config, config.eval))  # the test size works too
     outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     own = objective.init(jax.random.key(config.seed), outputs, num_classes)
     return Recipe(

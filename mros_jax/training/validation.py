@@ -12,7 +12,7 @@ from mros_jax import config as configs
 from mros_jax import parallel
 from mros_jax.data.splits import Dataset
 from mros_jax.files import write_json
-from mros_jax.inference import Embedder, make_checkpoint_id
+from mros_jax.inference import make_checkpoint_id, make_embedder
 from mros_jax.models.outputs import Network
 from mros_jax.retrieval import descriptors, labels, rerank
 from mros_jax.runs.features import extract_features
@@ -33,7 +33,7 @@ class Evaluator:
 
     def __init__(self, config: ConfigDict, dataset: Dataset, network: Network):
         self._config, self._dataset = config, dataset
-        self._embedder = Embedder(network, {}, height=config.input.height, width=config.input.width)
+        self._embedder = make_embedder(config, network, {})
         progress = parallel.is_main_process()
         self._query = configs.load_images(config, dataset.query, progress=progress)
         self._gallery = configs.load_images(config, dataset.gallery, progress=progress)
@@ -78,8 +78,12 @@ class Evaluator:
         results, features = self._evaluate(state, epoch, reranks=configs.make_reranks(self._config))
         if parallel.is_main_process():
             fingerprints = {s: str(features[f"{s}_fingerprint"]) for s in ("query", "gallery")}
-            flip_test = self._config.eval.flip_test
-            path = run.features_file(self._dataset.name, fingerprints, flip_test=flip_test)
+            path = run.features_file(
+                self._dataset.name,
+                fingerprints,
+                flip_test=self._config.eval.flip_test,
+                crops=self._config.eval.crops,
+            )
             descriptors.save_features(path, features)
             write_json(run.results_file, results)
         return get_scores(results["results"][0])
@@ -95,20 +99,24 @@ class Evaluator:
                 self._embedder.embed,
                 batch_size=config.batch_size,
                 flip_test=config.flip_test,
+                crops=config.crops,
                 progress=parallel.is_main_process(),
             ),
             self._query,
             self._gallery,
             checkpoint_id=make_checkpoint_id("last", int(state.step), variables),
             flip_test=config.flip_test,
+            crops=config.crops,
         )
         results = evaluate_features(
             features,
             dataset=self._dataset.name,
             reranks=reranks,
             metric=config.metric,
+            normalize=config.normalize,
             ap=config.ap,
             flip_test=config.flip_test,
+            crops=config.crops,
             keep_junk=config.keep_junk,
             system=self._config.name,
             seed=self._config.seed,

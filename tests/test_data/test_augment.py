@@ -10,7 +10,10 @@ from mros_jax.data.augment import (
     augment_batch,
     draw_params,
     example_keys,
+    preprocess,
+    ten_crops,
 )
+from mros_jax.errors import UserError
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 H, W, PAD = 48, 16, 5
@@ -23,12 +26,12 @@ def augment(images, keys):
 augment_jitted = jax.jit(augment)
 
 
-def by_pil(image, params, fill):
+def by_pil(image, params, fill, resize=(H, W), pad=PAD):
     """The transform as PIL and NumPy define it: resize, mirror, pad, crop, normalise, erase."""
-    picture = Image.fromarray(image).resize((W, H), Image.Resampling.BILINEAR)
+    picture = Image.fromarray(image).resize(resize[::-1], Image.Resampling.BILINEAR)
     if params.flip:
         picture = ImageOps.mirror(picture)
-    picture = ImageOps.expand(picture, PAD, fill=0)
+    picture = ImageOps.expand(picture, pad, fill=0)
     row, column = map(int, params.offset)
     picture = picture.crop((column, row, column + W, row + H))
     result = (np.asarray(picture) / 255 - MEAN) / STD
@@ -58,6 +61,66 @@ def test_equals_pil_for_given_parameters(fill):
                 levels = np.abs(np.asarray(ours) - expected) * STD * 255
                 assert levels.max() < 1.01
                 assert (levels < 0.01).mean() > 0.95
+
+
+@pytest.mark.parametrize("pad", [0, 2])
+def test_crop_from_a_larger_image_equals_pil(pad):
+    rng = np.random.default_rng(1)
+    big = (H + 6, W + 3)
+    apply = jax.jit(
+        lambda image, params: apply_params(image, params, height=H, width=W, resize=big, pad=pad)
+    )
+    for flip in (False, True):
+        for corner in [(0, 0), (6 + 2 * pad, 3 + 2 * pad), (0, 3), (4, 1)]:
+            image = rng.integers(0, 256, (24, 10, 3), dtype=np.uint8)
+            params = AugmentParams(
+                jnp.array(flip), jnp.array(corner, jnp.int32), jnp.array((4, 3, 9, 5), jnp.int32)
+            )
+            ours, expected = apply(image, params), by_pil(image, params, "mean", big, pad)
+            levels = np.abs(np.asarray(ours) - expected) * STD * 255
+            assert levels.max() < 1.01
+            assert (levels < 0.01).mean() > 0.95
+
+
+def test_offsets_in_a_larger_image_are_uniform():
+    """33 x 17 places of 256 x 128 in 288 x 144."""
+    draw = jax.jit(
+        jax.vmap(lambda key: draw_params(key, height=256, width=128, resize=(288, 144), pad=0))
+    )
+    offset = np.asarray(draw(example_keys(0, 0, np.arange(40_000))).offset)
+    assert (offset.max(axis=0) == (32, 16)).all()
+    joint = np.bincount(offset[:, 0] * 17 + offset[:, 1], minlength=33 * 17)
+    assert within(joint, 40_000, 1 / len(joint)).all()
+
+
+def test_resize_to_the_inputs_size_changes_no_bit():
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 8, 3), dtype=np.uint8)
+    keys = example_keys(3, 7, np.arange(8))
+    same = jax.jit(lambda x, k: augment_batch(x, k, height=H, width=W, pad=PAD, resize=(H, W)))
+    np.testing.assert_array_equal(same(images, keys), augment_jitted(images, keys))
+
+
+@pytest.mark.parametrize("size", [(40, 16), (41, 19), (48, 24)])
+def test_ten_crops_are_torchvisions(size):
+    """`ten_crop` as it is documented: corners and center of the image, then of its mirror image."""
+    images = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
+    ours = ten_crops(preprocess(images, height=size[0], width=size[1]), height=40, width=16)
+    assert ours.shape == (10, 2, 40, 16, 3)
+    for i, image in enumerate(images):
+        picture = Image.fromarray(image)
+        for side in range(2):
+            tall, wide = picture.height - 40, picture.width - 16
+            center = (round(tall / 2), round(wide / 2))
+            for j, (y, x) in enumerate([(0, 0), (0, wide), (tall, 0), (tall, wide), center]):
+                crop = np.asarray(picture.crop((x, y, x + 16, y + 40)))
+                expected = (crop / 255 - MEAN) / STD
+                np.testing.assert_allclose(ours[5 * side + j, i], expected, rtol=1e-4, atol=1e-5)
+            picture = ImageOps.mirror(picture)
+
+
+def test_ten_crops_of_a_smaller_image():
+    with pytest.raises(UserError, match=r"ten crops of 40 x 16 cannot be cut .* 39 x 16"):
+        ten_crops(jnp.zeros((1, 39, 16, 3)), height=40, width=16)
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +278,8 @@ def test_dtype():
         ({"pad": -1}, "pad must not be negative, got -1"),
         ({"erase_area": (0.4, 0.02)}, "erase_area must be ascending"),
         ({"erase_aspect": (0, 1)}, "erase_aspect must be ascending and positive"),
+        ({"resize": (H, W - 1)}, "resize is .*; expected .* at least 48 x 16"),
+        ({"resize": (H,)}, "expected height and width"),
         ({"erase_fill": "black"}, "'mean' or 'public', got 'black'"),
     ],
 )

@@ -1,0 +1,62 @@
+"""The cosine classifier against PyTorch, and what makes it one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from mros_jax.models.heads import CosineClassifiers
+
+MODEL = CosineClassifiers(num_classes=5, scale=14.0)
+
+
+def make(seed=0):
+    """Vectors (B, S, C) and the kernels (S, C, N) of S classifiers."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((4, 2, 8)).astype(np.float32)
+    return x, rng.standard_normal((2, 8, 5)).astype(np.float32)
+
+
+def apply(x, kernel):
+    return MODEL.apply({"params": {"kernel": kernel}}, jnp.asarray(x))
+
+
+def test_cosines_are_pytorchs():
+    x, kernel = make()
+    for s in range(2):
+        a, b = torch.from_numpy(x[:, s]), torch.from_numpy(kernel[s].T)
+        expected = 14 * F.linear(F.normalize(a), F.normalize(b))
+        np.testing.assert_allclose(apply(x, kernel)[:, s], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cosines_see_directions_alone():
+    x, kernel = make()
+    scales = np.linspace(0.1, 10, 5, dtype=np.float32)
+    once = apply(x, kernel)
+    np.testing.assert_allclose(apply(3 * x, kernel * scales), once, rtol=1e-5, atol=1e-5)
+    own = np.moveaxis(kernel, 1, 2)[:, 2]  # a class's own direction has the largest logit
+    np.testing.assert_allclose(apply(own[None], kernel)[0, :, 2], 14, rtol=1e-6)
+
+
+def test_gradient_is_along_the_sphere():
+    x, kernel = make()
+    of_x, of_kernel = jax.grad(lambda *a: jnp.sum(jnp.sin(apply(*a))), argnums=(0, 1))(x, kernel)
+    assert np.abs(of_x).max() > 0.1
+    np.testing.assert_allclose(np.sum(of_x * x, axis=2), 0, atol=1e-4)
+    np.testing.assert_allclose(np.sum(of_kernel * kernel, axis=1), 0, atol=1e-4)
+
+
+def test_a_zero_vector_has_logits_and_a_gradient():
+    x, kernel = make()
+    zero = np.zeros_like(x)
+    assert (apply(zero, kernel) == 0).all()
+    assert np.isfinite(jax.grad(lambda a: apply(a, kernel).sum())(zero)).all()
+
+
+def test_each_classifier_starts_from_xaviers_distribution():
+    model = CosineClassifiers(num_classes=751, scale=1.0)
+    kernel = model.init(jax.random.key(0), jnp.zeros((1, 2, 1024)))["params"]["kernel"]
+    assert kernel.shape == (2, 1024, 751)
+    for one in kernel:
+        np.testing.assert_allclose(one.std(), (2 / (1024 + 751)) ** 0.5, rtol=0.01)
