@@ -168,7 +168,8 @@ class Run:
         known = isinstance(prints, dict) and all(isinstance(prints.get(s), str) for s in splits)
         if not known or not isinstance(classes, int) or not isinstance(data.get("name"), str):
             raise UserError(
-                f"{self.record_file} lacks the data set's name, num_classes and fingerprints; {_REPAIR}"
+                f"{self.record_file} lacks the data set's name, num_classes and fingerprints; "
+                f"{_REPAIR}"
             )
         return record
 
