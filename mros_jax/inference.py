@@ -22,7 +22,7 @@ from mros_jax.config import find_size, make_network
 from mros_jax.data import augment, decoding
 from mros_jax.errors import UserError
 from mros_jax.models.outputs import Network, Outputs
-from mros_jax.runs.checkpoints import load_variables
+from mros_jax.runs.checkpoints import describe_difference, load_variables
 from mros_jax.runs.run import Run
 
 CROPS = ("none", "ten")
@@ -181,14 +181,23 @@ def load_model(run: str | os.PathLike, checkpoint: str = "last") -> Embedder:
 
     Raises:
         NotFoundError: `run` is not a run directory, or holds no complete checkpoint.
-        UserError: the run or its checkpoint is damaged, or of another version.
+        UserError: the run or its checkpoint is damaged, of another version or another network.
     """
     opened = Run.open(run)
     config = ConfigDict(opened.config)
+    network = make_network(config, opened.num_classes)
     variables, step = load_variables(opened.checkpoints, checkpoint)
+    image = jax.ShapeDtypeStruct((1, config.input.height, config.input.width, 3), jnp.float32)
+    init = functools.partial(network.init, train=False)
+    wanted = jax.eval_shape(init, jax.random.key(0), image)
+    if difference := describe_difference(variables, wanted):
+        raise UserError(
+            f"the checkpoint {checkpoint!r} of {opened} is of another network than its config's "
+            f"{config.network.name}: {difference}"
+        )
     return make_embedder(
         config,
-        make_network(config, opened.num_classes),
+        network,
         variables,
         checkpoint_id=make_checkpoint_id(checkpoint, step, variables),
     )

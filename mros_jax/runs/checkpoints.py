@@ -191,10 +191,11 @@ def _read(
     except Exception as error:  # orbax and tensorstore raise many types
         if "Permission denied" in str(error):
             raise
-        if template is not None and _is_whole(restore):
+        if template is not None and (found := _read_whole(restore)) is not None:
             raise UserError(
-                f"the checkpoint {path} is of another network or optimizer than this config's; "
-                "give another --workdir, or the version and config that wrote it"
+                f"the checkpoint {path} is of another network or optimizer than this config's: "
+                f"{describe_difference(found, template) or 'their structures differ'}. Give another "
+                "--workdir, or the version and config that wrote it"
             ) from error
         raise UserError(_describe_damage(path, str(error).splitlines()[0])) from error
     if digest(value) != expected:
@@ -202,12 +203,46 @@ def _read(
     return value
 
 
-def _is_whole(restore: Any) -> bool:
+def _read_whole(restore: Any) -> Any:
+    """The item as it was saved, None where it is damaged."""
     try:
         value, expected = restore(None)
     except Exception:  # as above
-        return False
-    return digest(value) == expected
+        return None
+    return value if digest(value) == expected else None
+
+
+def describe_difference(found: Any, wanted: Any, most: int = 5) -> str:
+    """What keeps one tree of arrays from being used as another, in words; "" where nothing does.
+
+    Args:
+        found: the tree that there is.
+        wanted: a tree of the structure and shapes that are needed.
+        most: names that are listed of each kind.
+    """
+
+    def list_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)
+            for path, leaf in leaves
+        }
+
+    there, here = list_shapes(found), list_shapes(wanted)
+    kinds = {
+        "missing": [f"{name} {here[name]}" for name in here if name not in there],
+        "unexpected": [f"{name} {there[name]}" for name in there if name not in here],
+        "misshapen": [
+            f"{name} {there[name]}, expected {here[name]}"
+            for name in here
+            if name in there and here[name] != there[name]
+        ],
+    }
+    return "; ".join(
+        f"{kind} {', '.join(names[:most])}" + f" and {len(names) - most} more" * (len(names) > most)
+        for kind, names in kinds.items()
+        if names
+    )
 
 
 def _describe_damage(path: pathlib.Path, why: str) -> str:
