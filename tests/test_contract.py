@@ -295,6 +295,7 @@ def build(*overrides, file="pcb", variant=""):
     """The parts of a tiny run, with fields changed as on the command line."""
     config = shrink(get_config(file, variant).unlock()).lock()
     apply_overrides(config, [f"--config.{word}" for word in overrides])
+    recipe.check_config(config)
     return recipe.build(config, num_classes=4, steps_per_epoch=2)
 
 
@@ -308,8 +309,8 @@ def save_torchvision_file(path, trunk):
     ("file", "change", "message"),
     [
         ("pcb", "objective.cross_entropy.on=('g',)", "no logits 'g'; it has h"),
-        ("strong", "objective.triplet.on=('f_x',)", "no output 'f_x'.*it has descriptor, f_i, f_t"),
-        ("strong", "objective.center.on=('f_x',)", "no output 'f_x'.*it has descriptor, f_i, f_t"),
+        ("strong", "objective.triplet.on=('f_x',)", "no output 'f_x'.*it has descriptor, f_t, f_i"),
+        ("strong", "objective.center.on=('f_x',)", "no output 'f_x'.*it has descriptor, f_t, f_i"),
         (
             "pcb",
             "optimizer.trunk.params=('network/backbone',)",

@@ -134,6 +134,8 @@ def _check_parts(config: ConfigDict) -> None:
     stored = jax.ShapeDtypeStruct((1, 128, 64, 3), jnp.uint8)
     image = jax.eval_shape(make_augment(config), stored, key[None])
     optimizers.label_params(jax.eval_shape(make_params, key, image), groups)
+    if config.eval.crops == "none":
+        shape_outputs(network, *configs.find_size(config, config.eval))  # the test size works too
 
 
 def check_fit(config: ConfigDict, dataset: Dataset) -> None:
@@ -254,8 +256,6 @@ def build(
     )
     variables = init_variables(network, config)
     shapes = shape_outputs(network, config.input.height, config.input.width)
-    if config.eval.crops == "none":
-        shape_outputs(network, *configs.find_size(config, config.eval))  # the test size works too
     outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     own = objective.init(jax.random.key(config.seed), outputs, num_classes)
     return Recipe(
