@@ -1,6 +1,9 @@
 """Descriptors of anybody's images, by command and from Python."""
 
+import json
 import pathlib
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -219,3 +222,20 @@ def test_decodes_files_to_one_size(folder, images):
     loaded = decoding.load_images([folder / "0.png", folder / "2.png"], height=128, width=64)
     assert loaded.shape == (2, 128, 64, 3)
     np.testing.assert_array_equal(loaded[0], images[0])
+
+
+def test_a_checkpoint_of_another_system_is_refused(run, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["network"] = {"name": "pcb", "trunk": "tiny", "reduced": 8}
+    (other / "config.json").write_text(json.dumps(config))
+    argv = ["--run", str(other), "--images", str(other), "--out", str(tmp_path / "f.npz")]
+    (other / "a.png").write_bytes(b"")
+    assert console.run(extract.main, argv) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"error: the checkpoint 'last' of .* is of another network than its config's pcb: missing "
+        r"batch_stats/\S+ .*unexpected batch_stats/neck_t3/mean \(5, 64\).* more",
+        told,
+    )
+    assert not (tmp_path / "f.npz").exists()

@@ -192,10 +192,10 @@ def _read(
         if "Permission denied" in str(error):
             raise
         if template is not None and (found := _read_whole(restore)) is not None:
+            difference = describe_difference(found, template) or "their structures differ"
             raise UserError(
                 f"the checkpoint {path} is of another network or optimizer than this config's: "
-                f"{describe_difference(found, template) or 'their structures differ'}. Give another "
-                "--workdir, or the version and config that wrote it"
+                f"{difference}. Give another --workdir, or the version and config that wrote it"
             ) from error
         raise UserError(_describe_damage(path, str(error).splitlines()[0])) from error
     if digest(value) != expected:
