@@ -5,13 +5,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format clean
+.PHONY: demo test fuzz lint format clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m mros_jax.train --config configs/demo.py --workdir runs/demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses auto
+
+# Damaged files of every kind for a minute; `make test` tries each for some seconds.
+fuzz: $(VENV)/.test
+	MROS_FUZZ_SECONDS=60 $(BIN)/python -m pytest --numprocesses auto \
+		tests/test_fuzz.py tests/test_data/test_fuzz.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
