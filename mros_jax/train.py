@@ -202,7 +202,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[ConfigDict, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         prog="python -m mros_jax.train",
         description=(__doc__ or "").split("\n\n")[0],
-        epilog="--config.FIELD=VALUE sets a field of the config, as in --config.optimizer.lr=3e-4",
+        epilog="--config.FIELD=VALUE sets a field of the config, as in --config.num_epochs=60",
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help="config file (required)")
