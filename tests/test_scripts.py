@@ -191,12 +191,12 @@ def test_show_batch_of_any_sampler(sampler, tmp_path, monkeypatch):
     cache = f"--config.dataset.cache_dir={tmp_path / 'cache'}"
     words = [f"--config={config}", "--config.dataset.name=folder", data, cache]
     out = tmp_path / "batch.png"
-    words += ["--config.input.height=48", "--config.input.width=16"]
+    words += ["--config.input.height=96", "--config.input.width=16"]
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert show_batch.main([*words, f"--out={out}"]) == 0
     rows, columns = {"identities": (2, 2), "shuffled": (3, 1)}[sampler]
     with Image.open(out) as picture:
-        assert picture.size == (2 * columns * (16 + 4), rows * (48 + 4))
+        assert picture.size == (2 * columns * (16 + 4), rows * (96 + 4))
 
 
 def test_training_benchmark_prints_its_table(words, tmp_path):

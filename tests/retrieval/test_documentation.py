@@ -4,8 +4,10 @@ import pathlib
 import re
 import shlex
 import shutil
+import types
 
 from mros_jax import compare, evaluate
+from mros_jax import config as configs
 from mros_jax.retrieval import descriptors
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -29,6 +31,8 @@ def test_commands_and_examples(tmp_path, monkeypatch, capsys):
             {"dataset": "demo"},
         ),
     )
+    saved = types.SimpleNamespace(config={"eval": configs.base().eval.to_dict()})
+    monkeypatch.setattr(evaluate, "Run", types.SimpleNamespace(open=lambda run: saved))
     assert evaluate.main(
         ["--features", str(demo / "features.npz"), "--out", str(demo / "results.json")]
     ) == 0  # fmt: skip
