@@ -78,7 +78,7 @@ def base(dataset: str = "market1501") -> ConfigDict:
     config.augment.erase_fill = "mean"  # or "public": as the public lineage fills
 
     config.network = ConfigDict()  # name: a key of `mros_jax.systems.NETWORKS`; and its fields
-    # ImageNet weights: a file; "none": a random start; "auto": what scripts/fetch_weights.py has
+    # ImageNet weights: a file; "none": a random start; "auto": what mros_jax.fetch_weights has
     # fetched, else a warning and a random start.
     config.weights = "auto"
     config.dtype = "float32"  # or "bfloat16": compute only, parameters stay float32
@@ -288,7 +288,7 @@ def read(path: str | pathlib.Path, arg: str | None = None) -> ConfigDict:
     """Read a config file: what its `get_config(arg)` returns, locked.
 
     Args:
-        path: a Python file, such as `configs/mros.py`.
+        path: a Python file; `configs/mros.py` is this project's also where there is no such file.
         arg: what a user writes after a colon, to choose a variant or a data set.
 
     Raises:
@@ -302,9 +302,7 @@ def read(path: str | pathlib.Path, arg: str | None = None) -> ConfigDict:
 
 
 def _load_module(path: str | pathlib.Path) -> Any:
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise NotFoundError(f"config {path} does not exist; configs/ holds those of this project")
+    path = _find(pathlib.Path(path))
     if path.suffix != ".py":
         raise UserError(f"config {path} is not a Python file; expected one with get_config()")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
@@ -318,6 +316,19 @@ def _load_module(path: str | pathlib.Path) -> Any:
     if not hasattr(module, "get_config"):
         raise UserError(f"config {path} has no function get_config()")
     return module
+
+
+def _find(path: pathlib.Path) -> pathlib.Path:
+    """The file itself, else the one of this project that is written so, from any directory."""
+    if path.is_file():
+        return path
+    package = pathlib.Path(__file__).parent
+    # Installed they lie in the package; in a clone beside it.
+    own = next(x for x in (package / "configs", package.parent / "configs") if x.is_dir())
+    if path.parent == pathlib.Path("configs") and (own / path.name).is_file():
+        return own / path.name
+    names = ", ".join(sorted(f"configs/{file.name}" for file in own.glob("*.py")))
+    raise NotFoundError(f"config {path} does not exist; there are {names}")
 
 
 def parse_config(argv: Sequence[str]) -> tuple[ConfigDict | None, list[str]]:

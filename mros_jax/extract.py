@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 from ml_collections import ConfigDict
 
-from mros_jax import console, parallel
+from mros_jax import console, extras, parallel
 from mros_jax.data import listing, text
 from mros_jax.data.decoding import decode_images
 from mros_jax.errors import NotFoundError, UserError
@@ -161,6 +161,7 @@ def draw_search(
         found: (image file, distance); a file that is gone leaves its place empty.
         out: file to write.
     """
+    extras.require("report", "a drawing of what was found")
     from matplotlib.figure import Figure  # slow to import
 
     columns = min(len(found), 10) + 1

@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mros_jax import config as configs
-from mros_jax import console, parallel, report
+from mros_jax import console, extras, parallel, report
 from mros_jax.errors import NotFoundError
 from mros_jax.runs import checkpoints, features, provenance
 from mros_jax.runs.logs import Writer
@@ -47,6 +47,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     """
     run = Run(os.path.abspath(workdir))
     log.info("Devices: %s", parallel.describe_devices())
+    no_report = extras.find_missing("report", "the report at the end")
+    if config.report and no_report:
+        log.warning("%s; then: python -m mros_jax.report %s", no_report, run.path)
     parallel.run_on_main(lambda: run.check_free(config))
     recipe.check_config(config)
     dataset = configs.load_dataset(config)
@@ -67,7 +70,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
         finished = loop.run()
     if not finished or not parallel.is_main_process():
         return None
-    if config.report:
+    if config.report and not no_report:
         log.info("Report: %s", report.write_report(run.path))
     return Run(run.path).results
 

@@ -64,7 +64,7 @@ def shorten(command):
 def workspace(tmp_path_factory):
     """A directory like a fresh checkout after `make demo`."""
     path = tmp_path_factory.mktemp("checkout")
-    for name in ("configs", "scripts", "third_party"):
+    for name in ("configs", "scripts"):
         (path / name).symlink_to(ROOT / name)
     make_run(path / "runs" / "demo", path / "cache")
     run("python -m mros_jax.report runs/demo", path)

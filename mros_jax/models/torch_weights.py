@@ -127,7 +127,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise NotFoundError(f"{path}: no such file (scripts/fetch_weights.py downloads weights)")
+        raise NotFoundError(f"{path}: no such file (mros_jax.fetch_weights downloads weights)")
     if path.suffix == ".safetensors":
         try:
             state = load_safetensors(path.read_bytes())

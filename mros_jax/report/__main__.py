@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from mros_jax import console
-from mros_jax.report.build import write_report
+from mros_jax.report import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws the random queries")
     args = parser.parse_args(argv)
     path = write_report(
-        args.run, args.out, queries=args.queries, top=args.top, seed=args.seed, progress=True
+        args.run, out=args.out, queries=args.queries, top=args.top, seed=args.seed, progress=True
     )
     print(path)
     return 0

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int, Int32
 
+from mros_jax import extras
 from mros_jax.errors import UserError
 from mros_jax.retrieval import blocks, distances
 from mros_jax.retrieval.inputs import Numbers
@@ -155,12 +156,9 @@ def check_search(neighbors: str) -> None:
 
 
 def _import_faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise UserError(
-            "neighbors='faiss' needs faiss, which is not installed: pip install 'mros_jax[faiss]'"
-        ) from error
+    extras.require("faiss", "neighbors='faiss'")
+    import faiss
+
     return faiss
 
 

@@ -6,18 +6,18 @@ byte by byte; wall-clock figures go to `timing.jsonl`.
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-
+from mros_jax import extras
 from mros_jax.files import write_atomically
 from mros_jax.runs.run import Run, read_records
+
+log = logging.getLogger(__name__)
 
 
 class Writer:
@@ -41,10 +41,11 @@ class Writer:
             "metrics": _reopen(run.metrics_file, keep),
             "timing": _reopen(run.timing_file, keep, kind=False),
         }
-        run.tensorboard.mkdir(exist_ok=True)
-        # In this thread: a writer of its own would meet a full disk unheard.
-        self._events = EventsWriter(str(run.tensorboard / "events"))
-        self._log_event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._events = None
+        if message := extras.find_missing("tensorboard", "a TensorBoard log"):
+            log.info("%s", message)
+        else:
+            self._events = _Events(run.tensorboard, start_step)
 
     def _write(self, name: str, prefix: str, record: Mapping[str, Any]) -> None:
         self._files[name].write(json.dumps(dict(record)) + "\n")
@@ -53,11 +54,9 @@ class Writer:
             for key, value in record.items()
             if isinstance(value, int | float) and key not in ("step", "epoch")
         }
-        for key, value in shown.items():
-            self._log_event(record["step"], summary=summary.scalar(f"{prefix}/{key}", value))
-
-    def _log_event(self, step: int, **content: Any) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+        if self._events is not None:
+            for key, value in shown.items():
+                self._events.add_scalar(record["step"], f"{prefix}/{key}", value)
 
     def metrics(self, kind: str, record: Mapping[str, Any]) -> None:
         """Log one record of `kind` ("train" or "eval"); it must hold "step" and "epoch"."""
@@ -72,15 +71,41 @@ class Writer:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        self._events.flush()
+        if self._events is not None:
+            self._events.flush()
 
     def close(self) -> None:
         """Flush and close the logs; all of them, also where one cannot be written."""
         with contextlib.ExitStack() as stack:
-            stack.callback(self._events.close)
+            if self._events is not None:
+                stack.callback(self._events.close)
             for file in self._files.values():
                 stack.callback(file.close)
             self.flush()
+
+
+class _Events:
+    """A TensorBoard log, in which whatever is after step `start_step` begins anew.
+
+    It is written in this thread: a writer of its own would meet a full disk unheard.
+    """
+
+    def __init__(self, directory: pathlib.Path, start_step: int):
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        directory.mkdir(exist_ok=True)
+        self._writer = event_file_writer.EventsWriter(str(directory / "events"))
+        self._make_event, self._make_scalar = event_pb2.Event, summary.scalar
+        begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(start_step + 1, session_log=begin)
+        self.flush, self.close = self._writer.flush, self._writer.close
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._make_event(wall_time=time.time(), step=step, **content))
+
+    def add_scalar(self, step: int, name: str, value: float) -> None:
+        self._add(step, summary=self._make_scalar(name, value))
 
 
 def _reopen(path: pathlib.Path, keep: Callable[[Mapping[str, Any]], bool], *, kind: bool = True):

@@ -162,7 +162,7 @@ IMAGENET_WEIGHTS = {"resnet50": ("resnet50-0676ba61", "resnet50-11ad3fa6")}
 
 
 def find_weights(trunk: str) -> pathlib.Path | None:
-    """The ImageNet weights of a trunk that scripts/fetch_weights.py has fetched, if any."""
+    """The ImageNet weights of a trunk that mros_jax.fetch_weights has fetched, if any."""
     candidates = (
         cache_directory("weights") / f"{stem}.{suffix}"
         for stem in IMAGENET_WEIGHTS.get(trunk, ())
@@ -188,7 +188,7 @@ def init_variables(network: Network, config: ConfigDict) -> dict[str, Any]:
         if weights == "none":
             log.warning(
                 "No ImageNet weights for %s in %s: training starts from random weights and will "
-                "end far below the paper. To fetch them: python -m scripts.fetch_weights",
+                "end far below the paper. To fetch them: python -m mros_jax.fetch_weights",
                 trunk,
                 cache_directory("weights"),
             )

@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Int64
 
+from mros_jax import extras
 from mros_jax.data.datasets.layouts import (
     MARKET_PARTS,
     BadFiles,
@@ -177,12 +178,9 @@ class _Mat:
     """`cuhk-03.mat`, a MATLAB 7.3 (HDF5) file of nested cells; arrays are stored transposed."""
 
     def __init__(self, path: pathlib.Path):
-        try:
-            import h5py
-        except ImportError as error:
-            raise UserError(
-                f"{path} is an HDF5 file and needs h5py: pip install 'mros_jax[cuhk03]'"
-            ) from error
+        extras.require("cuhk03", f"the HDF5 file {path}")
+        import h5py
+
         self.path = path
         self._h5py = h5py
         self._lock = threading.Lock()

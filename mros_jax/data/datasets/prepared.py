@@ -1,29 +1,29 @@
 """TFDS builders: the original image bytes as ArrayRecord, without TensorFlow.
 
-    python -m mros_jax.data.datasets.prepared --dataset market1501 --root MANUAL_DIR --out DATA_DIR
+    python -m mros_jax.data.prepare --dataset market1501 --root MANUAL_DIR --out DATA_DIR
 
 Then `DATA_DIR` as the root of the data set reads the records instead of the directory, with the
 same result. With TFDS alone, after `import mros_jax.data.datasets.prepared`:
 `tfds.data_source("market1501/plain", split="query", data_dir=DATA_DIR)`.
 """
 
-import argparse
 import dataclasses
 import os
 import pathlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from mros_jax import console
+from mros_jax import console, extras
 from mros_jax.data import fingerprint
 from mros_jax.data.datasets import layouts, records
 from mros_jax.data.images import ContentDigest, EncodedImages, hash_bytes
 from mros_jax.data.splits import Dataset, Split, relabel
 from mros_jax.errors import NotFoundError, UserError
+
+extras.require("tfds", "a data set prepared as records")
+import tensorflow_datasets as tfds  # noqa: E402
 
 _READ_AT_ONCE = 256
 _SPLITS = ("train", "query", "gallery")
@@ -250,7 +250,7 @@ def load_prepared(name: str, data_dir: str | os.PathLike[str], **options: Any) -
     if not (path / "features.json").is_file():
         raise NotFoundError(
             f"{data_dir} has no prepared records for data set {name!r} with options {options} "
-            f"(expected {path}); make them: python -m mros_jax.data.datasets.prepared "
+            f"(expected {path}); make them: python -m mros_jax.data.prepare "
             f"--dataset {name} --root MANUAL_DIR --out {data_dir}"
         )
     try:
@@ -300,26 +300,3 @@ def _read_split(builder: _ReidBuilder, name: str) -> Split:
             f"{what} have other names, identities or cameras than those stored; prepare them again"
         )
     return split
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Store a data set as records; see `--help`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mros_jax.data.datasets.prepared",
-        description="Store a data set as ArrayRecord, for TFDS and for this library.",
-        allow_abbrev=False,
-    )
-    names = sorted(record.name for record in records.DATASETS.values() if record.builder)
-    parser.add_argument("--dataset", required=True, choices=names)
-    parser.add_argument("--root", required=True, help="directory with the data as distributed")
-    parser.add_argument("--out", required=True, help="TFDS data directory to write to")
-    parser.add_argument("--on_bad_image", choices=("error", "skip"), default="error")
-    records.add_arguments(parser, names)
-    args = parser.parse_args(argv)
-    options = records.pick_options(vars(args))
-    print(prepare(args.dataset, args.root, args.out, on_bad_image=args.on_bad_image, **options))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(console.run(main))

@@ -1,12 +1,13 @@
-"""Download pretrained weights named in third_party/assets.toml; resumes, verifies, all or nothing.
+"""Download pretrained weights named in mros_jax/assets.toml; resumes, verifies, all or nothing.
 
-    python -m scripts.fetch_weights --list
-    python -m scripts.fetch_weights resnet50_v1 --out weights
+    python -m mros_jax.fetch_weights --list
+    python -m mros_jax.fetch_weights resnet50_v1 --out weights
 
 A download that stops leaves `<name>.part`, which the next call continues. The final name appears
 only after the checksum has been verified.
 """
 
+import argparse
 import hashlib
 import http.client
 import os
@@ -22,9 +23,8 @@ from typing import Any
 from mros_jax import console
 from mros_jax.errors import UserError
 from mros_jax.files import cache_directory
-from scripts import common
 
-ASSETS = common.ROOT / "third_party" / "assets.toml"
+ASSETS = pathlib.Path(__file__).with_name("assets.toml")
 CHUNK = 1 << 18
 
 
@@ -33,6 +33,7 @@ class FetchError(UserError):
 
 
 def load_assets(path: pathlib.Path = ASSETS) -> dict[str, dict[str, Any]]:
+    """What can be had, by name: description, url, sha256_prefix, license, citation."""
     return tomllib.loads(path.read_text())["weights"]
 
 
@@ -104,6 +105,7 @@ def fetch(
 
 
 def digest(path: pathlib.Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -144,7 +146,12 @@ def _continues(response: Any, have: int) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = common.make_parser(__doc__)
+    """Download weights; see `--help`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mros_jax.fetch_weights",
+        description="Download pretrained weights; a download that stops is continued.",
+        allow_abbrev=False,
+    )
     assets = load_assets()
     parser.add_argument("name", nargs="?", default="resnet50_v1", choices=sorted(assets))
     parser.add_argument(

@@ -7,9 +7,8 @@ import threading
 
 import pytest
 
-from mros_jax import console
+from mros_jax import console, fetch_weights
 from mros_jax.training import recipe
-from scripts import fetch_weights
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA = hashlib.sha256(CONTENT).hexdigest()
