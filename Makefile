@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test fuzz lint format clean
+.PHONY: demo test fuzz lint format docs wheel clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m mros_jax.train --config configs/demo.py --workdir runs/demo
@@ -28,14 +28,22 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The pages and an API reference as a site, build/site/index.html; a broken link fails it.
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -q -W --keep-going -c docs -b html . build/site
+
+wheel: $(VENV)/bin/python
+	$(PIP) build
+	$(BIN)/python -m build --outdir build/dist
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build docs/api runs .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.runtime: pyproject.toml | $(VENV)/bin/python
-	$(PIP) --editable .
+	$(PIP) --editable '.[report,tensorboard]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
@@ -45,3 +53,7 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[test,dev]'
 	touch $@ $(VENV)/.test $(VENV)/.runtime
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[docs,report]'
+	touch $@ $(VENV)/.runtime

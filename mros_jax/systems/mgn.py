@@ -36,9 +36,10 @@ class MGN(nn.Module):
             float32.
         bn_axis_name: axis of synchronised batch statistics (None: every device its own).
 
-    Outputs, S being a number in `stripes`:
+    Outputs:
         embeddings: before and after reduction, of whole maps "z_global" and "f_global", one vector
-            a branch, the global branch first; of stripes "z_partS" and "f_partS", top first.
+            a branch, the global branch first; of stripes "z_partS" and "f_partS", S a number in
+            `stripes`, top first.
         logits: "global" and "partS".
         maps: "t1", "t2", "shared", "t4_global" and "t4_partS".
         descriptor: all f, "f_global" first; 8 x 256 numbers by default.

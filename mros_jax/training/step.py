@@ -52,8 +52,8 @@ def make_train_step(
         ema_decay: decay of the parameters' moving average, where the state keeps one.
 
     Returns:
-        The step. `data` is `{"images": (N, h, w, 3) uint8, "labels": (N,)}` and `batch`
-        `{"indices": (b,)}`; or `data` is None and `batch` holds `images` and `labels` themselves.
+        The step. `data` has the `images` (N, h, w, 3) uint8 and their `labels` (N,), and `batch`
+        `indices` (b,) into them; or `data` is None and `batch` has images and labels themselves.
         Metrics are scalars: `loss`, the unweighted `loss/TERM`, `grad_norm` of the network, and
         `lr/GROUP`.
     """
