@@ -1,15 +1,16 @@
 """How the pages and the docstrings become a site: `make docs`."""
 
-import importlib.metadata
 import pathlib
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import mros_jax  # noqa: E402
+
 project = "mros_jax"
 author = "the mros_jax authors"
-version = release = importlib.metadata.version("mros_jax")
+version = release = mros_jax.__version__
 
 # The source is the repository, so that pages may link to files of the code.
 root_doc = "docs/index"

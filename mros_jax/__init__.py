@@ -1,3 +1,3 @@
 """Person re-identification in JAX: MROS, its training, exact evaluation and re-ranking."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

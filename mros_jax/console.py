@@ -160,6 +160,9 @@ def show_messages() -> None:
     logging.getLogger("asyncio").addFilter(_is_news)
     for name, level in (("mros_jax", logging.INFO), ("jax", logging.WARNING)):
         logger = logging.getLogger(name)
+        for other in list(logger.handlers):  # JAX to 0.8 has one of its own
+            if type(other) is logging.StreamHandler:
+                logger.removeHandler(other)
         if not any(isinstance(handler, _Handler) for handler in logger.handlers):
             handler = _Handler()
             form = logging.Formatter("%(levelname).1s %(asctime)s %(message)s", "%H:%M:%S")

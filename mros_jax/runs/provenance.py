@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 
+from mros_jax import __version__
 from mros_jax.data.splits import Dataset
 
-PACKAGES = ("mros_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy")
 
 
 def get_commit() -> str | None:
@@ -73,6 +74,7 @@ def describe() -> dict[str, Any]:
         "command": shlex.join([pathlib.Path(sys.executable).name, *sys.orig_argv[1:]]),
         "commit": get_commit(),
         "versions": {
+            "mros_jax": __version__,  # of a clone that was not installed, too
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in PACKAGES},
         },

@@ -149,8 +149,16 @@ def test_color_modes(grey, random_pixels):
     check(encode(cyan, "tiff"), np.broadcast_to(np.uint8([0, 255, 255]), (16, 8, 3)), "CMYK to RGB")
     palette = PIL.Image.fromarray(rgb).quantize(8)
     check(encode(palette), np.asarray(palette.convert("RGB")), "P to RGB")
-    ycc = PIL.Image.fromarray(rgb).convert("YCbCr")
-    check(encode(ycc, "tiff"), np.asarray(ycc.convert("RGB")), "YCbCr to RGB")
+
+
+def test_ycbcr(random_pixels):
+    ycc = PIL.Image.fromarray(random_pixels(1)).convert("YCbCr")
+    data = encode(ycc, "tiff")
+    try:
+        PIL.Image.open(io.BytesIO(data)).load()
+    except OSError:
+        pytest.skip(f"Pillow {PIL.__version__} cannot read what it writes")
+    check(data, np.asarray(ycc.convert("RGB")), "YCbCr to RGB")
 
 
 def test_transparency_is_dropped(grey, random_pixels):

@@ -10,6 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from mros_jax.data import fingerprint
+from mros_jax.data import prepare
 from mros_jax.data.datasets import prepared as tfds_builders
 from mros_jax.data.datasets.sources import load_dataset
 from mros_jax.data.fingerprint import fingerprint_split
@@ -78,7 +79,7 @@ def test_prepared_from_other_data_is_not_taken_for_these(market, tmp_path):
 def test_options_choose_the_records(market, tmp_path):
     market.write("distractors_500k", "0000_c1s1_000151_01.jpg")
     out = tmp_path / "tfds"
-    tfds_builders.main(["--dataset", "market1501", "--root", str(market.root), "--out", str(out)])
+    prepare.main(["--dataset", "market1501", "--root", str(market.root), "--out", str(out)])
     with pytest.raises(FileNotFoundError, match=r"no prepared records .*distractors_500k"):
         load_dataset("market1501", out, distractors_500k=True)
     tfds_builders.prepare("market1501", market.root, out, distractors_500k=True)
@@ -97,7 +98,7 @@ def test_msmt17_command_line(layout, tmp_path):
         text = lines if name != "val" else ""
         (layout.root / f"list_{name}.txt").write_text(text)
     arguments = ["--dataset", "msmt17", "--root", str(layout.root), "--out", str(tmp_path / "tfds")]
-    tfds_builders.main([*arguments, "--include_val=False"])
+    prepare.main([*arguments, "--include_val=False"])
     stored = load_dataset("msmt17", tmp_path / "tfds", include_val=False)
     assert_equal(stored, load_dataset("msmt17", layout.root, include_val=False))
 
