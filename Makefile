@@ -5,13 +5,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test fuzz lint format docs wheel clean
+.PHONY: demo test test-newest test-oldest fuzz lint format docs wheel clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m mros_jax.train --config configs/demo.py --workdir runs/demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses auto
+
+# On the newest released packages, under a newer Python where there is one: see .ci/newest.
+test-newest:
+	.ci/newest
+
+# On the lower bounds of pyproject.toml. What old packages warn of is nothing to us.
+test-oldest: $(VENV)-oldest/.test
+	$(VENV)-oldest/bin/python -m pytest --numprocesses auto -p no:cacheprovider -W default
 
 # Damaged files of every kind for a minute; `make test` tries each for some seconds.
 fuzz: $(VENV)/.test
@@ -53,6 +61,13 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[test,dev]'
 	touch $@ $(VENV)/.test $(VENV)/.runtime
+
+$(VENV)-oldest/.test: pyproject.toml .ci/oldest.py
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(PYTHON) .ci/oldest.py > $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(VENV)-oldest/constraints.txt --editable '.[test]'
+	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[docs,report]'

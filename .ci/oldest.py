@@ -1,13 +1,17 @@
-"""Print the lower bounds of pyproject.toml as pip's constraints: `python .ci/oldest.py`."""
+"""Print the lower bounds that pyproject.toml promises, as pip's constraints."""
 
 import pathlib
 import re
 import tomllib
 
-project = tomllib.loads((pathlib.Path(__file__).parents[1] / "pyproject.toml").read_text())[
-    "project"
-]
-requirements = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+PYPROJECT = pathlib.Path(__file__).parents[1] / "pyproject.toml"
+NOT_FOR_USERS = ("test", "docs", "dev")
+
+project = tomllib.loads(PYPROJECT.read_text())["project"]
+requirements = list(project["dependencies"])
+for extra, more in project["optional-dependencies"].items():
+    if extra not in NOT_FOR_USERS:
+        requirements += more
 for requirement in requirements:
     if bound := re.fullmatch(r"([\w.-]+)>=([\d.]+)", requirement):
         print("{}=={}".format(*bound.groups()))

@@ -271,8 +271,9 @@ def split_distance(
 ) -> dict[str, list[float]]:
     """What each part of the descriptor adds to the cosine distance of two of them.
 
-    The cosine distance of unit vectors a and b is `|a - b|^2 / 2`, a sum over their entries, and the
-    descriptor is the concatenation of its parts: the sum over the parts is the distance, exactly.
+    The cosine distance of unit vectors a and b is `|a - b|^2 / 2`, a sum over their entries, and
+    the descriptor is the concatenation of its parts: the sum over the parts is the distance,
+    exactly.
 
     Args:
         query: a descriptor.

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from mros_jax.data import fingerprint
-from mros_jax.data import prepare
+from mros_jax.data import fingerprint, prepare
 from mros_jax.data.datasets import prepared as tfds_builders
 from mros_jax.data.datasets.sources import load_dataset
 from mros_jax.data.fingerprint import fingerprint_split
