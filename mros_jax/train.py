@@ -47,7 +47,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     """
     run = Run(os.path.abspath(workdir))
     log.info("Devices: %s", parallel.describe_devices())
-    no_report = extras.find_missing("report", "the report at the end")
+    no_report = extras.find_missing("report", "The report at the end")
     if config.report and no_report:
         log.warning("%s; then: python -m mros_jax.report %s", no_report, run.path)
     parallel.run_on_main(lambda: run.check_free(config))

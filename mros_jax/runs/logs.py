@@ -42,7 +42,7 @@ class Writer:
             "timing": _reopen(run.timing_file, keep, kind=False),
         }
         self._events = None
-        if message := extras.find_missing("tensorboard", "a TensorBoard log"):
+        if message := extras.find_missing("tensorboard", "A TensorBoard log"):
             log.info("%s", message)
         else:
             self._events = _Events(run.tensorboard, start_step)
