@@ -39,7 +39,9 @@ def test_training_needs_no_extra(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         results = train.train(config, tmp_path / "run")
     assert results["results"]
-    assert "The report at the end needs jinja2 and matplotlib, which are not installed" in caplog.text
+    assert (
+        "The report at the end needs jinja2 and matplotlib, which are not installed" in caplog.text
+    )
     assert f"python -m mros_jax.report {tmp_path / 'run'}" in caplog.text
     assert "A TensorBoard log needs tensorboardX, which is not installed" in caplog.text
     files = {path.name for path in (tmp_path / "run").iterdir()}

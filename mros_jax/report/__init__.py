@@ -7,7 +7,9 @@ from typing import Any
 from mros_jax import extras
 
 
-def write_report(workdir: str | os.PathLike[str], **options: Any) -> pathlib.Path:
+def write_report(
+    workdir: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, **options: Any
+) -> pathlib.Path:
     """Write a run's report; see `mros_jax.report.build.write_report`.
 
     Raises:
@@ -16,4 +18,4 @@ def write_report(workdir: str | os.PathLike[str], **options: Any) -> pathlib.Pat
     extras.require("report", "a report")
     from mros_jax.report import build  # matplotlib is slow to import
 
-    return build.write_report(workdir, **options)
+    return build.write_report(workdir, out, **options)

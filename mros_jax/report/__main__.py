@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws the random queries")
     args = parser.parse_args(argv)
     path = write_report(
-        args.run, out=args.out, queries=args.queries, top=args.top, seed=args.seed, progress=True
+        args.run, args.out, queries=args.queries, top=args.top, seed=args.seed, progress=True
     )
     print(path)
     return 0
