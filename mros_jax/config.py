@@ -106,6 +106,11 @@ def base(dataset: str = "market1501") -> ConfigDict:
     config.accumulate_steps = 1  # batches averaged into one update
     config.ema_decay = 0.0  # moving average of parameters for evaluation; 0: none
 
+    # Stages of the training by name, taken in the order of their names; none: one stage. Each has
+    # `epochs`, which add up to num_epochs, and what differs there in `network`, `optimizer` and
+    # `schedule`. A stage starts with a new optimizer, and its schedule counts from its own start.
+    config.stages = ConfigDict()
+
     config.eval = ConfigDict()
     config.eval.every_epochs = 10  # and at the end, then with re-ranking
     config.eval.batch_size = 128  # images
@@ -165,6 +170,12 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.dataset.name = "synthetic"
     config.dataset.preset = "demo"
     config.num_epochs = 32
+    if config.stages:
+        stages = list(config.stages.values())
+        total = sum(stage.epochs for stage in stages)
+        for stage in stages:
+            stage.epochs = max(32 * stage.epochs // total, 1)
+        config.num_epochs = sum(stage.epochs for stage in stages)
     if config.num_steps:
         share = 300 / config.num_steps
         config.num_steps = 300
@@ -220,12 +231,82 @@ def find_size(config: ConfigDict, section: ConfigDict) -> tuple[int, int]:
     return height, width
 
 
+# What a stage of the training may change.
+_STAGE_SECTIONS = ("network", "optimizer", "schedule")
+
+
+def split_stages(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The stages of a run by name, in their order, each as the config of a run without stages.
+
+    A config without stages is one stage, "".
+
+    Raises:
+        UserError: epochs that do not add up to the run's, or a field that a stage cannot have.
+    """
+    if not config.stages:
+        return {"": config}
+    names = sorted(config.stages)
+    for name in names:
+        _check_stage(config, name)
+    epochs = [config.stages[name].epochs for name in names]
+    if sum(epochs) != config.num_epochs:
+        raise UserError(
+            f"config.num_epochs is {config.num_epochs}, and the epochs of its stages "
+            f"{', '.join(names)} are {' + '.join(map(str, epochs))} = {sum(epochs)}; set "
+            f"config.num_epochs or a config.stages.NAME.epochs"
+        )
+    if config.num_steps:
+        raise UserError(
+            f"config.num_steps is {config.num_steps}; stages are counted in epochs: leave it 0"
+        )
+    return {name: _apply_stage(config, config.stages[name], name) for name in names}
+
+
+def _check_stage(config: ConfigDict, name: str) -> None:
+    stage = config.stages[name]
+    for field in ("epochs", *_STAGE_SECTIONS):
+        expected = int if field == "epochs" else ConfigDict
+        value = stage.get(field, 0 if field == "epochs" else ConfigDict())
+        if not isinstance(value, expected):
+            raise UserError(
+                f"config.stages.{name}.{field} is {value!r}; expected a {expected.__name__}"
+            )
+    if stage.get("epochs", 0) < 1:
+        raise UserError(
+            f"config.stages.{name}.epochs is {stage.get('epochs')}; it must be at least 1"
+        )
+    known = ("epochs", *_STAGE_SECTIONS)
+    if unknown := sorted(set(stage) - set(known)):
+        raise UserError(
+            f"config.stages.{name} has no field {', '.join(unknown)}; there are {', '.join(known)}"
+        )
+    if unknown := sorted(set(stage.get("schedule", ())) - set(config.schedule)):
+        raise UserError(
+            f"config.stages.{name}.schedule has no field {', '.join(unknown)}; there are "
+            f"{', '.join(config.schedule)}"
+        )
+
+
+def _apply_stage(config: ConfigDict, stage: ConfigDict, name: str) -> ConfigDict:
+    changes = {section: stage[section] for section in _STAGE_SECTIONS if section in stage}
+    alone = config.copy_and_resolve_references()
+    with alone.unlocked():
+        alone.stages = ConfigDict()
+        alone.num_epochs = stage.epochs
+        try:
+            alone.update(changes)
+        except TypeError as error:
+            raise UserError(f"config.stages.{name}: {error}") from error
+    return alone
+
+
 def make_network(config: ConfigDict, num_classes: int) -> Network:
-    """The network that a config describes.
+    """The network that a config describes, that of its last stage where there are several.
 
     Raises:
         UserError: an unknown network, precision or field; lists what there is.
     """
+    config = list(split_stages(config).values())[-1]
     fields = config.network.to_dict()
     name = fields.pop("name", None)
     if name not in NETWORKS:

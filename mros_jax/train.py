@@ -85,7 +85,7 @@ class Loop:
         batches: what the steps are fed.
         evaluator: scores states.
         saved: the run's checkpoints.
-        parts: the state before the first step, and the step.
+        parts: the state before the first step, and the stages.
     """
 
     def __init__(
@@ -100,8 +100,9 @@ class Loop:
         self._config, self._run = config, run
         self._batches, self._sizes = batches, batches.sizes
         self._evaluator, self._saved = evaluator, saved
-        self._mapped_step = parallel.MappedStep(parts.step)
-        restored = saved.restore(parts.state)
+        self._parts = parts
+        self._mapped_steps = [parallel.MappedStep(stage.step) for stage in parts.stages]
+        restored = saved.restore(lambda step: parts.stage_at(step).begin(parts.state))
         self._last_saved = None if restored is None else int(restored.step)
         state = parts.state if restored is None else restored
         self._step = int(state.step)
@@ -148,9 +149,11 @@ class Loop:
     def _train_epoch(self, logger: Logger, stop: Stop) -> None:
         """Steps up to the end of the epoch, or to where the run is stopped."""
         epoch, first = divmod(self._step, self._sizes.steps_per_epoch)
+        stage = self._parts.stage_at(self._step)
+        mapped_step = self._mapped_steps[self._parts.stages.index(stage)]
         for batch in self._batches.epoch(epoch, first):
             with jax.transfer_guard_device_to_host("disallow"):
-                self._state, metrics = self._mapped_step(self._state, self._batches.data, batch)
+                self._state, metrics = mapped_step(self._state, self._batches.data, batch)
             self._step += 1
             logger.add(self._step, metrics)
             at_log_point = self._step % self._config.log_every_steps == 0
@@ -159,6 +162,10 @@ class Loop:
             if stop.poll(at_log_point):
                 break
         logger.flush(self._last_saved)
+        following = self._parts.stage_at(self._step)
+        if following is not stage:
+            log.info("Stage %s begins after step %d", following.name, self._step)
+            self._state = parallel.replicate(following.begin(jax.device_get(self._state)))
 
     def _is_due(self) -> bool:
         """Whether the present step is one that is evaluated."""

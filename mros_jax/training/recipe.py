@@ -1,15 +1,18 @@
 """From a config to the parts of a run: network, objective, optimizer, state, step."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from mros_jax import config as configs
@@ -48,20 +51,53 @@ _AT_LEAST_ONE = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of a run with an optimizer of its own.
+
+    Attributes:
+        name: in the config, "" where there is one stage only.
+        start: the training step that is its first, counted from 0.
+        end: the first step after it.
+        optimizer: the optax chain; its state is fresh at `start`.
+        step: for one device, see `mros_jax.training.step`.
+    """
+
+    name: str
+    start: int
+    end: int
+    optimizer: optax.GradientTransformation
+    step: Step
+
+    def begin(self, state: TrainState) -> TrainState:
+        """A state, on the host, with the optimizer as it is before this stage's first step."""
+        fresh = jax.tree.map(np.asarray, self.optimizer.init(state.params))
+        return state.replace(opt_state=fresh)
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """What a config's run is made of.
 
     Attributes:
-        network: the Flax module.
+        network: the Flax module that is evaluated and used, that of the last stage.
         objective: what it is trained for.
         state: before the first step.
-        step: for one device, see `mros_jax.training.step`.
+        stages: in their order; they share the structure of parameters and statistics.
     """
 
     network: Network
     objective: Objective
     state: TrainState
-    step: Step
+    stages: tuple[Stage, ...]
+
+    @property
+    def step(self) -> Step:
+        """The step of the first stage."""
+        return self.stages[0].step
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that a training step belongs to; after the run's end, the last."""
+        return next((stage for stage in self.stages if step < stage.end), self.stages[-1])
 
 
 def check_config(config: ConfigDict) -> None:
@@ -103,7 +139,20 @@ def check_config(config: ConfigDict) -> None:
             f"a batch of {batch} images cannot be split over {devices} devices; choose a multiple "
             "(config.batch)"
         )
-    _check_parts(config)
+    for name, stage in configs.split_stages(config).items():
+        with _name_stage(name):
+            _check_parts(stage)
+
+
+@contextlib.contextmanager
+def _name_stage(name: str) -> Iterator[None]:
+    """Say of which stage an error is."""
+    try:
+        yield
+    except UserError as error:
+        if not name:
+            raise
+        raise UserError(f"config.stages.{name}: {error}") from error
 
 
 def _check_finite(section: ConfigDict, name: str = "config") -> None:
@@ -240,6 +289,41 @@ def build(
     """
     network = configs.make_network(config, num_classes)
     objective = make_objective(config.objective.to_dict())
+    stages: list[Stage] = []
+    for name, section in configs.split_stages(config).items():
+        with _name_stage(name):
+            start = stages[-1].end if stages else 0
+            stages.append(
+                _build_stage(
+                    section,
+                    objective,
+                    name=name,
+                    start=start,
+                    num_classes=num_classes,
+                    steps_per_epoch=steps_per_epoch,
+                    augment_batch=augment_batch or make_augment(config),
+                )
+            )
+    variables = init_variables(network, config)
+    shapes = shape_outputs(network, config.input.height, config.input.width)
+    outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    own = objective.init(jax.random.key(config.seed), outputs, num_classes)
+    use_ema = config.ema_decay > 0
+    state = make_state(variables, own, stages[0].optimizer, use_ema=use_ema)
+    return Recipe(network, objective, state, tuple(stages))
+
+
+def _build_stage(
+    config: ConfigDict,
+    objective: Objective,
+    *,
+    name: str,
+    start: int,
+    num_classes: int,
+    steps_per_epoch: int,
+    augment_batch: Augment,
+) -> Stage:
+    """Make a stage of `mros_jax.config.split_stages`, which begins at step `start`."""
     groups = optimizers.make_groups(config.optimizer.to_dict())
     schedules = make_schedules(config, steps_per_epoch)
     steps = config.num_epochs * steps_per_epoch
@@ -254,21 +338,18 @@ def build(
         clip_norm=config.clip_norm or None,
         accumulate_steps=config.accumulate_steps,
     )
-    variables = init_variables(network, config)
-    shapes = shape_outputs(network, config.input.height, config.input.width)
-    outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    own = objective.init(jax.random.key(config.seed), outputs, num_classes)
-    return Recipe(
-        network=network,
-        objective=objective,
-        state=make_state(variables, own, optimizer, use_ema=config.ema_decay > 0),
-        step=make_train_step(
-            network,
-            objective,
-            optimizer,
-            augment=augment_batch or make_augment(config),
-            seed=config.seed,
-            schedules=schedules,
-            ema_decay=config.ema_decay,
-        ),
+    step = make_train_step(
+        configs.make_network(config, num_classes),
+        objective,
+        optimizer,
+        augment=augment_batch,
+        seed=config.seed,
+        schedules={group: _begin_at(start, rate) for group, rate in schedules.items()},
+        ema_decay=config.ema_decay,
+        freeze=functools.partial(optimizers.stop_frozen, groups=groups),
     )
+    return Stage(name, start, start + steps, optimizer, step)
+
+
+def _begin_at(start: int, schedule: optimizers.Schedule) -> optimizers.Schedule:
+    return lambda step: schedule(step - start)
