@@ -263,26 +263,21 @@ def split_stages(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def _check_stage(config: ConfigDict, name: str) -> None:
-    stage = config.stages[name]
-    for field in ("epochs", *_STAGE_SECTIONS):
-        expected = int if field == "epochs" else ConfigDict
-        value = stage.get(field, 0 if field == "epochs" else ConfigDict())
-        if not isinstance(value, expected):
-            raise UserError(
-                f"config.stages.{name}.{field} is {value!r}; expected a {expected.__name__}"
-            )
-    if stage.get("epochs", 0) < 1:
-        raise UserError(
-            f"config.stages.{name}.epochs is {stage.get('epochs')}; it must be at least 1"
-        )
+    stage, where = config.stages[name], f"config.stages.{name}"
+    if not isinstance(stage, ConfigDict):
+        raise UserError(f"{where} is {stage!r}; expected a section with epochs")
     known = ("epochs", *_STAGE_SECTIONS)
     if unknown := sorted(set(stage) - set(known)):
-        raise UserError(
-            f"config.stages.{name} has no field {', '.join(unknown)}; there are {', '.join(known)}"
-        )
+        raise UserError(f"{where} has no field {', '.join(unknown)}; there are {', '.join(known)}")
+    epochs = stage.get("epochs")
+    if not isinstance(epochs, int) or epochs < 1:
+        raise UserError(f"{where}.epochs is {epochs}; it must be at least 1")
+    for section in _STAGE_SECTIONS:
+        if not isinstance(value := stage.get(section, ConfigDict()), ConfigDict):
+            raise UserError(f"{where}.{section} is {value!r}; expected a section")
     if unknown := sorted(set(stage.get("schedule", ())) - set(config.schedule)):
         raise UserError(
-            f"config.stages.{name}.schedule has no field {', '.join(unknown)}; there are "
+            f"{where}.schedule has no field {', '.join(unknown)}; there are "
             f"{', '.join(config.schedule)}"
         )
 

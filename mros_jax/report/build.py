@@ -157,7 +157,10 @@ def _plot_training(run: Run) -> list[dict[str, str]]:
         charts.append({"title": "Loss", "svg": svg})
         rates = {key for record in run.train_records for key in record if key.startswith("lr/")}
         rate = {  # a group that is frozen in a stage has none there
-            key.removeprefix("lr/"): (epochs, [record.get(key, 0.0) for record in run.train_records])
+            key.removeprefix("lr/"): (
+                epochs,
+                [record.get(key, 0.0) for record in run.train_records],
+            )
             for key in sorted(rates)
         }
         description = "Learning rate by epoch"
