@@ -81,6 +81,11 @@ def base(dataset: str = "market1501") -> ConfigDict:
     # ImageNet weights: a file; "none": a random start; "auto": what scripts/fetch_weights.py has
     # fetched, else a warning and a random start.
     config.weights = "auto"
+    # Another run's directory, whose network this one starts from as far as names and shapes agree;
+    # all else starts as without. None: no run.
+    config.init = ConfigDict()
+    config.init.run = placeholder(str)
+    config.init.checkpoint = "last"  # or "best"
     config.dtype = "float32"  # or "bfloat16": compute only, parameters stay float32
     # "per_device", as DataParallel; "synchronised": over the global batch
     config.batch_norm = "per_device"
@@ -107,8 +112,8 @@ def base(dataset: str = "market1501") -> ConfigDict:
     config.ema_decay = 0.0  # moving average of parameters for evaluation; 0: none
 
     # Stages of the training by name, taken in the order of their names; none: one stage. Each has
-    # `epochs`, which add up to num_epochs, and what differs there in `network`, `optimizer` and
-    # `schedule`. A stage starts with a new optimizer, and its schedule counts from its own start.
+    # `epochs`, which add up to num_epochs (0: it is left out), and what differs there in `network`,
+    # `optimizer` and `schedule`. See docs/training.md for what a stage begins anew.
     config.stages = ConfigDict()
 
     config.eval = ConfigDict()
@@ -238,16 +243,23 @@ _STAGE_SECTIONS = ("network", "optimizer", "schedule")
 def split_stages(config: ConfigDict) -> dict[str, ConfigDict]:
     """The stages of a run by name, in their order, each as the config of a run without stages.
 
-    A config without stages is one stage, "".
+    A config without stages is one stage, "". A stage begins with a new optimizer. Frozen parameters
+    keep every bit; batch normalization takes no note of that: in a stage whose trunk is frozen it
+    still uses the statistics of the batch, and its running statistics, which are no parameters,
+    move on. Dropout is on as well.
 
     Raises:
         UserError: epochs that do not add up to the run's, or a field that a stage cannot have.
     """
     if not config.stages:
         return {"": config}
-    names = sorted(config.stages)
-    for name in names:
+    for name in config.stages:
         _check_stage(config, name)
+    names = [name for name in sorted(config.stages) if config.stages[name].epochs]
+    if not names:
+        raise UserError(
+            "the config.stages.NAME.epochs are all 0; at least one stage must be trained"
+        )
     epochs = [config.stages[name].epochs for name in names]
     if sum(epochs) != config.num_epochs:
         raise UserError(
@@ -270,8 +282,8 @@ def _check_stage(config: ConfigDict, name: str) -> None:
     if unknown := sorted(set(stage) - set(known)):
         raise UserError(f"{where} has no field {', '.join(unknown)}; there are {', '.join(known)}")
     epochs = stage.get("epochs")
-    if not isinstance(epochs, int) or epochs < 1:
-        raise UserError(f"{where}.epochs is {epochs}; it must be at least 1")
+    if not isinstance(epochs, int) or epochs < 0:
+        raise UserError(f"{where}.epochs is {epochs}; it must be 1 or more, or 0 (left out)")
     for section in _STAGE_SECTIONS:
         if not isinstance(value := stage.get(section, ConfigDict()), ConfigDict):
             raise UserError(f"{where}.{section} is {value!r}; expected a section")

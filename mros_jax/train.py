@@ -23,6 +23,7 @@ from mros_jax.runs.logs import Writer
 from mros_jax.runs.run import Run
 from mros_jax.training import feed, recipe, validation
 from mros_jax.training.loop import Logger, Stop
+from mros_jax.training.source import load_source
 
 log = logging.getLogger("mros_jax.train")  # also where this file is __main__
 
@@ -49,15 +50,19 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     log.info("Devices: %s", parallel.describe_devices())
     parallel.run_on_main(lambda: run.check_free(config))
     recipe.check_config(config)
+    begun = parallel.agree(parallel.is_main_process() and checkpoints.exists(run.checkpoints))
+    source = None if begun else load_source(config.init)
     dataset = configs.load_dataset(config)
     recipe.check_fit(config, dataset)
     batches = feed.Feed(config, dataset)
-    parts = recipe.build(config, dataset.num_classes, batches.sizes.steps_per_epoch)
+    parts = recipe.build(config, dataset.num_classes, batches.sizes.steps_per_epoch, source=source)
     evaluator = validation.Evaluator(config, dataset, parts.network)
     with contextlib.ExitStack() as stack:
 
         def claim() -> None:
-            record = provenance.describe_run(dataset, features.fingerprint(dataset))
+            record = provenance.describe_run(
+                dataset, features.fingerprint(dataset), init=source.describe() if source else None
+            )
             stack.enter_context(run.claim(config, record))
 
         parallel.run_on_main(claim)
@@ -110,6 +115,7 @@ class Loop:
         self._best_mAP = -1.0
         if self._last_saved is not None:
             log.info("Going on after step %d of %d", self._step, self._sizes.total_steps)
+        self._announce(parts.stage_at(self._step))
 
     def run(self) -> bool:
         """Take all steps that are left; returns whether the run came to its end."""
@@ -164,8 +170,13 @@ class Loop:
         logger.flush(self._last_saved)
         following = self._parts.stage_at(self._step)
         if following is not stage:
-            log.info("Stage %s begins after step %d", following.name, self._step)
+            self._announce(following)
             self._state = parallel.replicate(following.begin(jax.device_get(self._state)))
+
+    def _announce(self, stage: recipe.Stage) -> None:
+        if stage.name:
+            epochs = [step // self._sizes.steps_per_epoch for step in (stage.start, stage.end)]
+            log.info("Stage %s, from epoch %d to %d", stage.name, *epochs)
 
     def _is_due(self) -> bool:
         """Whether the present step is one that is evaluated."""

@@ -290,7 +290,7 @@ def test_every_stage(pair):
         state, metrics = step(parallel.replicate(before, devices), None, batch)
         state, _ = jax.device_get(step(state, None, batch))
         groups = optimizers.make_groups(section.optimizer.to_dict())
-        rates = {f"lr/{name}": g.lr for name, g in groups.items() if g.kind != "frozen"}
+        rates = {f"lr/{n}": g.lr if g.kind != "frozen" else 0.0 for n, g in groups.items()}
         found = {name: float(x) for name, x in metrics.items() if name.startswith("lr/")}
         assert found == pytest.approx(rates)
         after, labels = flatten(state.params), optimizers.label_params(state.params, groups)

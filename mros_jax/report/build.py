@@ -155,13 +155,10 @@ def _plot_training(run: Run) -> list[dict[str, str]]:
         description = "Training loss and its parts by epoch"
         svg = plots.plot_lines("loss", description, losses, xlabel="epoch", ylabel="loss", log=True)
         charts.append({"title": "Loss", "svg": svg})
-        rates = {key for record in run.train_records for key in record if key.startswith("lr/")}
-        rate = {  # a group that is frozen in a stage has none there
-            key.removeprefix("lr/"): (
-                epochs,
-                [record.get(key, 0.0) for record in run.train_records],
-            )
-            for key in sorted(rates)
+        rate = {
+            key.removeprefix("lr/"): (epochs, [record[key] for record in run.train_records])
+            for key in run.train_records[0]
+            if key.startswith("lr/")
         }
         description = "Learning rate by epoch"
         svg = plots.plot_lines(

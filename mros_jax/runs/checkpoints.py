@@ -144,6 +144,12 @@ class Checkpoints:
             manager.close()
 
 
+def exists(directory: str | os.PathLike[str]) -> bool:
+    """Whether there is a complete last checkpoint in a run's `checkpoints` directory."""
+    # By hand, as one process may ask alone: a checkpoint takes its name when it is complete.
+    return any(path.name.isdigit() for path in pathlib.Path(directory).glob("last/*"))
+
+
 def load_variables(
     directory: str | os.PathLike[str], name: str = "last"
 ) -> tuple[dict[str, Any], int]:

@@ -25,7 +25,9 @@ from mros_jax.inference import CROPS
 from mros_jax.losses import Objective, make_objective
 from mros_jax.models import torch_weights
 from mros_jax.models.outputs import Network, Outputs
+from mros_jax.runs import checkpoints
 from mros_jax.training import optimizers
+from mros_jax.training.source import Source
 from mros_jax.training.state import TrainState, make_state
 from mros_jax.training.step import Augment, Step, make_train_step
 
@@ -37,6 +39,7 @@ _CHOICES = {
     "eval.crops": CROPS,
     "eval.metric": ("cosine", "euclidean"),
     "eval.ap": ("standard", "trapezoid"),
+    "init.checkpoint": checkpoints.NAMES,
 }
 _AT_LEAST_ONE = (
     "num_epochs",
@@ -71,7 +74,7 @@ class Stage:
     def begin(self, state: TrainState) -> TrainState:
         """A state, on the host, with the optimizer as it is before this stage's first step."""
         fresh = jax.tree.map(np.asarray, self.optimizer.init(state.params))
-        return state.replace(opt_state=fresh)
+        return dataclasses.replace(state, opt_state=fresh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +237,7 @@ def init_variables(network: Network, config: ConfigDict) -> dict[str, Any]:
     if weights == "auto":
         trunk = config.network.trunk
         weights = find_weights(trunk) or "none"
-        if weights == "none":
+        if weights == "none" and config.init.run is None:
             log.warning(
                 "No ImageNet weights for %s in %s: training starts from random weights and will "
                 "end far below the paper. To fetch them: python -m scripts.fetch_weights",
@@ -255,8 +258,34 @@ def shape_outputs(network: Network, height: int, width: int) -> Outputs:
     return outputs
 
 
-def make_schedules(config: ConfigDict, steps_per_epoch: int) -> Mapping[str, optimizers.Schedule]:
-    """The learning rate of each group of parameters by training step."""
+def make_schedules(config: ConfigDict, steps_per_epoch: int) -> dict[str, optimizers.Schedule]:
+    """The learning rate, by training step, of each group of parameters that moves in the run.
+
+    It is 0 in a stage in which the group is frozen.
+    """
+    start, pieces = 0, []
+    for section in configs.split_stages(config).values():
+        pieces.append((start, _make_schedules_of_stage(section, steps_per_epoch)))
+        start += section.num_epochs * steps_per_epoch
+    names = dict.fromkeys(name for _, rates in pieces for name in rates)
+    return {name: functools.partial(_find_rate, pieces, name) for name in names}
+
+
+def _find_rate(
+    pieces: Sequence[tuple[int, Mapping[str, optimizers.Schedule]]], name: str, step: Any
+) -> jax.Array:
+    """The rate of a group at a training step, from (first step, schedules) of each stage."""
+    rate = jnp.zeros((), jnp.float32)
+    for start, rates in pieces:
+        own = rates[name](step - start) if name in rates else 0.0
+        rate = jnp.where(step < start, rate, own)
+    return rate
+
+
+def _make_schedules_of_stage(
+    config: ConfigDict, steps_per_epoch: int
+) -> dict[str, optimizers.Schedule]:
+    """The learning rates of the groups that move in a stage, by its own step."""
     groups = optimizers.make_groups(config.optimizer.to_dict())
     return optimizers.make_schedules(groups, steps_per_epoch=steps_per_epoch, **config.schedule)
 
@@ -273,6 +302,7 @@ def build(
     num_classes: int,
     steps_per_epoch: int,
     *,
+    source: Source | None = None,
     augment_batch: Augment | None = None,
 ) -> Recipe:
     """Make all parts of a run.
@@ -281,6 +311,7 @@ def build(
         config: of `mros_jax.config.base`'s shape.
         num_classes: training identities.
         steps_per_epoch: training steps in an epoch.
+        source: what of another run it starts from, of `load_source(config.init)`.
         augment_batch: in place of `make_augment(config)`, for images that are ready.
 
     Raises:
@@ -289,6 +320,7 @@ def build(
     """
     network = configs.make_network(config, num_classes)
     objective = make_objective(config.objective.to_dict())
+    schedules = make_schedules(config, steps_per_epoch)
     stages: list[Stage] = []
     for name, section in configs.split_stages(config).items():
         with _name_stage(name):
@@ -301,10 +333,13 @@ def build(
                     start=start,
                     num_classes=num_classes,
                     steps_per_epoch=steps_per_epoch,
+                    schedules=schedules,
                     augment_batch=augment_batch or make_augment(config),
                 )
             )
     variables = init_variables(network, config)
+    if source is not None:
+        variables = source.fill(variables)
     shapes = shape_outputs(network, config.input.height, config.input.width)
     outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     own = objective.init(jax.random.key(config.seed), outputs, num_classes)
@@ -321,11 +356,14 @@ def _build_stage(
     start: int,
     num_classes: int,
     steps_per_epoch: int,
+    schedules: Mapping[str, optimizers.Schedule],
     augment_batch: Augment,
 ) -> Stage:
-    """Make a stage of `mros_jax.config.split_stages`, which begins at step `start`."""
+    """Make a stage of `mros_jax.config.split_stages`, which begins at step `start`.
+
+    `schedules` are the run's, for the log: all of its stages log the same rates.
+    """
     groups = optimizers.make_groups(config.optimizer.to_dict())
-    schedules = make_schedules(config, steps_per_epoch)
     steps = config.num_epochs * steps_per_epoch
     if config.accumulate_steps > steps:
         raise UserError(
@@ -334,7 +372,7 @@ def _build_stage(
         )
     optimizer = optimizers.make_optimizer(
         groups,
-        schedules,
+        _make_schedules_of_stage(config, steps_per_epoch),
         clip_norm=config.clip_norm or None,
         accumulate_steps=config.accumulate_steps,
     )
@@ -344,12 +382,8 @@ def _build_stage(
         optimizer,
         augment=augment_batch,
         seed=config.seed,
-        schedules={group: _begin_at(start, rate) for group, rate in schedules.items()},
+        schedules=schedules,
         ema_decay=config.ema_decay,
         freeze=functools.partial(optimizers.stop_frozen, groups=groups),
     )
     return Stage(name, start, start + steps, optimizer, step)
-
-
-def _begin_at(start: int, schedule: optimizers.Schedule) -> optimizers.Schedule:
-    return lambda step: schedule(step - start)

@@ -44,8 +44,9 @@ class Case(NamedTuple):
     """A variant of a config, and the same in PyTorch.
 
     `changes` are fields of the network that differ from the config: dropout is tested by itself.
-    `finish` is called between gradients and updates. `stage` is the config's, where it has several. `idle` are tensors that the loss does not
+    `finish` is called between gradients and updates. `idle` are tensors that the loss does not
     depend on: their gradient is rounding, which Adam makes steps of, another one on each side.
+    `stage` is the config's, where it has several.
     """
 
     file: str
