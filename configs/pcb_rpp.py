@@ -6,8 +6,14 @@
 Paper: mAP 81.6, Rank-1 93.8, Rank-5 97.5, Rank-10 98.5. 25,203,162 numbers to learn with ResNet-50
 and 751 identities.
 
-It is trained in stages: as PCB; then its part classifier alone; then all. A field of a stage is set
-as any other: --config.stages.stage2.epochs=10 --config.num_epochs=80.
+It is trained in stages: as PCB; then its part classifier alone; then all. Each begins with a new
+optimizer. In the second, batch normalization uses and updates the statistics of its batches, and
+dropout is on, though the trunk is frozen. [C] A field of a stage is set as any other:
+--config.stages.stage2.epochs=10 --config.num_epochs=80. From a PCB that is trained already:
+
+    --config.init.run=runs/pcb --config.stages.stage1.epochs=0 --config.num_epochs=15
+
+It is evaluated with refined parts in all stages: scores are low until the second.
 
 An argument after a colon picks a variant and a data set, in any order:
 
