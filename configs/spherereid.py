@@ -53,6 +53,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
                 "on": ("e",),  # [P]
                 "weight": 1.0,  # [P]
                 "smoothing": 0.0,  # [P]
+                "share": 1.0,  # [P]; [C] takes the worst 0.8 of the batch
             }
         }
     )

@@ -81,6 +81,11 @@ def base(dataset: str = "market1501") -> ConfigDict:
     # ImageNet weights: a file; "none": a random start; "auto": what mros_jax.fetch_weights has
     # fetched, else a warning and a random start.
     config.weights = "auto"
+    # Another run's directory, whose network this one starts from as far as names and shapes agree;
+    # all else starts as without. None: no run.
+    config.init = ConfigDict()
+    config.init.run = placeholder(str)
+    config.init.checkpoint = "last"  # or "best"
     config.dtype = "float32"  # or "bfloat16": compute only, parameters stay float32
     # "per_device", as DataParallel; "synchronised": over the global batch
     config.batch_norm = "per_device"
@@ -105,6 +110,11 @@ def base(dataset: str = "market1501") -> ConfigDict:
     config.clip_norm = 0.0  # largest global norm of the network's gradient; 0: no clipping
     config.accumulate_steps = 1  # batches averaged into one update
     config.ema_decay = 0.0  # moving average of parameters for evaluation; 0: none
+
+    # Stages of the training by name, taken in the order of their names; none: one stage. Each has
+    # `epochs`, which add up to num_epochs (0: it is left out), and what differs there in `network`,
+    # `optimizer` and `schedule`. See docs/training.md for what a stage begins anew.
+    config.stages = ConfigDict()
 
     config.eval = ConfigDict()
     config.eval.every_epochs = 10  # and at the end, then with re-ranking
@@ -165,6 +175,12 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.dataset.name = "synthetic"
     config.dataset.preset = "demo"
     config.num_epochs = 32
+    if config.stages:
+        stages = list(config.stages.values())
+        total = sum(stage.epochs for stage in stages)
+        for stage in stages:
+            stage.epochs = max(32 * stage.epochs // total, 1)
+        config.num_epochs = sum(stage.epochs for stage in stages)
     if config.num_steps:
         share = 300 / config.num_steps
         config.num_steps = 300
@@ -220,12 +236,84 @@ def find_size(config: ConfigDict, section: ConfigDict) -> tuple[int, int]:
     return height, width
 
 
+# What a stage of the training may change.
+_STAGE_SECTIONS = ("network", "optimizer", "schedule")
+
+
+def split_stages(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The stages of a run by name, in their order, each as the config of a run without stages.
+
+    A config without stages is one stage, "". A stage begins with a new optimizer. Frozen parameters
+    keep every bit; batch normalization takes no note of that: in a stage whose trunk is frozen it
+    still uses the statistics of the batch, and its running statistics, which are no parameters,
+    move on. Dropout is on as well.
+
+    Raises:
+        UserError: epochs that do not add up to the run's, or a field that a stage cannot have.
+    """
+    if not config.stages:
+        return {"": config}
+    for name in config.stages:
+        _check_stage(config, name)
+    names = [name for name in sorted(config.stages) if config.stages[name].epochs]
+    if not names:
+        raise UserError(
+            "the config.stages.NAME.epochs are all 0; at least one stage must be trained"
+        )
+    epochs = [config.stages[name].epochs for name in names]
+    if sum(epochs) != config.num_epochs:
+        raise UserError(
+            f"config.num_epochs is {config.num_epochs}, and the epochs of its stages "
+            f"{', '.join(names)} are {' + '.join(map(str, epochs))} = {sum(epochs)}; set "
+            f"config.num_epochs or a config.stages.NAME.epochs"
+        )
+    if config.num_steps:
+        raise UserError(
+            f"config.num_steps is {config.num_steps}; stages are counted in epochs: leave it 0"
+        )
+    return {name: _apply_stage(config, config.stages[name], name) for name in names}
+
+
+def _check_stage(config: ConfigDict, name: str) -> None:
+    stage, where = config.stages[name], f"config.stages.{name}"
+    if not isinstance(stage, ConfigDict):
+        raise UserError(f"{where} is {stage!r}; expected a section with epochs")
+    known = ("epochs", *_STAGE_SECTIONS)
+    if unknown := sorted(set(stage) - set(known)):
+        raise UserError(f"{where} has no field {', '.join(unknown)}; there are {', '.join(known)}")
+    epochs = stage.get("epochs")
+    if not isinstance(epochs, int) or epochs < 0:
+        raise UserError(f"{where}.epochs is {epochs}; it must be 1 or more, or 0 (left out)")
+    for section in _STAGE_SECTIONS:
+        if not isinstance(value := stage.get(section, ConfigDict()), ConfigDict):
+            raise UserError(f"{where}.{section} is {value!r}; expected a section")
+    if unknown := sorted(set(stage.get("schedule", ())) - set(config.schedule)):
+        raise UserError(
+            f"{where}.schedule has no field {', '.join(unknown)}; there are "
+            f"{', '.join(config.schedule)}"
+        )
+
+
+def _apply_stage(config: ConfigDict, stage: ConfigDict, name: str) -> ConfigDict:
+    changes = {section: stage[section] for section in _STAGE_SECTIONS if section in stage}
+    alone = config.copy_and_resolve_references()
+    with alone.unlocked():
+        alone.stages = ConfigDict()
+        alone.num_epochs = stage.epochs
+        try:
+            alone.update(changes)
+        except TypeError as error:
+            raise UserError(f"config.stages.{name}: {error}") from error
+    return alone
+
+
 def make_network(config: ConfigDict, num_classes: int) -> Network:
-    """The network that a config describes.
+    """The network that a config describes, that of its last stage where there are several.
 
     Raises:
         UserError: an unknown network, precision or field; lists what there is.
     """
+    config = list(split_stages(config).values())[-1]
     fields = config.network.to_dict()
     name = fields.pop("name", None)
     if name not in NETWORKS:

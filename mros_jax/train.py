@@ -23,6 +23,7 @@ from mros_jax.runs.logs import Writer
 from mros_jax.runs.run import Run
 from mros_jax.training import feed, recipe, validation
 from mros_jax.training.loop import Logger, Stop
+from mros_jax.training.source import load_source
 
 log = logging.getLogger("mros_jax.train")  # also where this file is __main__
 
@@ -52,15 +53,19 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
         log.warning("%s; then: python -m mros_jax.report %s", no_report, run.path)
     parallel.run_on_main(lambda: run.check_free(config))
     recipe.check_config(config)
+    begun = parallel.agree(parallel.is_main_process() and checkpoints.exists(run.checkpoints))
+    source = None if begun else load_source(config.init)
     dataset = configs.load_dataset(config)
     recipe.check_fit(config, dataset)
     batches = feed.Feed(config, dataset)
-    parts = recipe.build(config, dataset.num_classes, batches.sizes.steps_per_epoch)
+    parts = recipe.build(config, dataset.num_classes, batches.sizes.steps_per_epoch, source=source)
     evaluator = validation.Evaluator(config, dataset, parts.network)
     with contextlib.ExitStack() as stack:
 
         def claim() -> None:
-            record = provenance.describe_run(dataset, features.fingerprint(dataset))
+            record = provenance.describe_run(
+                dataset, features.fingerprint(dataset), init=source.describe() if source else None
+            )
             stack.enter_context(run.claim(config, record))
 
         parallel.run_on_main(claim)
@@ -88,7 +93,7 @@ class Loop:
         batches: what the steps are fed.
         evaluator: scores states.
         saved: the run's checkpoints.
-        parts: the state before the first step, and the step.
+        parts: the state before the first step, and the stages.
     """
 
     def __init__(
@@ -103,8 +108,9 @@ class Loop:
         self._config, self._run = config, run
         self._batches, self._sizes = batches, batches.sizes
         self._evaluator, self._saved = evaluator, saved
-        self._mapped_step = parallel.MappedStep(parts.step)
-        restored = saved.restore(parts.state)
+        self._parts = parts
+        self._mapped_steps = [parallel.MappedStep(stage.step) for stage in parts.stages]
+        restored = saved.restore(lambda step: parts.stage_at(step).begin(parts.state))
         self._last_saved = None if restored is None else int(restored.step)
         state = parts.state if restored is None else restored
         self._step = int(state.step)
@@ -112,6 +118,7 @@ class Loop:
         self._best_mAP = -1.0
         if self._last_saved is not None:
             log.info("Going on after step %d of %d", self._step, self._sizes.total_steps)
+        self._announce(parts.stage_at(self._step))
 
     def run(self) -> bool:
         """Take all steps that are left; returns whether the run came to its end."""
@@ -151,9 +158,11 @@ class Loop:
     def _train_epoch(self, logger: Logger, stop: Stop) -> None:
         """Steps up to the end of the epoch, or to where the run is stopped."""
         epoch, first = divmod(self._step, self._sizes.steps_per_epoch)
+        stage = self._parts.stage_at(self._step)
+        mapped_step = self._mapped_steps[self._parts.stages.index(stage)]
         for batch in self._batches.epoch(epoch, first):
             with jax.transfer_guard_device_to_host("disallow"):
-                self._state, metrics = self._mapped_step(self._state, self._batches.data, batch)
+                self._state, metrics = mapped_step(self._state, self._batches.data, batch)
             self._step += 1
             logger.add(self._step, metrics)
             at_log_point = self._step % self._config.log_every_steps == 0
@@ -162,6 +171,15 @@ class Loop:
             if stop.poll(at_log_point):
                 break
         logger.flush(self._last_saved)
+        following = self._parts.stage_at(self._step)
+        if following is not stage:
+            self._announce(following)
+            self._state = parallel.replicate(following.begin(jax.device_get(self._state)))
+
+    def _announce(self, stage: recipe.Stage) -> None:
+        if stage.name:
+            epochs = [step // self._sizes.steps_per_epoch for step in (stage.start, stage.end)]
+            log.info("Stage %s, from epoch %d to %d", stage.name, *epochs)
 
     def _is_due(self) -> bool:
         """Whether the present step is one that is evaluated."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from matplotlib.figure import Figure
 
 from mros_jax import console
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     for name, schedule in recipe.make_schedules(config, args.steps_per_epoch).items():
-        axes.plot(steps / args.steps_per_epoch, jax.vmap(schedule)(steps), label=name)
+        rates = np.array(jax.vmap(schedule)(steps))
+        rates[rates == 0] = np.nan  # frozen in a stage
+        axes.plot(steps / args.steps_per_epoch, rates, label=name)
     axes.set(xlabel="epoch", ylabel="learning rate", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -20,7 +20,14 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from mros_jax import parallel, train
-from mros_jax.config import apply_overrides, make_network, parse_config, read, shrink
+from mros_jax.config import (
+    apply_overrides,
+    make_network,
+    parse_config,
+    read,
+    shrink,
+    split_stages,
+)
 from mros_jax.data.batches import make_sampler
 from mros_jax.errors import UserError
 from mros_jax.losses import make_objective
@@ -253,6 +260,47 @@ def test_one_training_step(system):
         np.testing.assert_allclose(metrics_of_two[name], value, rtol=1e-4, err_msg=name)
 
 
+STAGED = [pair for pair in SYSTEMS if get_config(*pair).stages]
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("pair", STAGED, ids="-".join)
+def test_every_stage(pair):
+    """Each begins with a new optimizer and its own rates; what is frozen keeps every bit."""
+    config = shrink(get_config(*pair).unlock())
+    config.batch_norm = "synchronised"
+    config.augment.flip = 0.0
+    parts = recipe.build(config, num_classes=4, steps_per_epoch=2)
+    sections = split_stages(config)
+    assert [stage.name for stage in parts.stages] == list(sections)
+    assert parts.network == make_network(config, 4)
+    size = (BATCH, config.input.height, config.input.width, 3)
+    images = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    batch = {"images": images, "labels": np.repeat(np.arange(4, dtype=np.int32), BATCH // 4)}
+    devices = jax.devices()[:1]
+    batch = parallel.split(batch, devices)
+    state, end = parts.state, 0
+    for stage, section in zip(parts.stages, sections.values(), strict=True):
+        assert (stage.start, stage.end) == (end, end + 2 * section.num_epochs)
+        assert parts.stage_at(stage.start) is stage is parts.stage_at(stage.end - 1)
+        end = stage.end
+        before = stage.begin(state.replace(step=np.int32(stage.start)))
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(before.opt_state))
+        step = parallel.MappedStep(stage.step, devices)
+        state, metrics = step(parallel.replicate(before, devices), None, batch)
+        state, _ = jax.device_get(step(state, None, batch))
+        groups = optimizers.make_groups(section.optimizer.to_dict())
+        rates = {f"lr/{n}": g.lr if g.kind != "frozen" else 0.0 for n, g in groups.items()}
+        found = {name: float(x) for name, x in metrics.items() if name.startswith("lr/")}
+        assert found == pytest.approx(rates)
+        after, labels = flatten(state.params), optimizers.label_params(state.params, groups)
+        for name, label in flatten(labels).items():
+            same = after[name].tobytes() == flatten(before.params)[name].tobytes()
+            assert same == (groups[label].kind == "frozen"), (stage.name, name)
+    assert end == 2 * config.num_epochs
+    assert parts.stage_at(end) is parts.stages[-1]
+
+
 def test_export_to_pytorch_and_back(system):
     rng = np.random.default_rng(0)
     draw = functools.partial(rng.standard_normal, dtype=np.float32)
@@ -271,6 +319,10 @@ def test_config_survives_json(system):
         system.config.optimizer.to_dict()
     )
     assert make_sampler(again.batch.to_dict()) == make_sampler(system.config.batch.to_dict())
+    ours, theirs = (split_stages(c) for c in (again, system.config))
+    for name, stage in ours.items():
+        assert json.loads(stage.to_json()) == json.loads(theirs[name].to_json())
+        assert make_network(stage, NUM_CLASSES) == make_network(theirs[name], NUM_CLASSES)
     ours, theirs = (recipe.make_schedules(c, steps_per_epoch=1) for c in (again, system.config))
     for name, schedule in ours.items():
         assert float(schedule(50)) == float(theirs[name](50))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mros_jax import losses
+from mros_jax.errors import UserError
 
 # Shapes stay the same in property tests, so that each function compiles once.
 B, D, N = 12, 5, 6
@@ -158,6 +159,66 @@ def test_cross_entropy_over_heads(smoothing):
         jnp.asarray(logits), jnp.asarray(labels), smoothing=smoothing
     )
     np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def sort_out(logits, labels, share):
+    """The mean of the worst losses by NumPy, and which they are."""
+    log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    each = -log_p[np.arange(len(labels)), labels]
+    worst = np.argsort(-each)[: max(int(share * len(labels) + 1e-9), 1)]
+    return each[worst].mean(), worst
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.8, 51), (0.29, 18), (0.75, 48), (0.001, 1)])
+def test_worst_share_is_a_sorted_mean(share, count):
+    rng = np.random.default_rng(5)
+    logits = rng.standard_normal((64, N)).astype(np.float32)
+    labels = rng.integers(0, N, 64).astype(np.int32)
+    loss = functools.partial(losses.smoothed_cross_entropy, smoothing=0, share=share)
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(logits), jnp.asarray(labels))
+    expected, worst = sort_out(logits, labels, share)
+    assert len(worst) == count
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert set(np.flatnonzero(np.any(gradient, axis=1))) == set(worst)
+
+    mask = rng.random(64) < 0.7
+    value = loss(jnp.asarray(logits), jnp.asarray(labels), mask=jnp.asarray(mask))
+    np.testing.assert_allclose(value, sort_out(logits[mask], labels[mask], share)[0], rtol=1e-5)
+    assert loss(jnp.asarray(logits), jnp.asarray(labels), mask=jnp.zeros(64, bool)) == 0
+    labels[3] = N
+    assert np.isnan(loss(jnp.asarray(logits), jnp.asarray(labels)))
+
+
+def test_worst_share_of_the_batch_of_all_devices():
+    """A device may have none of them; value and gradient are those of one device."""
+    rng = np.random.default_rng(6)
+    logits = rng.standard_normal((16, N)).astype(np.float32)
+    logits[:4] *= 0.01
+    labels = np.argmax(logits, axis=1).astype(np.int32)
+    labels[4:] = rng.integers(0, N, 12)
+
+    def loss(scale, logits, labels, axis_name=None):
+        return losses.smoothed_cross_entropy(
+            scale * logits, labels, smoothing=0, share=0.5, axis_name=axis_name
+        )
+
+    def on_a_device(*args):
+        value, gradient = jax.value_and_grad(functools.partial(loss, axis_name="d"))(*args)
+        return value, jax.lax.pmean(gradient, "d")
+
+    expected = jax.value_and_grad(loss)(jnp.float32(1.5), jnp.asarray(logits), jnp.asarray(labels))
+    found = jax.pmap(on_a_device, axis_name="d", in_axes=(None, 0, 0))(
+        jnp.float32(1.5), logits.reshape(4, 4, N), labels.reshape(4, 4)
+    )
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, np.full(4, y), rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5])
+def test_no_share_of_a_batch(share):
+    x, labels, _ = random_batch(0)
+    with pytest.raises(UserError, match=r"share is .*; it must be above 0"):
+        losses.smoothed_cross_entropy(jnp.asarray(x), jnp.asarray(labels), share=share)
 
 
 def test_cross_entropy_of_huge_logits_is_finite():

@@ -14,6 +14,7 @@ from mros_jax.training.optimizers import (
     make_optimizer,
     make_schedule,
     make_schedules,
+    stop_frozen,
 )
 
 
@@ -348,3 +349,29 @@ def test_objectives_without_parameters_need_no_group_and_may_have_one():
 def test_bad_optimizers(options, message):
     with pytest.raises(UserError, match=message):
         make({"all": {"params": ("",)}}, **options)
+
+
+def test_frozen_parameters_have_no_part_in_the_norm():
+    """Clipping to 1 lets a gradient of norm 0.5 pass, however large that of the frozen ones is."""
+    groups = make_groups(
+        {
+            "trunk": {"params": ("network/trunk",), "kind": "frozen"},
+            "heads": {"params": ("network",), "kind": "sgd", "lr": 1.0, "weight_decay": 0.1},
+        }
+    )
+    params = {
+        "network": {"trunk": {"kernel": jnp.ones(3)}, "head": {"kernel": jnp.zeros(1)}},
+        "objective": {},
+    }
+
+    def loss(params):
+        network = stop_frozen(params, groups)["network"]
+        return 100 * jnp.sum(network["trunk"]["kernel"]) + 0.5 * network["head"]["kernel"][0]
+
+    gradients = jax.grad(loss)(params)
+    np.testing.assert_array_equal(gradients["network"]["trunk"]["kernel"], 0)
+    schedules = make_schedules(groups, steps_per_epoch=1, warmup_epochs=0, decay_epochs=())
+    optimizer = make_optimizer(groups, schedules, clip_norm=1.0)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["network"]["trunk"]["kernel"], 0)
+    np.testing.assert_allclose(updates["network"]["head"]["kernel"], -0.5)

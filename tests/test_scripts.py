@@ -133,6 +133,31 @@ def test_schedule_has_a_line_for_each_group(tmp_path, words, monkeypatch):
         assert picture.width > 1000
 
 
+def test_schedule_of_a_run_in_stages(tmp_path, monkeypatch):
+    """A line has a gap where its group is frozen."""
+    lines = {}
+    figure = plot_schedule.Figure
+
+    class Spy(figure):
+        def savefig(self, *arguments, **options):
+            lines.update({line.get_label(): line.get_ydata() for line in self.axes[0].lines})
+            super().savefig(*arguments, **options)
+
+    monkeypatch.setattr(plot_schedule, "Figure", Spy)
+    words = ["--config=configs/pcb_rpp.py", "--steps_per_epoch=2", f"--out={tmp_path / 'a.png'}"]
+    assert plot_schedule.main(words) == 0
+    steps = [0, 78, 80, 119, 120, 129, 130, 149]
+    nan = np.nan
+    expected = {
+        "trunk": [0.01, 0.01, 0.001, 0.001, nan, nan, 0.001, 0.001],
+        "heads": [0.1, 0.1, 0.01, 0.01, nan, nan, 0.01, 0.01],
+        "part_classifier": [nan, nan, nan, nan, 0.01, 0.01, 0.01, 0.01],
+    }
+    for name, rates in expected.items():
+        np.testing.assert_allclose(lines.pop(name)[steps], rates, rtol=1e-6)
+    assert not lines
+
+
 def test_show_batch_draws_what_the_step_is_given(tmp_path, least):
     """The right half of each pair is what the run's own step sees, at any step."""
     out = tmp_path / "batch.png"

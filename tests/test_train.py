@@ -26,38 +26,25 @@ from mros_jax.runs.logs import Writer
 from mros_jax.runs.run import Run
 from mros_jax.training import validation
 from mros_jax.training.loop import Stop
-from tests.training import ROOT, TINY, assert_close, assert_equal, finish, make_config, start
+from tests.training import (
+    ROOT,
+    TINY,
+    assert_close,
+    assert_equal,
+    assert_same_run,
+    finish,
+    make_config,
+    read_logged_steps,
+    read_results,
+    read_training_state,
+    start,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
-
-
-def _training_state(workdir):
-    """All arrays of the last checkpoint: parameters, statistics, optimiser, centres, step."""
-    manager = ocp.CheckpointManager(
-        workdir / "checkpoints" / "last", options=ocp.CheckpointManagerOptions(read_only=True)
-    )
-    step = manager.latest_step()
-    args = ocp.args.Composite(training=ocp.args.StandardRestore())
-    return manager.restore(step, args=args).training
-
-
-def _results(workdir):
-    return json.loads((workdir / "results.json").read_text())["results"]
-
-
-def _logged_steps(workdir):
-    return [r["step"] for r in read_jsonl(workdir / "metrics.jsonl") if r["kind"] == "train"]
-
-
-def _wait_until(condition, process, timeout=300):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.001)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +56,7 @@ def uninterrupted(tmp_path_factory, cache_dir):
 
 def test_run_leaves_all_its_files(uninterrupted):
     workdir, _ = uninterrupted
-    steps = _logged_steps(workdir)
+    steps = read_logged_steps(workdir)
     assert steps == list(range(1, steps[-1] + 1))
     records = read_jsonl(workdir / "metrics.jsonl")
     assert {"loss", "loss/triplet", "loss/center", "lr/network", "grad_norm"} <= records[0].keys()
@@ -97,21 +84,6 @@ def test_run_leaves_all_its_files(uninterrupted):
     assert step == best["step"]
 
 
-def _assert_same_run(workdir, reference):
-    assert_equal(_training_state(workdir), _training_state(reference))
-    for name in ("metrics.jsonl", "config.json"):
-        assert (workdir / name).read_bytes() == (reference / name).read_bytes(), name
-    for name in ("last", "best"):
-        ours, theirs = (
-            checkpoints.load_variables(w / "checkpoints", name) for w in (workdir, reference)
-        )
-        assert_equal(ours[0], theirs[0])
-        assert ours[1] == theirs[1]
-    for here, there in zip(_results(workdir), _results(reference), strict=True):
-        for name in ("mAP", "mINP", "cmc", "ap", "first_match_rank"):
-            assert here[name] == there[name]
-
-
 def test_random_kills(tmp_path, cache_dir, uninterrupted):
     """kill -9 at random moments, a few by default; MROS_KILLS=50 takes longer."""
     kills = int(os.environ.get("MROS_KILLS", "2"))
@@ -120,7 +92,7 @@ def test_random_kills(tmp_path, cache_dir, uninterrupted):
     done = 0
     while done < kills:
         process = start(workdir, cache_dir)
-        _wait_until(lambda: (workdir / "config.json").exists(), process)
+        wait_until(lambda: (workdir / "config.json").exists(), process)
         try:
             # Half of a run's length after its start, so that runs end, too, and begin again.
             process.wait(moments.uniform(0, 12))
@@ -129,23 +101,23 @@ def test_random_kills(tmp_path, cache_dir, uninterrupted):
             done += 1
         process.communicate()
         if process.returncode == 0:
-            _assert_same_run(workdir, reference)
+            assert_same_run(workdir, reference)
             shutil.rmtree(workdir)
     finish(start(workdir, cache_dir))
-    _assert_same_run(workdir, reference)
+    assert_same_run(workdir, reference)
 
 
 def test_interrupted_run_resumes_exactly(tmp_path, cache_dir, uninterrupted):
     """kill -9 in the middle of an epoch, kill -9 in the middle of a save, then SIGTERM."""
     workdir, reference = tmp_path / "run", uninterrupted[0]
     last = workdir / "checkpoints" / "last"
-    steps_per_epoch = _logged_steps(reference)[-1] // TINY["num_epochs"]
+    steps_per_epoch = read_logged_steps(reference)[-1] // TINY["num_epochs"]
 
     process = start(workdir, cache_dir)
-    _wait_until(lambda: len(_logged_steps(workdir)) > steps_per_epoch, process)
+    wait_until(lambda: len(read_logged_steps(workdir)) > steps_per_epoch, process)
     process.kill()
     process.communicate()
-    assert len(_logged_steps(workdir)) % steps_per_epoch != 0
+    assert len(read_logged_steps(workdir)) % steps_per_epoch != 0
 
     process = start(workdir, cache_dir)
     second = str(2 * steps_per_epoch)
@@ -153,14 +125,14 @@ def test_interrupted_run_resumes_exactly(tmp_path, cache_dir, uninterrupted):
     def saving():
         return any(p.name.startswith(second) and "tmp" in p.name for p in last.iterdir())
 
-    _wait_until(saving, process)
+    wait_until(saving, process)
     process.kill()
     process.communicate()
     assert not (last / second).exists(), "the kill came too late to hit the save"
 
     process = start(workdir, cache_dir)
-    _wait_until(lambda: len(_logged_steps(workdir)) == steps_per_epoch, process)  # taken back
-    _wait_until(lambda: len(_logged_steps(workdir)) > steps_per_epoch, process)
+    wait_until(lambda: len(read_logged_steps(workdir)) == steps_per_epoch, process)  # taken back
+    wait_until(lambda: len(read_logged_steps(workdir)) > steps_per_epoch, process)
     process.terminate()
     output = finish(process)
     assert f"Going on after step {steps_per_epoch} " in output
@@ -168,7 +140,7 @@ def test_interrupted_run_resumes_exactly(tmp_path, cache_dir, uninterrupted):
     assert not (workdir / "results.json").exists()
 
     finish(start(workdir, cache_dir))
-    _assert_same_run(workdir, reference)
+    assert_same_run(workdir, reference)
     starts = json.loads((workdir / "run.json").read_text())["earlier_starts"]
     assert len(starts) == 3
 
@@ -216,7 +188,7 @@ def test_two_processes_equal_one(tmp_path, cache_dir):
     for here, there in zip(ours, theirs, strict=True):
         assert here.pop("kind") == there.pop("kind")
         assert here == pytest.approx(there, rel=1e-4)
-    assert_close(_training_state(runs[0]), _training_state(runs[1]), 1e-4)
+    assert_close(read_training_state(runs[0]), read_training_state(runs[1]), 1e-4)
 
 
 def test_loop_runs_under_a_transfer_guard(tmp_path, cache_dir, monkeypatch):
@@ -234,7 +206,7 @@ def test_loop_runs_under_a_transfer_guard(tmp_path, cache_dir, monkeypatch):
     train.train(config, tmp_path / "run")
     assert set(guards) == {"disallow"}
     variables, _ = checkpoints.load_variables(tmp_path / "run" / "checkpoints")
-    state = _training_state(tmp_path / "run")
+    state = read_training_state(tmp_path / "run")
     assert_equal(variables["params"], state["ema_params"])
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(state["params"]))
     with pytest.raises(AssertionError):
@@ -317,7 +289,7 @@ def test_ten_crops_of_images_that_are_smaller(tmp_path, cache_dir, size):
 def test_a_run_that_ends_within_an_epoch(tmp_path, cache_dir, uninterrupted):
     """Its steps are those of a longer run; it is evaluated by epochs and at its end."""
     longer, _ = uninterrupted
-    per_epoch = _logged_steps(longer)[-1] // TINY["num_epochs"]
+    per_epoch = read_logged_steps(longer)[-1] // TINY["num_epochs"]
     workdir, length = tmp_path / "run", 2 * per_epoch + 3
     # On four devices, where the longer run had one.
     config = make_config(cache_dir, num_steps=length, batch_norm="synchronised")
@@ -344,10 +316,10 @@ def test_resumed_log_drops_what_came_after_the_checkpoint(tmp_path):
     with run.metrics_file.open("a") as file:
         file.write('{"kind": "train", "step": 4, "lo')  # killed while writing
     Writer(run, 2).close()
-    assert _logged_steps(tmp_path) == [1, 2]
+    assert read_logged_steps(tmp_path) == [1, 2]
     assert len(Run(tmp_path).eval_records) == 1
     Writer(run, 2, keep_evaluation=False).close()
-    assert _logged_steps(tmp_path) == [1, 2]
+    assert read_logged_steps(tmp_path) == [1, 2]
     assert Run(tmp_path).eval_records == []
 
 
@@ -387,10 +359,10 @@ def test_a_failing_evaluation_loses_nothing(tmp_path, cache_dir, uninterrupted, 
         with pytest.raises(RuntimeError, match="no memory"):
             train.train(make_config(cache_dir), tmp_path / "run")
     saved = checkpoints.Checkpoints(tmp_path / "run" / "checkpoints")
-    assert saved.step() == 2 * _logged_steps(reference)[-1] // 3
+    assert saved.step() == 2 * read_logged_steps(reference)[-1] // 3
     saved.close()
     assert train.train(make_config(cache_dir), tmp_path / "run") is not None
-    assert _logged_steps(tmp_path / "run") == _logged_steps(reference)
+    assert read_logged_steps(tmp_path / "run") == read_logged_steps(reference)
     assert [r["epoch"] for r in Run(tmp_path / "run").eval_records] == [2, 3]
 
 
@@ -399,7 +371,7 @@ def test_results_that_are_gone_come_again(copy, cache_dir, untrained, uninterrup
     (copy / "results.json").unlink()
     train.train(make_config(cache_dir), copy)
     assert (copy / "metrics.jsonl").read_bytes() == log_of_run
-    for here, there in zip(_results(copy), _results(uninterrupted[0]), strict=True):
+    for here, there in zip(read_results(copy), read_results(uninterrupted[0]), strict=True):
         assert here["mAP"] == pytest.approx(there["mAP"], abs=1e-3)  # on four devices
 
 
@@ -454,7 +426,7 @@ def test_a_workdir_in_use_is_refused_at_once(copy, cache_dir, untrained):
 
 def test_two_commands_at_once(tmp_path, cache_dir):
     first = start(tmp_path / "run", cache_dir)
-    _wait_until(lambda: (tmp_path / "run" / "config.json").exists(), first)
+    wait_until(lambda: (tmp_path / "run" / "config.json").exists(), first)
     second = start(tmp_path / "run", cache_dir)
     output, _ = second.communicate(timeout=100)
     assert second.returncode == 2

@@ -1,14 +1,19 @@
 """What the training tests share: a config that trains in seconds, and real processes."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from configs import demo
+from mros_jax.files import read_jsonl
+from mros_jax.runs import checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -44,9 +49,13 @@ def _set(config, name, value):
 def start(workdir, cache_dir, *flags, devices=1, **overrides):
     """Starts `python -m mros_jax.train` on the tiny config in a process of its own."""
     values = {**TINY, "dataset.cache_dir": str(cache_dir), **overrides}
-    command = [sys.executable, "-m", "mros_jax.train", "--config=configs/demo.py"]
-    command += [f"--config.{name}={value}" for name, value in values.items()]
-    command += [f"--workdir={workdir}", *flags]
+    words = ["--config=configs/demo.py", *(f"--config.{k}={v}" for k, v in values.items())]
+    return start_words(workdir, *words, *flags, devices=devices)
+
+
+def start_words(workdir, *words, devices=1):
+    """Starts `python -m mros_jax.train` with these words in a process of its own."""
+    command = [sys.executable, "-m", "mros_jax.train", f"--workdir={workdir}", *words]
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -84,3 +93,45 @@ def assert_close(a, b, tolerance):
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2e}"
 
     jax.tree_util.tree_map_with_path(check, a, b)
+
+
+def read_training_state(workdir):
+    """All arrays of the last checkpoint: parameters, statistics, optimizer, step."""
+    manager = ocp.CheckpointManager(
+        workdir / "checkpoints" / "last", options=ocp.CheckpointManagerOptions(read_only=True)
+    )
+    step = manager.latest_step()
+    args = ocp.args.Composite(training=ocp.args.StandardRestore())
+    return manager.restore(step, args=args).training
+
+
+def read_results(workdir):
+    return json.loads((workdir / "results.json").read_text())["results"]
+
+
+def read_logged_steps(workdir):
+    return [r["step"] for r in read_jsonl(workdir / "metrics.jsonl") if r["kind"] == "train"]
+
+
+def wait_until(condition, process, timeout=300):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.001)
+
+
+def assert_same_run(workdir, reference):
+    """Asserts that two finished runs have the same bits, but for clocks."""
+    assert_equal(read_training_state(workdir), read_training_state(reference))
+    for name in ("metrics.jsonl", "config.json"):
+        assert (workdir / name).read_bytes() == (reference / name).read_bytes(), name
+    for name in ("last", "best"):
+        ours, theirs = (
+            checkpoints.load_variables(w / "checkpoints", name) for w in (workdir, reference)
+        )
+        assert_equal(ours[0], theirs[0])
+        assert ours[1] == theirs[1]
+    for here, there in zip(read_results(workdir), read_results(reference), strict=True):
+        for name in ("mAP", "mINP", "cmc", "ap", "first_match_rank"):
+            assert here[name] == there[name]

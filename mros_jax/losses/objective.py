@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 from mros_jax.errors import UserError
 from mros_jax.losses.center import center_loss
 from mros_jax.losses.classification import smoothed_cross_entropy
-from mros_jax.losses.reduce import Reduction, Scalar, check_reduction
+from mros_jax.losses.reduce import Reduction, Scalar, check_reduction, check_share
 from mros_jax.losses.triplet import batch_hard_triplet
 from mros_jax.models.outputs import Outputs
 
@@ -168,10 +168,12 @@ class CrossEntropy(Base):
     Attributes:
         smoothing: eps, from 0 to 1.
         heads: the "mean" over the classifiers, or their "sum".
+        share: of the batch's examples, those with the largest loss, that the loss is the mean of.
     """
 
     smoothing: float = 0.1
     heads: Literal["mean", "sum"] = "mean"
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -180,6 +182,7 @@ class CrossEntropy(Base):
             raise UserError(f"heads is {self.heads!r}; it must be 'mean' or 'sum'")
         if not 0 <= self.smoothing <= 1:
             raise UserError(f"smoothing is {self.smoothing}; it must be from 0 to 1")
+        check_share(self.share)
 
     def __call__(
         self,
@@ -191,7 +194,9 @@ class CrossEntropy(Base):
     ) -> Scalar:
         """Compute the unweighted loss."""
         logits = jnp.concatenate([outputs.scores(name) for name in self.on], axis=1)  # (B, S, N)
-        loss = smoothed_cross_entropy(logits, labels, smoothing=self.smoothing, axis_name=axis_name)
+        loss = smoothed_cross_entropy(
+            logits, labels, smoothing=self.smoothing, share=self.share, axis_name=axis_name
+        )
         return loss * logits.shape[1] if self.heads == "sum" else loss
 
 

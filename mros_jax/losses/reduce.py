@@ -26,6 +26,30 @@ def reduce(
     return total / jnp.maximum(count, 1) if reduction == "mean" else total
 
 
+def mean_of_worst(
+    losses: Float[Array, "B"], valid: Mask, share: float, axis_name: str | None = None
+) -> Scalar:
+    """Mean of the largest losses among the valid examples of all devices of the axis.
+
+    Args:
+        losses: of each example.
+        valid: True where it takes part; None: all do.
+        share: of the valid examples, above 0 and to 1: of 64 the worst 0.8 are 51, one at least.
+        axis_name: of the devices that share the batch.
+    """
+    if axis_name is not None:
+        losses, valid = jax.tree.map(
+            lambda x: lax.all_gather(x, axis_name, axis=0, tiled=True), (losses, valid)
+        )
+    valid = jnp.ones(losses.shape, bool) if valid is None else valid
+    # Rounded up where only float32 keeps a product below a whole number.
+    count = jnp.floor(share * jnp.sum(valid) + 1e-3).astype(jnp.int32)
+    ascending = jnp.sort(jnp.where(valid, losses, -jnp.inf))  # NaN at the end: it is kept
+    places = jnp.arange(len(losses), 0, -1)  # 1: the worst
+    worst = (places <= jnp.maximum(count, 1)) & (places <= jnp.sum(valid))
+    return reduce(keep(ascending, worst), worst, "mean")
+
+
 def keep(x: Float[Array, "B *rest"], mask: Mask) -> Float[Array, "B *rest"]:
     """Zero in place of masked examples, so that a NaN there spoils neither value nor gradient."""
     return x if mask is None else jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), x, 0.0)
@@ -62,6 +86,12 @@ def check_reduction(reduction: str) -> None:
     """Refuse what is neither "mean" nor "sum"."""
     if reduction not in ("mean", "sum"):
         raise UserError(f"reduction is {reduction!r}; it must be 'mean' or 'sum'")
+
+
+def check_share(share: float) -> None:
+    """Refuse what is no share of a batch."""
+    if not 0 < share <= 1:
+        raise UserError(f"share is {share}; it must be above 0 and at most 1")
 
 
 def check_labels(labels: Shaped[np.ndarray | Array, "..."], num_classes: int) -> None:

@@ -10,6 +10,7 @@ import os
 import pathlib
 import shutil
 import time
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -110,14 +111,14 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
             time.sleep(0.05)
 
-    def restore(self, template: S) -> S | None:
+    def restore(self, make_template: Callable[[int], S]) -> S | None:
         """The state of the last complete checkpoint; None where there is none.
 
         Process 0 reads; the others are sent the state. A best checkpoint from after the last one
         is dropped: the resumed run will come to it again.
 
         Args:
-            template: a state of the same structure, shapes and types.
+            make_template: a step -> a state of the structure, shapes and types of that step's.
 
         Raises:
             UserError: the checkpoint is damaged, or of another network or optimizer.
@@ -130,7 +131,7 @@ class Checkpoints:
                     self._managers["best"].delete(late)
         if step < 0:
             return None
-        state = template
+        state = template = make_template(step)
         if self._managers:
             path = self._directory / "last" / str(step)
             restored = _read(self._managers["last"], path, "training", template)
@@ -141,6 +142,12 @@ class Checkpoints:
         """Release the directory."""
         for manager in self._managers.values():
             manager.close()
+
+
+def exists(directory: str | os.PathLike[str]) -> bool:
+    """Whether there is a complete last checkpoint in a run's `checkpoints` directory."""
+    # By hand, as one process may ask alone: a checkpoint takes its name when it is complete.
+    return any(path.name.isdigit() for path in pathlib.Path(directory).glob("last/*"))
 
 
 def load_variables(

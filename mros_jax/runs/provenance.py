@@ -49,16 +49,21 @@ def describe_arithmetic() -> dict[str, Any]:
     return {name: getattr(jax.config, f"jax_{name}") for name in names}
 
 
-def describe_run(dataset: Dataset, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+def describe_run(
+    dataset: Dataset, fingerprints: Mapping[str, str], *, init: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """What `run.json` says of this start: process, arithmetic, data set.
 
     Args:
         dataset: that is trained and evaluated on.
         fingerprints: of its splits.
+        init: the checkpoint of another run that this one starts from; None where there is none, or
+            where this start goes on from a checkpoint of its own.
     """
     return {
         **describe(),
         "arithmetic": describe_arithmetic(),
+        "init": None if init is None else dict(init),
         "dataset": {
             "name": dataset.name,
             "num_classes": dataset.num_classes,

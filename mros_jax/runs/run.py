@@ -309,7 +309,8 @@ class Run:
             record: of `mros_jax.runs.provenance.describe_run`.
 
         Raises:
-            UserError: as `check_free`; the run was started with other data or another arithmetic.
+            UserError: as `check_free`; the run was started with other data, from another checkpoint
+                or with another arithmetic.
         """
         self.check_free(config)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -320,6 +321,7 @@ class Run:
                 former = self.record
                 start = {key: former[key] for key in ("command", "commit", "started")}
                 record["earlier_starts"] = [*former.get("earlier_starts", []), start]
+                record["init"] = record["init"] or former.get("init")
             for entry in self.path.iterdir():
                 if _TEMPORARY.fullmatch(entry.name):
                     entry.unlink()
@@ -330,7 +332,7 @@ class Run:
             yield
 
     def _check_resumable(self, config: ConfigDict, record: Mapping[str, Any]) -> None:
-        """Refuse to resume with other data or another arithmetic than the run was started with."""
+        """Refuse to resume with other data, init or arithmetic than the run was started with."""
         if not self.exists():
             return
         self._check_config(config)
@@ -344,6 +346,13 @@ class Run:
                     f"{sizes[0]} then, {sizes[1]} now, and names, labels or pixels differ. Give "
                     "back the data that it was started with, or another --workdir"
                 )
+        if record["init"] and record["init"] != former.get("init"):
+            there, here = former.get("init") or {}, record["init"]
+            raise UserError(
+                f"{self.path} was started from the checkpoint {there.get('checkpoint_id')} of "
+                f"{there.get('run')}; config.init is {here['checkpoint_id']} of {here['run']} now. "
+                "Give another --workdir"
+            )
         changed = _compare(former.get("arithmetic", {}), record["arithmetic"])
         if changed:
             raise UserError(

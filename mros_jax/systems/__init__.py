@@ -5,6 +5,7 @@ from typing import Any
 from mros_jax.systems.mgn import MGN
 from mros_jax.systems.mros import MROS
 from mros_jax.systems.pcb import PCB
+from mros_jax.systems.pcb_rpp import PCBRPP
 from mros_jax.systems.spherereid import SphereReID
 from mros_jax.systems.strong import StrongBaseline
 from mros_jax.systems.trinet import TriNet
@@ -14,6 +15,7 @@ NETWORKS: dict[str, Any] = {
     "mgn": MGN,
     "mros": MROS,
     "pcb": PCB,
+    "pcb_rpp": PCBRPP,
     "spherereid": SphereReID,
     "strong": StrongBaseline,
     "trinet": TriNet,

@@ -71,7 +71,7 @@ class PCB(nn.Module):
             name="trunk",
         )
         maps = trunk(jnp.asarray(images), train=train)
-        g = pool_stripes(maps["t4"], self.num_stripes, overlap=False)
+        g, more_maps = self._pool(maps["t4"], train=train, keys=keys)
         embedding = Reduction(
             self.reduced,
             shared=self.shared_embedding,
@@ -84,7 +84,14 @@ class PCB(nn.Module):
         logits = Classifiers(self.num_classes, name="classifier")(h)
         # (B, S, C) -> (B, S * C)
         described = to_unit_length(g) if self.descriptor == "g" else h
-        return Outputs(described.reshape(len(images), -1), {"g": g, "h": h}, {"h": logits}, maps)
+        descriptor = described.reshape(len(images), -1)
+        return Outputs(descriptor, {"g": g, "h": h}, {"h": logits}, {**maps, **more_maps})
+
+    def _pool(
+        self, t4: Array, *, train: bool, keys: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """The vectors g of the parts, (B, S, C), and what there is to look at beside the trunk."""
+        return pool_stripes(t4, self.num_stripes, overlap=False), {}
 
     def parts(self, height: int, width: int) -> tuple[Part, ...]:
         """The stripes."""

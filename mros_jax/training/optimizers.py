@@ -337,6 +337,19 @@ def label_params(params: Any, groups: Mapping[str, Group]) -> Any:
     return labels
 
 
+def stop_frozen(params: Any, groups: Mapping[str, Group]) -> Any:
+    """The parameters, those of frozen groups cut off from the gradient.
+
+    It is then 0 and not computed, and has no part in the gradient's norm.
+    """
+    labels = label_params(params, groups)
+    return jax.tree.map(
+        lambda x, name: jax.lax.stop_gradient(x) if groups[name].kind == "frozen" else x,
+        params,
+        labels,
+    )
+
+
 def _show(groups: Mapping[str, Group]) -> str:
     return "; ".join(f"{name}: {', '.join(group.params)}" for name, group in groups.items())
 

@@ -1,15 +1,18 @@
 """From a config to the parts of a run: network, objective, optimizer, state, step."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from mros_jax import config as configs
@@ -22,7 +25,9 @@ from mros_jax.inference import CROPS
 from mros_jax.losses import Objective, make_objective
 from mros_jax.models import torch_weights
 from mros_jax.models.outputs import Network, Outputs
+from mros_jax.runs import checkpoints
 from mros_jax.training import optimizers
+from mros_jax.training.source import Source
 from mros_jax.training.state import TrainState, make_state
 from mros_jax.training.step import Augment, Step, make_train_step
 
@@ -34,6 +39,7 @@ _CHOICES = {
     "eval.crops": CROPS,
     "eval.metric": ("cosine", "euclidean"),
     "eval.ap": ("standard", "trapezoid"),
+    "init.checkpoint": checkpoints.NAMES,
 }
 _AT_LEAST_ONE = (
     "num_epochs",
@@ -48,20 +54,53 @@ _AT_LEAST_ONE = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of a run with an optimizer of its own.
+
+    Attributes:
+        name: in the config, "" where there is one stage only.
+        start: the training step that is its first, counted from 0.
+        end: the first step after it.
+        optimizer: the optax chain; its state is fresh at `start`.
+        step: for one device, see `mros_jax.training.step`.
+    """
+
+    name: str
+    start: int
+    end: int
+    optimizer: optax.GradientTransformation
+    step: Step
+
+    def begin(self, state: TrainState) -> TrainState:
+        """A state, on the host, with the optimizer as it is before this stage's first step."""
+        fresh = jax.tree.map(np.asarray, self.optimizer.init(state.params))
+        return dataclasses.replace(state, opt_state=fresh)
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """What a config's run is made of.
 
     Attributes:
-        network: the Flax module.
+        network: the Flax module that is evaluated and used, that of the last stage.
         objective: what it is trained for.
         state: before the first step.
-        step: for one device, see `mros_jax.training.step`.
+        stages: in their order; they share the structure of parameters and statistics.
     """
 
     network: Network
     objective: Objective
     state: TrainState
-    step: Step
+    stages: tuple[Stage, ...]
+
+    @property
+    def step(self) -> Step:
+        """The step of the first stage."""
+        return self.stages[0].step
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that a training step belongs to; after the run's end, the last."""
+        return next((stage for stage in self.stages if step < stage.end), self.stages[-1])
 
 
 def check_config(config: ConfigDict) -> None:
@@ -103,7 +142,20 @@ def check_config(config: ConfigDict) -> None:
             f"a batch of {batch} images cannot be split over {devices} devices; choose a multiple "
             "(config.batch)"
         )
-    _check_parts(config)
+    for name, stage in configs.split_stages(config).items():
+        with _name_stage(name):
+            _check_parts(stage)
+
+
+@contextlib.contextmanager
+def _name_stage(name: str) -> Iterator[None]:
+    """Say of which stage an error is."""
+    try:
+        yield
+    except UserError as error:
+        if not name:
+            raise
+        raise UserError(f"config.stages.{name}: {error}") from error
 
 
 def _check_finite(section: ConfigDict, name: str = "config") -> None:
@@ -185,7 +237,7 @@ def init_variables(network: Network, config: ConfigDict) -> dict[str, Any]:
     if weights == "auto":
         trunk = config.network.trunk
         weights = find_weights(trunk) or "none"
-        if weights == "none":
+        if weights == "none" and config.init.run is None:
             log.warning(
                 "No ImageNet weights for %s in %s: training starts from random weights and will "
                 "end far below the paper. To fetch them: python -m mros_jax.fetch_weights",
@@ -206,8 +258,34 @@ def shape_outputs(network: Network, height: int, width: int) -> Outputs:
     return outputs
 
 
-def make_schedules(config: ConfigDict, steps_per_epoch: int) -> Mapping[str, optimizers.Schedule]:
-    """The learning rate of each group of parameters by training step."""
+def make_schedules(config: ConfigDict, steps_per_epoch: int) -> dict[str, optimizers.Schedule]:
+    """The learning rate, by training step, of each group of parameters that moves in the run.
+
+    It is 0 in a stage in which the group is frozen.
+    """
+    start, pieces = 0, []
+    for section in configs.split_stages(config).values():
+        pieces.append((start, _make_schedules_of_stage(section, steps_per_epoch)))
+        start += section.num_epochs * steps_per_epoch
+    names = dict.fromkeys(name for _, rates in pieces for name in rates)
+    return {name: functools.partial(_find_rate, pieces, name) for name in names}
+
+
+def _find_rate(
+    pieces: Sequence[tuple[int, Mapping[str, optimizers.Schedule]]], name: str, step: Any
+) -> jax.Array:
+    """The rate of a group at a training step, from (first step, schedules) of each stage."""
+    rate = jnp.zeros((), jnp.float32)
+    for start, rates in pieces:
+        own = rates[name](step - start) if name in rates else 0.0
+        rate = jnp.where(step < start, rate, own)
+    return rate
+
+
+def _make_schedules_of_stage(
+    config: ConfigDict, steps_per_epoch: int
+) -> dict[str, optimizers.Schedule]:
+    """The learning rates of the groups that move in a stage, by its own step."""
     groups = optimizers.make_groups(config.optimizer.to_dict())
     return optimizers.make_schedules(groups, steps_per_epoch=steps_per_epoch, **config.schedule)
 
@@ -224,6 +302,7 @@ def build(
     num_classes: int,
     steps_per_epoch: int,
     *,
+    source: Source | None = None,
     augment_batch: Augment | None = None,
 ) -> Recipe:
     """Make all parts of a run.
@@ -232,6 +311,7 @@ def build(
         config: of `mros_jax.config.base`'s shape.
         num_classes: training identities.
         steps_per_epoch: training steps in an epoch.
+        source: what of another run it starts from, of `load_source(config.init)`.
         augment_batch: in place of `make_augment(config)`, for images that are ready.
 
     Raises:
@@ -240,8 +320,50 @@ def build(
     """
     network = configs.make_network(config, num_classes)
     objective = make_objective(config.objective.to_dict())
-    groups = optimizers.make_groups(config.optimizer.to_dict())
     schedules = make_schedules(config, steps_per_epoch)
+    stages: list[Stage] = []
+    for name, section in configs.split_stages(config).items():
+        with _name_stage(name):
+            start = stages[-1].end if stages else 0
+            stages.append(
+                _build_stage(
+                    section,
+                    objective,
+                    name=name,
+                    start=start,
+                    num_classes=num_classes,
+                    steps_per_epoch=steps_per_epoch,
+                    schedules=schedules,
+                    augment_batch=augment_batch or make_augment(config),
+                )
+            )
+    variables = init_variables(network, config)
+    if source is not None:
+        variables = source.fill(variables)
+    shapes = shape_outputs(network, config.input.height, config.input.width)
+    outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    own = objective.init(jax.random.key(config.seed), outputs, num_classes)
+    use_ema = config.ema_decay > 0
+    state = make_state(variables, own, stages[0].optimizer, use_ema=use_ema)
+    return Recipe(network, objective, state, tuple(stages))
+
+
+def _build_stage(
+    config: ConfigDict,
+    objective: Objective,
+    *,
+    name: str,
+    start: int,
+    num_classes: int,
+    steps_per_epoch: int,
+    schedules: Mapping[str, optimizers.Schedule],
+    augment_batch: Augment,
+) -> Stage:
+    """Make a stage of `mros_jax.config.split_stages`, which begins at step `start`.
+
+    `schedules` are the run's, for the log: all of its stages log the same rates.
+    """
+    groups = optimizers.make_groups(config.optimizer.to_dict())
     steps = config.num_epochs * steps_per_epoch
     if config.accumulate_steps > steps:
         raise UserError(
@@ -250,25 +372,18 @@ def build(
         )
     optimizer = optimizers.make_optimizer(
         groups,
-        schedules,
+        _make_schedules_of_stage(config, steps_per_epoch),
         clip_norm=config.clip_norm or None,
         accumulate_steps=config.accumulate_steps,
     )
-    variables = init_variables(network, config)
-    shapes = shape_outputs(network, config.input.height, config.input.width)
-    outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    own = objective.init(jax.random.key(config.seed), outputs, num_classes)
-    return Recipe(
-        network=network,
-        objective=objective,
-        state=make_state(variables, own, optimizer, use_ema=config.ema_decay > 0),
-        step=make_train_step(
-            network,
-            objective,
-            optimizer,
-            augment=augment_batch or make_augment(config),
-            seed=config.seed,
-            schedules=schedules,
-            ema_decay=config.ema_decay,
-        ),
+    step = make_train_step(
+        configs.make_network(config, num_classes),
+        objective,
+        optimizer,
+        augment=augment_batch,
+        seed=config.seed,
+        schedules=schedules,
+        ema_decay=config.ema_decay,
+        freeze=functools.partial(optimizers.stop_frozen, groups=groups),
     )
+    return Stage(name, start, start + steps, optimizer, step)

@@ -39,6 +39,7 @@ def make_train_step(
     seed: int,
     schedules: Mapping[str, optax.Schedule] | None = None,
     ema_decay: float = 0.0,
+    freeze: Callable[[Any], Any] = lambda params: params,
 ) -> Step:
     """Builds `step(state, data, batch) -> (state, metrics)` for one device of the axis `AXIS`.
 
@@ -50,6 +51,7 @@ def make_train_step(
         seed: of the run; with step and position in the global batch it makes the keys.
         schedules: group of parameters -> learning rate by step, for the log.
         ema_decay: decay of the parameters' moving average, where the state keeps one.
+        freeze: params -> the same, cut off from the gradient where they do not move.
 
     Returns:
         The step. `data` has the `images` (N, h, w, 3) uint8 and their `labels` (N,), and `batch`
@@ -70,6 +72,7 @@ def make_train_step(
         dropout_keys = jax.vmap(lambda key: jax.random.fold_in(key, _DROPOUT))(keys)
 
         def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+            params = freeze(params)
             outputs, updated = network.apply(
                 {"params": params["network"], "batch_stats": state.batch_stats},
                 images,

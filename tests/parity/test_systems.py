@@ -18,14 +18,14 @@ import pytest
 import torch
 from flax import traverse_util
 
-from mros_jax.config import make_network, read
+from mros_jax.config import make_network, read, split_stages
 from mros_jax.data.augment import example_keys
 from mros_jax.losses import make_objective
 from mros_jax.models import torch_weights
 from mros_jax.models.heads import dropout
 from mros_jax.parallel import AXIS
 from mros_jax.training.optimizers import make_groups, make_optimizer, make_schedules
-from tests.parity import torch_pcb, torch_spherereid, torch_strong, torch_trinet
+from tests.parity import torch_pcb, torch_pcb_rpp, torch_spherereid, torch_strong, torch_trinet
 from tests.parity.harness import (
     LABELS,
     NUM_CLASSES,
@@ -46,6 +46,7 @@ class Case(NamedTuple):
     `changes` are fields of the network that differ from the config: dropout is tested by itself.
     `finish` is called between gradients and updates. `idle` are tensors that the loss does not
     depend on: their gradient is rounding, which Adam makes steps of, another one on each side.
+    `stage` is the config's, where it has several.
     """
 
     file: str
@@ -57,6 +58,10 @@ class Case(NamedTuple):
     changes: Mapping[str, Any] = MappingProxyType({})
     finish: Callable[[dict], None] = lambda own: None
     idle: tuple[str, ...] = ()
+    stage: str = ""
+
+    def read(self):
+        return split_stages(read(CONFIGS / f"{self.file}.py", self.variant or None))[self.stage]
 
 
 def _strong(variant, rate):
@@ -80,6 +85,22 @@ def _pcb(variant):
         torch_pcb.make_optimizers,
         torch_pcb.rate,
         changes={"dropout": 0.0},
+    )
+
+
+def _pcb_rpp(variant, stage):
+    rates = variant or stage
+    return Case(
+        "pcb_rpp",
+        variant,
+        lambda layout: torch_pcb_rpp.TorchPCBRPP(
+            NUM_CLASSES, layout, refined=stage != "stage1", authors=variant == "authors"
+        ),
+        torch_pcb.total_loss,
+        lambda model, own: torch_pcb_rpp.make_optimizers(model, rates),
+        lambda epoch: 0.1 if variant == "authors" and epoch >= 20 else torch_pcb.rate(epoch),
+        changes={"dropout": 0.0, "part_dropout": 0.0},
+        stage=stage,
     )
 
 
@@ -114,6 +135,8 @@ CASES = {
     "strong-authors": _strong("authors", torch_strong.rate_of_authors),
     "pcb": _pcb(""),
     "pcb-own": _pcb("own"),
+    "pcb_rpp": _pcb_rpp("", "stage3"),
+    "pcb_rpp-authors": _pcb_rpp("authors", "stage2"),
     "spherereid": _spherereid(),
     "trinet": _trinet(),
 }
@@ -154,7 +177,7 @@ def to_torch(images):
 def make_pair(case, layout="tiny", *, monkeypatch=None):
     """Give both frameworks one network; with `monkeypatch`, after `widen_gaps`."""
     theirs = randomise(case.theirs(layout))
-    config = read(CONFIGS / f"{case.file}.py", case.variant or None)
+    config = case.read()
     config.network.update({"trunk": layout, **case.changes})
     ours = make_network(config, NUM_CLASSES)
     objective = make_objective(config.objective.to_dict())
@@ -194,10 +217,10 @@ def differentiate(network, objective, variables, own, images, keys=None):
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], own)
 
 
-def check_training(pair, tolerance, gradient_tolerance, dtype, keys=None, dropped=None):
+def check_training(pair, tolerance, gradient_tolerance, dtype, keys=None, dropped=()):
     """One step in train mode: outputs, running statistics, losses and every gradient by name."""
     model, own = pair.theirs.train(), pair.torch_own(dtype)
-    out = model(to_torch(pair.images), *([] if dropped is None else [dropped]))
+    out = model(to_torch(pair.images), *dropped)
     total, terms = pair.case.loss(out, torch.from_numpy(LABELS).long(), own)
     total.backward()
     pair.case.finish(own)
@@ -265,7 +288,7 @@ def test_resnet50(name):
 
 @each_case
 def test_schedule(case):
-    config = read(CONFIGS / f"{case.file}.py", case.variant or None)
+    config = case.read()
     groups = make_groups(config.optimizer.to_dict())
     schedules = make_schedules(groups, steps_per_epoch=7, **config.schedule)
     epochs = range(config.num_steps // 7 or config.num_epochs)
@@ -353,7 +376,59 @@ def test_dropout_with_the_same_mask(name, vectors):
     assert abs(mask.mean() - 1) < 0.03
     with jax.enable_x64(True):
         dropped = torch.from_numpy(mask).double()
-        check_training(pair.to_float64(), 1e-9, 1e-9, torch.float64, keys, dropped)
+        check_training(pair.to_float64(), 1e-9, 1e-9, torch.float64, keys, (dropped,))
+
+
+def test_both_dropouts_of_the_authors_part_pooling():
+    """The vectors and the input of the part classifier have masks of their own."""
+    pair = make_pair(
+        CASES["pcb_rpp-authors"]._replace(changes={"dropout": 0.5, "part_dropout": 0.5})
+    )
+    keys = example_keys(3, 5, jnp.arange(len(LABELS)))
+    channels = pair.variables["params"]["embedding"]["kernel"].shape[0]
+    shapes = {0: (len(LABELS), 6, channels), 1: (len(LABELS), HEIGHT // 16, WIDTH // 16, channels)}
+    vectors, columns = (
+        np.array(dropout(jnp.ones(shape), 0.5, keys, train=True, salt=salt))
+        for salt, shape in shapes.items()
+    )
+    masks = torch.from_numpy(vectors).double(), to_torch(columns).double()
+    with jax.enable_x64(True):
+        check_training(pair.to_float64(), 1e-9, 1e-9, torch.float64, keys, masks)
+
+
+def test_steps_across_the_edges_of_stages():
+    """A new optimizer in every stage, on both sides; what is frozen keeps every bit."""
+    with jax.enable_x64(True):
+        state = variables = None
+        for stage in ("stage1", "stage2", "stage3"):
+            pair = make_pair(_pcb_rpp("", stage)).to_float64()
+            if state is not None:
+                pair.theirs.load_state_dict(state)
+                pair = pair._replace(variables=variables)
+            before = torch_weights.to_torch_state_dict(pair.variables)
+            start = {
+                name: to_numpy(value).copy() for name, value in pair.theirs.state_dict().items()
+            }
+            batches = [
+                make_images(len(LABELS), HEIGHT, WIDTH, seed=i).astype(np.float64) for i in range(3)
+            ]
+            train_theirs(pair, batches, torch.from_numpy(LABELS).long())
+            variables, _ = train_ours(pair, batches)
+            state = pair.theirs.state_dict()
+            after = torch_weights.to_torch_state_dict(variables)
+            still = 0
+            for name, value in state.items():
+                if name.endswith("num_batches_tracked"):
+                    continue
+                moved = to_numpy(value) - start[name]
+                if np.any(moved):
+                    error = difference(after[name] - before[name], moved)
+                    assert error <= 1e-6, (stage, name, error)
+                else:
+                    np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+                    still += 1
+            parameters = len(list(pair.theirs.parameters()))
+            assert still == {"stage1": 1, "stage2": parameters - 1, "stage3": 0}[stage]
 
 
 def test_dropout_on_one_and_on_four_devices():
