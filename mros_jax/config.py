@@ -171,7 +171,7 @@ def choose(arg: str | None, variants: Sequence[str]) -> tuple[str, str]:
 
 
 def shrink(config: ConfigDict) -> ConfigDict:
-    """Make a system's config laptop-sized, in place: tiny trunk, small images, embedded data."""
+    """Make a system's config laptop-sized, in place: small network and images, embedded data."""
     config.dataset.name = "synthetic"
     config.dataset.preset = "demo"
     config.num_epochs = 32
@@ -197,7 +197,8 @@ def shrink(config: ConfigDict) -> ConfigDict:
     for section in (config.augment, config.eval):
         if section.resize:
             section.resize = (108, 54)
-    config.network.trunk = "tiny"
+    small = {"trunk": "tiny", "widths": (16, 32, 48)}  # whichever the network has
+    config.network.update({name: small[name] for name in small if name in config.network})
     config.weights = "none"
     config.schedule.warmup_epochs = min(config.schedule.warmup_epochs, 4)
     config.schedule.decay_epochs = (20, 28)

@@ -209,7 +209,7 @@ def dense_k_reciprocal(
 # Peers: packages.
 
 
-def _load_module(name: str) -> Any:
+def load_module(name: str) -> Any:
     """A file of an installed package, without importing the package and what it needs."""
     import importlib.metadata
     import importlib.util
@@ -225,13 +225,13 @@ def _load_module(name: str) -> Any:
 
 
 def torchreid_scores(data: dict[str, np.ndarray]) -> float:
-    rank = _load_module("torchreid:torchreid/reid/metrics/rank.py")
+    rank = load_module("torchreid:torchreid/reid/metrics/rank.py")
     labels = [data[name] for name in ARRAYS[2:]]
     return float(rank.eval_market1501(data["distance"], *labels, 50)[1])
 
 
 def torchreid_k_reciprocal(data: dict[str, np.ndarray]) -> float:
-    rerank = _load_module("torchreid:torchreid/reid/utils/rerank.py")
+    rerank = load_module("torchreid:torchreid/reid/utils/rerank.py")
     query, gallery = normalize(data["query_features"]), normalize(data["gallery_features"])
 
     def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:

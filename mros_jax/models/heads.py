@@ -21,16 +21,18 @@ class Classifiers(nn.Module):
     Attributes:
         num_classes: N.
         use_bias: with a bias, started at 0.
+        kernel_init: of all of them, (S, C, N).
     """
 
     num_classes: int
     use_bias: bool = True
+    kernel_init: Any = _classifier_init
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S C"]) -> Float[Array, "B S N"]:
         """Apply classifier s to vector s."""
         shape = (*x.shape[1:], self.num_classes)
-        kernel = self.param("kernel", _classifier_init, shape, jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         y = jnp.einsum("bsc,scn->bsn", x, kernel)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (shape[0], shape[2]), jnp.float32)

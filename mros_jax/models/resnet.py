@@ -88,19 +88,27 @@ _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Conv(nn.Module):
-    """Square convolution without bias, padded by kernel // 2, as every one in a ResNet is."""
+    """Square convolution, padded by kernel // 2; without bias, as every one in a ResNet is."""
 
     features: int
     size: int
     stride: int = 1
     dtype: Any = jnp.float32
+    use_bias: bool = False
+    kernel_init: Any = _conv_init
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 F"]:
         """Convolve; float32 parameters are cast to the compute dtype."""
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = jnp.asarray(self.param("kernel", _conv_init, shape, jnp.float32), self.dtype)
-        x = x.astype(self.dtype)
+        kernel = jnp.asarray(self.param("kernel", self.kernel_init, shape, jnp.float32), self.dtype)
+        y = self._convolve(x.astype(self.dtype), kernel)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+            y = y + jnp.asarray(bias, self.dtype)
+        return y
+
+    def _convolve(self, x: Array, kernel: Array) -> Array:
         if self.size == 1:
             # A matrix product: XLA's CPU convolution and its gradients are far slower at 1x1.
             x = x[:, :: self.stride, :: self.stride]

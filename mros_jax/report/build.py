@@ -16,17 +16,21 @@ from ml_collections import ConfigDict
 
 from mros_jax import config as configs
 from mros_jax import console
+from mros_jax.data.decoding import load_images
 from mros_jax.data.images import Picture
 from mros_jax.data.splits import Split
 from mros_jax.errors import UserError
 from mros_jax.files import check_output, write_atomically
+from mros_jax.inference import load_model
 from mros_jax.losses import make_objective
 from mros_jax.models.outputs import Part
 from mros_jax.report import plots
+from mros_jax.report.maps import draw_maps, explain, is_drawn
 from mros_jax.report.ranking import Pairs, Ranking, Scan, choose_queries, split_distance
 from mros_jax.runs.paper import METRICS, find_paper_rows
 from mros_jax.runs.results import get_scores
 from mros_jax.runs.run import Run
+from mros_jax.training.recipe import shape_outputs
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +87,8 @@ def write_report(
         "groups": [],
         "cameras": [],
         "histograms": [],
+        "views": [],
+        "view_notes": [],
     }
     if run.features is None:
         page["notes"].append(
@@ -256,8 +262,10 @@ def _describe_retrieval(
     cameras = [
         {"name": name} | _tabulate(scan.pairs) for name, scan in zip(names, scans, strict=True)
     ]
+    chosen = choose_queries(run.rankings[0], queries, seed)
     return {
-        "groups": _list_queries(run, arrays, rankings, names, scans, notes, queries, top, seed),
+        "groups": _list_queries(run, arrays, rankings, names, scans, notes, chosen, top),
+        **_draw_views(run, arrays, [group[0][0] for group in chosen.values() if group], notes),
         "histograms": histograms,
         "cameras": cameras,
         "edges": _list_edges(_list_parts(run)),
@@ -315,13 +323,11 @@ def _list_queries(
     names: Sequence[str],
     scans: Sequence[Scan],
     notes: list[str],
-    queries: int,
+    chosen: dict[str, list[tuple[int, float, int]]],
     top: int,
-    seed: int,
 ) -> list[dict[str, Any]]:
     """Ranked lists of the chosen queries, grouped as best, worst and random."""
     parts = _list_parts(run)
-    chosen = choose_queries(run.rankings[0], queries, seed)
     indices = np.array([query for group in chosen.values() for query, _, _ in group])
     rows = [ranking.rows(indices) for ranking in rankings]
     lists = {
@@ -396,19 +402,64 @@ def _load_pictures(
         return {"query": {}, "gallery": {}}
 
 
-def _read_pictures(
-    split: Split, rows: Sequence[int], arrays: dict[str, np.ndarray]
-) -> dict[int, str]:
+def _draw_views(
+    run: Run, arrays: dict[str, np.ndarray], queries: Sequence[int], notes: list[str]
+) -> dict[str, Any]:
+    """What the network looks at in some queries, if it has maps of that."""
+    config = ConfigDict(run.config)
+    height, width = configs.find_size(config, config.eval)
+    shapes = shape_outputs(configs.make_network(config, 2), height, width).maps
+    names = [name for name in shapes if is_drawn(name)]
+    if not names:
+        return {}
+    # Of the weights that the descriptors are from, as their id says.
+    checkpoint = str(arrays.get("checkpoint_id", "last")).partition("-")[0]
+    try:
+        model = load_model(run.path, checkpoint)
+        split = configs.load_dataset(config).query
+        pictures = _select(split, queries, arrays)
+    except (OSError, ValueError, KeyError) as error:
+        notes.append(f"What the network looks at cannot be shown: {error}")
+        return {}
+    pixels = [picture.require() for picture in pictures.map(lambda picture: picture)]
+    images = load_images(pixels, height=height, width=width)
+    outputs = model.outputs(images)
+    drawings = draw_maps({name: np.asarray(outputs.maps[name]) for name in names})
+    return {
+        "views": [
+            {
+                "name": _name(arrays, "query", query),
+                "picture": _encode_pixels(array),
+                "drawings": own,
+            }
+            for query, array, own in zip(queries, pixels, drawings, strict=True)
+        ],
+        "view_notes": explain(names),
+    }
+
+
+def _select(split: Split, rows: Sequence[int], arrays: dict[str, np.ndarray]) -> Any:
+    """The images of some rows of the descriptors."""
     index = {str(name): i for i, name in enumerate(split.names)}
     names = arrays.get(f"{split.name}_names")
     # Images that were skipped as unreadable shift the rows: names find them again.
-    places = {row: row if names is None else index[str(names[row])] for row in rows}
-    chosen = split.images.select(np.array(list(places.values())))
-    return dict(zip(places, chosen.map(_encode), strict=True))
+    places = [row if names is None else index[str(names[row])] for row in rows]
+    return split.images.select(np.array(places))
+
+
+def _read_pictures(
+    split: Split, rows: Sequence[int], arrays: dict[str, np.ndarray]
+) -> dict[int, str]:
+    chosen = _select(split, rows, arrays)
+    return dict(zip(rows, chosen.map(_encode), strict=True))
 
 
 def _encode(picture: Picture) -> str:
-    image = PIL.Image.fromarray(picture.require())
+    return _encode_pixels(picture.require())
+
+
+def _encode_pixels(pixels: np.ndarray) -> str:
+    image = PIL.Image.fromarray(pixels)
     image.thumbnail(_THUMBNAIL)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=88)

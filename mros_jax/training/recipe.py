@@ -185,9 +185,22 @@ def _check_parts(config: ConfigDict) -> None:
     key = jax.random.key(0)
     stored = jax.ShapeDtypeStruct((1, 128, 64, 3), jnp.uint8)
     image = jax.eval_shape(make_augment(config), stored, key[None])
-    optimizers.label_params(jax.eval_shape(make_params, key, image), groups)
+    params = jax.eval_shape(make_params, key, image)
+    optimizers.label_params(params, groups)
+    _check_weights(config, network, params["network"])
     if config.eval.crops == "none":
         shape_outputs(network, *configs.find_size(config, config.eval))  # the test size works too
+
+
+def _check_weights(config: ConfigDict, network: Network, params: Any) -> None:
+    """Refuse ImageNet weights for a network that starts from none."""
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    modules = (tuple(entry.key for entry in path[:-1]) for path, _ in paths)
+    if config.weights != "none" and not any(map(network.torchvision_name, modules)):
+        raise UserError(
+            f"config.weights is {config.weights!r}, and the network {config.network.name} starts "
+            "from no ImageNet weights; set it to 'none'"
+        )
 
 
 def check_fit(config: ConfigDict, dataset: Dataset) -> None:
@@ -232,7 +245,9 @@ def init_variables(network: Network, config: ConfigDict) -> dict[str, Any]:
     """
     images = jnp.zeros((1, config.input.height, config.input.width, 3), jnp.float32)
     init = jax.jit(functools.partial(network.init, train=False))
-    variables = init(jax.random.key(config.seed), images)
+    key = jax.random.key(config.seed)
+    _check_weights(config, network, jax.eval_shape(init, key, images)["params"])
+    variables = init(key, images)
     weights = config.weights
     if weights == "auto":
         trunk = config.network.trunk

@@ -65,6 +65,8 @@ def randomise(model, calm=0, seed=0):
                 module.weight.copy_(
                     torch.randn(module.weight.shape, generator=rng) * (2 / fan_in) ** 0.5
                 )
+                if module.bias is not None:
+                    uniform(module.bias, -0.1, 0.1)
             elif isinstance(module, torch.nn.Linear):
                 module.weight.copy_(torch.randn(module.weight.shape, generator=rng) * 0.02)
                 if module.bias is not None:

@@ -1,0 +1,44 @@
+"""Inception blocks; a whole network of them is compared with PyTorch in tests/parity."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from mros_jax.errors import UserError
+from mros_jax.models.inception import ConvUnit, Inception, average_pool
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(6, 7, 5, 8)), jnp.float32)
+
+
+def test_average_counts_the_zeros_outside():
+    pool = torch.nn.AvgPool2d(3, stride=1, padding=1)
+    expected = pool(torch.from_numpy(np.array(X)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(average_pool(X), expected, atol=1e-6)
+
+
+def test_groups_are_batches_one_after_the_other():
+    block = ConvUnit(4, 3)
+    variables = block.init(jax.random.key(0), X, train=False)
+
+    def apply(variables, x, groups=1):
+        y, updated = block.apply(variables, x, train=True, groups=groups, mutable=["batch_stats"])
+        return y, {**variables, **updated}
+
+    together, after = apply(variables, X, groups=3)
+    for i in range(3):
+        alone, variables = apply(variables, X[2 * i : 2 * i + 2])
+        np.testing.assert_allclose(together[2 * i : 2 * i + 2], alone, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after, variables)
+
+
+def test_starts_as_pytorchs_layers_do():
+    kernel = ConvUnit(64, 3).init(jax.random.key(0), X, train=False)["params"]["conv"]["kernel"]
+    limit = (3 * 3 * 8) ** -0.5
+    np.testing.assert_allclose([kernel.min(), kernel.max()], [-limit, limit], rtol=0.01)
+
+
+def test_channels_that_cannot_be_shared_out():
+    with pytest.raises(UserError, match="6 channels; expected a multiple of 4"):
+        Inception(6).init(jax.random.key(0), X, train=False)
