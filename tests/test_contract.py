@@ -33,7 +33,7 @@ from mros_jax.data.batches import make_sampler
 from mros_jax.errors import UserError
 from mros_jax.losses import make_objective
 from mros_jax.models import torch_weights
-from mros_jax.models.resnet import TRUNKS
+from mros_jax.models.trunks import TRUNKS
 from mros_jax.training import optimizers, recipe
 from mros_jax.training.state import make_state
 from mros_jax.training.step import make_train_step

@@ -162,5 +162,5 @@ def test_training_finds_what_was_fetched_v1_first(tmp_path, monkeypatch):
     (directory / names["resnet50_v1"]).touch()
     assert recipe.find_weights("resnet50") == directory / names["resnet50_v1"]
     assert recipe.find_weights("tiny") is None
-    stems = {stem for of_trunk in recipe.IMAGENET_WEIGHTS.values() for stem in of_trunk}
-    assert {pathlib.Path(name).stem for name in names.values()} == stems
+    listed = {name: pathlib.Path(file).stem for name, file in names.items()}
+    assert listed == {k: v for files in recipe.IMAGENET_WEIGHTS.values() for k, v in files.items()}

@@ -28,6 +28,8 @@ class TrunkSpec(NamedTuple):
     width: int
     block: Block
 
+    smallest = "tiny"
+
     def channels(self, level: str) -> int:
         """Channels of stage "t1" to "t4"."""
         return self.width * 2 ** (int(level[1]) - 1) * (4 if self.block == "bottleneck" else 1)
@@ -36,6 +38,10 @@ class TrunkSpec(NamedTuple):
         """Pixels of the image for one of a stage's map."""
         check_last_stride(last_stride)
         return {"t1": 4, "t2": 8, "t3": 16, "t4": 16 * last_stride}[level]
+
+    def activated(self, level: str) -> bool:
+        """Whether a stage's map has passed a normalization and a ReLU: all have."""
+        return True
 
     def blocks(self) -> tuple[str, ...]:
         """The residual blocks in order, "layer1_0" to "layer4_2" for ResNet-50."""
@@ -50,27 +56,6 @@ class TrunkSpec(NamedTuple):
         return ResNet(**{"blocks": self.blocks(), **fields}, width=self.width, block=self.block)
 
 
-TRUNKS: dict[str, TrunkSpec] = {
-    "tiny": TrunkSpec((1, 1, 1, 1), 16, "basic"),
-    "resnet18": TrunkSpec((2, 2, 2, 2), 64, "basic"),
-    "resnet34": TrunkSpec((3, 4, 6, 3), 64, "basic"),
-    "resnet50": TrunkSpec((3, 4, 6, 3), 64, "bottleneck"),
-    "resnet101": TrunkSpec((3, 4, 23, 3), 64, "bottleneck"),
-    "resnet152": TrunkSpec((3, 8, 36, 3), 64, "bottleneck"),
-}
-
-
-def find_trunk(name: str) -> TrunkSpec:
-    """The entry of `TRUNKS`.
-
-    Raises:
-        UserError: there is none of that name.
-    """
-    if name not in TRUNKS:
-        raise UserError(f"trunk is {name!r}; it must be one of {', '.join(TRUNKS)}")
-    return TRUNKS[name]
-
-
 def check_last_stride(last_stride: int) -> None:
     """Refuse another stride of the last stage than 1 (re-identification) or 2 (ImageNet)."""
     if last_stride not in (1, 2):
@@ -78,7 +63,7 @@ def check_last_stride(last_stride: int) -> None:
 
 
 def torchvision_name(path: tuple[str, ...]) -> str:
-    """Name a module of a ResNet as torchvision does: ("layer3_0", "conv1") -> "layer3.0.conv1"."""
+    """Name a module of a trunk as torchvision does: ("layer3_0", "conv1") -> "layer3.0.conv1"."""
     name = ".".join(path).replace("downsample_conv", "downsample.0")
     return re.sub(r"(layer\d+)_(\d+)", r"\1.\2", name.replace("downsample_bn", "downsample.1"))
 

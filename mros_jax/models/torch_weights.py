@@ -7,6 +7,7 @@ Nothing here needs PyTorch, except reading a `.pth` file.
 
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +33,9 @@ _LEAVES = {
     ("batch_stats", "var"): "running_var",
 }
 
+# Of a DenseNet's layers in the files that torchvision publishes: "norm.1" is today's "norm1".
+_OLD_NAME = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12])\.")
+
 
 class WeightsError(UserError):
     """Weights that do not fit the network, or a file that holds none."""
@@ -51,8 +55,8 @@ def load_imagenet(
             start from one tensor.
 
     Returns:
-        New variables, float32. torchvision's classifier (`fc.*`) is left out on purpose; every
-        other tensor is used and everything with a torchvision name filled.
+        New variables, float32. torchvision's classifier (`fc.*`, `classifier.*`) is left out on
+        purpose; every other tensor is used and everything with a torchvision name filled.
 
     Raises:
         NotFoundError: no such file.
@@ -60,7 +64,11 @@ def load_imagenet(
             of them listed.
     """
     state = read_state_dict(path)
-    state = {k: v for k, v in state.items() if k not in ("fc.weight", "fc.bias")}
+    state = {
+        _OLD_NAME.sub(r"\1\2.", name): value
+        for name, value in state.items()
+        if not re.fullmatch(r"(fc|classifier)\.(weight|bias)", name)
+    }
     return _fill(variables, state, torchvision_name, source=str(path))
 
 

@@ -11,8 +11,9 @@ from jaxtyping import Array, Key, Shaped
 from mros_jax.errors import UserError
 from mros_jax.models.heads import Classifiers, Reduction
 from mros_jax.models.outputs import Outputs, Part, check_images
-from mros_jax.models.resnet import ResNet, TrunkSpec, find_trunk, torchvision_name
+from mros_jax.models.resnet import ResNet, TrunkSpec, torchvision_name
 from mros_jax.models.stripes import check_height, pool_stripes, stripe_edges
+from mros_jax.models.trunks import find_resnet
 
 _reduction_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
@@ -26,7 +27,7 @@ class MGN(nn.Module):
 
     Attributes:
         num_classes: identities of the training set, N.
-        trunk: a name in `mros_jax.models.resnet.TRUNKS`.
+        trunk: a ResNet in `mros_jax.models.trunks.TRUNKS`.
         stripes: stripes of each branch beside the global one.
         reduced: numbers that each pooled vector is reduced to, by a layer of its own.
         global_heads: the classifiers of whole maps see the vectors before ("z", as in the paper)
@@ -73,7 +74,7 @@ class MGN(nn.Module):
             UserError: fields that make no network; images of another rank, channel number or type,
                 or of a height that does not give equal stripes (names heights that do).
         """
-        spec = find_trunk(self.trunk)
+        spec = find_resnet(self.trunk)
         check_images(images)
         self._check(spec, images.shape[1])
         names = spec.blocks()

@@ -10,8 +10,9 @@ from jaxtyping import Array, Key, Shaped
 from mros_jax.errors import UserError
 from mros_jax.models.heads import Classifiers
 from mros_jax.models.outputs import Outputs, Part, check_images
-from mros_jax.models.resnet import BatchNorm, find_trunk, torchvision_name
+from mros_jax.models.resnet import BatchNorm, torchvision_name
 from mros_jax.models.stripes import check_height, pool_stripes, stripe_edges
+from mros_jax.models.trunks import find_trunk
 
 
 class MROS(nn.Module):
@@ -22,7 +23,7 @@ class MROS(nn.Module):
 
     Attributes:
         num_classes: identities of the training set, N.
-        trunk: a name in `mros_jax.models.resnet.TRUNKS`.
+        trunk: a name in `mros_jax.models.trunks.TRUNKS`.
         levels: stages of the trunk that are pooled, "t3" and "t4" (T3, T4).
         overlap: windows of two adjacent stripes, or single stripes.
         num_stripes: s.

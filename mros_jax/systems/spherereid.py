@@ -10,8 +10,9 @@ from jaxtyping import Array, Key, Shaped
 from mros_jax.errors import UserError
 from mros_jax.models.heads import CosineClassifiers, dropout, to_unit_length
 from mros_jax.models.outputs import Outputs, Part, check_images
-from mros_jax.models.resnet import BatchNorm, find_trunk, torchvision_name
+from mros_jax.models.resnet import BatchNorm, torchvision_name
 from mros_jax.models.stripes import pool_stripes
+from mros_jax.models.trunks import find_trunk
 
 
 class SphereReID(nn.Module):
@@ -19,7 +20,7 @@ class SphereReID(nn.Module):
 
     Attributes:
         num_classes: identities of the training set, N.
-        trunk: a name in `mros_jax.models.resnet.TRUNKS`.
+        trunk: a name in `mros_jax.models.trunks.TRUNKS`.
         last_stride: stride of the trunk's last stage, 1 or 2.
         dropout: probability that a number before the embedding is set to 0 in training.
         embedded: numbers of the embedding.

@@ -9,8 +9,9 @@ from jaxtyping import Array, Key, Shaped
 
 from mros_jax.models.heads import Classifiers
 from mros_jax.models.outputs import Outputs, Part, check_images
-from mros_jax.models.resnet import BatchNorm, find_trunk, torchvision_name
+from mros_jax.models.resnet import BatchNorm, torchvision_name
 from mros_jax.models.stripes import pool_stripes
+from mros_jax.models.trunks import find_trunk
 
 
 class StrongBaseline(nn.Module):
@@ -18,7 +19,7 @@ class StrongBaseline(nn.Module):
 
     Attributes:
         num_classes: identities of the training set, N.
-        trunk: a name in `mros_jax.models.resnet.TRUNKS`.
+        trunk: a name in `mros_jax.models.trunks.TRUNKS`.
         last_stride: stride of the trunk's last stage, 1 or 2.
         stem_relu: with the ReLU after the trunk's first batch normalization; the authors' code,
             and so every number of the paper, is without it.

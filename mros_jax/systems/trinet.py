@@ -10,8 +10,9 @@ from jaxtyping import Array, Key, Shaped
 from mros_jax.errors import UserError
 from mros_jax.models.heads import Reduction
 from mros_jax.models.outputs import Outputs, Part, check_images
-from mros_jax.models.resnet import find_trunk, torchvision_name
+from mros_jax.models.resnet import torchvision_name
 from mros_jax.models.stripes import pool_stripes
+from mros_jax.models.trunks import find_trunk
 
 
 class TriNet(nn.Module):
@@ -19,7 +20,7 @@ class TriNet(nn.Module):
 
     Attributes:
         num_classes: identities of the training set; no layer depends on it.
-        trunk: a name in `mros_jax.models.resnet.TRUNKS`.
+        trunk: a name in `mros_jax.models.trunks.TRUNKS`.
         last_stride: stride of the trunk's last stage, 1 or 2.
         reduced: numbers after the first linear layer.
         embedded: numbers of the embedding.

@@ -222,15 +222,20 @@ def check_fit(config: ConfigDict, dataset: Dataset) -> None:
             raise UserError(f"config.eval.rerank_options, {error}") from error
 
 
-# torchvision's files by trunk, first choice first: V1 is where re-identification codes start from.
-IMAGENET_WEIGHTS = {"resnet50": ("resnet50-0676ba61", "resnet50-11ad3fa6")}
+# Names of torchvision's weights by trunk, and their files; first choice first: V1 is where
+# re-identification codes start from.
+IMAGENET_WEIGHTS = {
+    "resnet50": {"resnet50_v1": "resnet50-0676ba61", "resnet50_v2": "resnet50-11ad3fa6"},
+    "densenet121": {"densenet121": "densenet121-a639ec97"},
+    "densenet201": {"densenet201": "densenet201-c1103571"},
+}
 
 
 def find_weights(trunk: str) -> pathlib.Path | None:
     """The ImageNet weights of a trunk that mros_jax.fetch_weights has fetched, if any."""
     candidates = (
         cache_directory("weights") / f"{stem}.{suffix}"
-        for stem in IMAGENET_WEIGHTS.get(trunk, ())
+        for stem in IMAGENET_WEIGHTS.get(trunk, {}).values()
         for suffix in ("safetensors", "pth")
     )
     return next((path for path in candidates if path.is_file()), None)
@@ -253,11 +258,15 @@ def init_variables(network: Network, config: ConfigDict) -> dict[str, Any]:
         trunk = config.network.trunk
         weights = find_weights(trunk) or "none"
         if weights == "none" and config.init.run is None:
+            names = list(IMAGENET_WEIGHTS.get(trunk, ()))
             log.warning(
                 "No ImageNet weights for %s in %s: training starts from random weights and will "
-                "end far below the paper. To fetch them: python -m mros_jax.fetch_weights",
+                "end far below the paper. To start from them: %s",
                 trunk,
                 cache_directory("weights"),
+                f"python -m mros_jax.fetch_weights {names[0]}"
+                if names
+                else "--config.weights=FILE with torchvision's file",
             )
     if weights == "none":
         return variables

@@ -9,7 +9,7 @@ from mros_jax.errors import UserError
 from mros_jax.losses import make_objective
 from mros_jax.models import torch_weights
 from mros_jax.models.outputs import Part
-from mros_jax.models.resnet import TRUNKS
+from mros_jax.models.trunks import TRUNKS
 from mros_jax.systems.mgn import MGN
 
 LABELS = jnp.asarray([0, 0, 1, 1])

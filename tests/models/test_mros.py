@@ -6,7 +6,8 @@ import pytest
 
 from mros_jax.config import make_network, read
 from mros_jax.errors import UserError
-from mros_jax.models.resnet import TRUNKS, BatchNorm, Conv
+from mros_jax.models.resnet import BatchNorm, Conv
+from mros_jax.models.trunks import TRUNKS
 from mros_jax.systems.mros import MROS
 
 apply = jax.jit(
