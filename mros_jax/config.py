@@ -67,6 +67,7 @@ def base(dataset: str = "market1501") -> ConfigDict:
     config.input = ConfigDict()
     config.input.height = 384
     config.input.width = 128
+    config.input.interpolation = "bilinear"  # or "bicubic": how images are resized, as PIL does
 
     config.augment = ConfigDict()
     config.augment.resize = ()  # height and width before the crop to the input's size; (): that
@@ -75,7 +76,7 @@ def base(dataset: str = "market1501") -> ConfigDict:
     config.augment.erase = 0.5  # probability
     config.augment.erase_area = (0.02, 0.4)  # share of the image
     config.augment.erase_aspect = (0.3, 1 / 0.3)
-    config.augment.erase_fill = "mean"  # or "public": as the public lineage fills
+    config.augment.erase_fill = "mean"  # or "public": as the public lineage fills; or "noise"
 
     config.network = ConfigDict()  # name: a key of `mros_jax.systems.NETWORKS`; and its fields
     # ImageNet weights: a file; "none": a random start; "auto": what mros_jax.fetch_weights has
@@ -189,7 +190,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
         for group in config.optimizer.values():
             if "b1_changes" in group:
                 group.b1_changes = tuple((int(step * share), b1) for step, b1 in group.b1_changes)
-    if config.batch.sampler == "identities":
+    if "identities" in config.batch:
         config.batch.identities = min(config.batch.identities, 16)
     config.input.height = 96
     config.input.width = 48
@@ -225,6 +226,7 @@ def load_images(config: ConfigDict, split: Split, *, progress: bool = True) -> s
         split,
         height=height,
         width=width,
+        interpolation=config.input.interpolation,
         cache_dir=config.dataset.cache_dir,
         on_bad_image=config.dataset.on_bad_image,
         progress=progress,

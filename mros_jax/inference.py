@@ -8,7 +8,7 @@ descriptors = model.embed(images)  # uint8 (N, H, W, 3), arrays of any sizes, or
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,7 @@ class Embedder:
     Args:
         height: images are resized to this height, in pixels.
         width: and to this width.
+        interpolation: of that resize, "bilinear" or "bicubic".
         crop: height and width of each of ten crops; None: those of the images.
     """
 
@@ -53,6 +54,7 @@ class Embedder:
         *,
         height: int,
         width: int,
+        interpolation: str = "bilinear",
         crop: tuple[int, int] | None = None,
         config: ConfigDict | None = None,
         checkpoint_id: str = "",
@@ -62,8 +64,10 @@ class Embedder:
         self.config = config
         self.checkpoint_id = checkpoint_id
         self._height, self._width = height, width
+        self._resize = {"height": height, "width": width, "interpolation": interpolation}
         self._placed = parallel.replicate(variables)
-        self._embed = _make_embed(network, height, width, crop or (height, width))
+        preprocess = functools.partial(augment.preprocess, **self._resize)
+        self._embed = _make_embed(network, preprocess, crop or (height, width))
 
     def replace_variables(self, variables: dict[str, Any]) -> None:
         """Use other variables of the same shapes, without compiling again."""
@@ -121,7 +125,7 @@ class Embedder:
             batch = images[start : start + batch_size]
             if not isinstance(batch, np.ndarray):
                 arrays = [_to_array(image) for image in batch]
-                batch = decoding.load_images(arrays, height=self._height, width=self._width)
+                batch = decoding.load_images(arrays, **self._resize)
             padding = batch_size - len(batch)
             padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
             out = self._embed(self._placed, parallel.split(padded), flip_test, crops)
@@ -136,7 +140,7 @@ class Embedder:
 
     def outputs(self, images: np.ndarray) -> Outputs:
         """All named outputs of the network for a few uint8 images (N, H, W, 3)."""
-        inputs = augment.preprocess(images, height=self._height, width=self._width)
+        inputs = augment.preprocess(images, **self._resize)
         return self.network.apply(self.variables, inputs, train=False)
 
 
@@ -147,7 +151,9 @@ def _to_array(image: Image) -> np.ndarray | str | os.PathLike:
     return np.asarray(image) if isinstance(image, jax.Array) else image
 
 
-def _make_embed(network: Network, height: int, width: int, crop: tuple[int, int]) -> Any:
+def _make_embed(
+    network: Network, preprocess: Callable[[Any], jax.Array], crop: tuple[int, int]
+) -> Any:
     # Local devices only: in a run of many processes each may embed what it likes.
     @functools.partial(
         jax.pmap,
@@ -157,7 +163,7 @@ def _make_embed(network: Network, height: int, width: int, crop: tuple[int, int]
         devices=jax.local_devices(),
     )
     def embed(variables, images, flip_test, crops):
-        inputs = augment.preprocess(images, height=height, width=width)
+        inputs = preprocess(images)
         if crops == "ten":
             # One after another: ten times the batch would not fit where the batch just does.
             views = augment.ten_crops(inputs, height=crop[0], width=crop[1])
@@ -227,6 +233,7 @@ def make_embedder(
         variables,
         height=height,
         width=width,
+        interpolation=config.input.interpolation,
         crop=(config.input.height, config.input.width),
         config=config,
         checkpoint_id=checkpoint_id,

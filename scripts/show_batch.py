@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe.check_config(config)
     images = configs.load_images(config, configs.load_dataset(config).train)
     sampler = batches.make_sampler(config.batch.to_dict())
-    epoch, step = divmod(args.step, batches.steps_per_epoch(len(images), sampler.size))
-    plan = sampler.plan(labels_of(images), seed=config.seed, epoch=epoch)
+    labels = labels_of(images)
+    epoch, step = divmod(args.step, sampler.steps(labels))
+    plan = sampler.plan(labels, seed=config.seed, epoch=epoch)
     stored = images.images[plan[step]]
     keys = augment.example_keys(config.seed, args.step, np.arange(sampler.size))
     augmented = jax.jit(recipe.make_augment(config))(stored, keys)

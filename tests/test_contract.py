@@ -142,7 +142,7 @@ def test_outputs(system):
     outputs, _ = system.full
     batch, length = outputs.descriptor.shape
     assert batch == 2
-    parts = system.network.parts(**system.config.input)
+    parts = system.network.parts(system.config.input.height, system.config.input.width)
     assert sum(part.size for part in parts) == length
     assert all(0 <= part.top < part.bottom <= 1 and part.group for part in parts)
     assert outputs.embeddings or outputs.logits

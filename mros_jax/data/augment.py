@@ -13,12 +13,14 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32, Key, Shaped, UInt8
 
-from mros_jax.data.resample import bilinear_taps, resample_axis
+from mros_jax.data.resample import make_taps, resample_axis
 from mros_jax.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+ERASE_FILLS = ("mean", "public", "noise")
+_NOISE = 2  # folded into an example's key for the noise that fills what is erased
 _ATTEMPTS = 100  # of random erasing to find a rectangle that fits, as the public code has it
 
 
@@ -160,8 +162,8 @@ def _check(
 
 
 def _check_fill(erase_fill: str) -> None:
-    if erase_fill not in ("mean", "public"):
-        raise UserError(f"erase_fill must be 'mean' or 'public', got {erase_fill!r}")
+    if erase_fill not in ERASE_FILLS:
+        raise UserError(f"erase_fill is {erase_fill!r}; expected one of {', '.join(ERASE_FILLS)}")
 
 
 def apply_params(
@@ -171,16 +173,19 @@ def apply_params(
     height: int,
     width: int,
     resize: Sequence[int] = (),
+    interpolation: str = "bilinear",
     pad: int = 10,
     erase_fill: str = "mean",
+    key: Key[Array, ""] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "height width 3"]:
     """Resize, mirror, pad, crop, normalize and erase one image as told.
 
     Mirror, padding and crop only choose which pixel of the resized image goes where, so the resize
     computes just those. Padding is black before normalising. The erased rectangle becomes the mean
-    colour, 0 after normalising (`erase_fill="mean"`), or the numbers 0.485, 0.456, 0.406 after
-    normalising (`"public"`, what the usual public code does).
+    colour, 0 after normalising (`erase_fill="mean"`); or the numbers 0.485, 0.456, 0.406 after
+    normalising (`"public"`, what the usual public code does); or noise of N(0, 1) for each number
+    after normalising (`"noise"`).
 
     Args:
         image: RGB grey levels.
@@ -188,12 +193,15 @@ def apply_params(
         height: of the result.
         width: of the result.
         resize: as given to `draw_params`.
+        interpolation: of the resize, "bilinear" or "bicubic".
         pad: as given to `draw_params`.
-        erase_fill: "mean" or "public".
+        erase_fill: "mean", "public" or "noise".
+        key: the example's, which "noise" needs.
         dtype: of the result; the arithmetic is float32.
 
     Raises:
-        UserError: unknown `erase_fill`.
+        UserError: unknown `erase_fill` or `interpolation`.
+        ValueError: no key for the noise.
     """
     _check_fill(erase_fill)
     tall, wide = resized_size(resize, height, width, "augmentation: resize")
@@ -203,10 +211,13 @@ def apply_params(
     columns = jnp.where(params.flip, wide - 1 - columns, columns)
 
     narrow = resample_axis(
-        image, bilinear_taps(image.shape[1], wide), 1, jnp.clip(columns, 0, wide - 1)
+        image,
+        make_taps(image.shape[1], wide, interpolation),
+        1,
+        jnp.clip(columns, 0, wide - 1),
     )  # (h, width, 3)
     levels = resample_axis(
-        narrow, bilinear_taps(image.shape[0], tall), 0, jnp.clip(rows, 0, tall - 1)
+        narrow, make_taps(image.shape[0], tall, interpolation), 0, jnp.clip(rows, 0, tall - 1)
     )  # (height, width, 3)
     normalized = _normalize(jnp.where(inside[..., None], levels, 0))
 
@@ -214,6 +225,11 @@ def apply_params(
     y, x = jnp.arange(height)[:, None], jnp.arange(width)
     erased = (y >= top) & (y < top + box_height) & (x >= left) & (x < left + box_width)
     fill = jnp.array(IMAGENET_MEAN if erase_fill == "public" else (0.0, 0.0, 0.0), jnp.float32)
+    if erase_fill == "noise":
+        if key is None:
+            raise ValueError("erase_fill 'noise' needs the example's key; got None")
+        own = jax.random.fold_in(key, _NOISE)
+        fill = jax.random.normal(own, normalized.shape, jnp.float32)
     return jnp.where(erased[..., None], fill, normalized).astype(dtype)
 
 
@@ -232,6 +248,7 @@ def augment_batch(
     height: int,
     width: int,
     resize: Sequence[int] = (),
+    interpolation: str = "bilinear",
     flip: float = 0.5,
     pad: int = 10,
     erase: float = 0.5,
@@ -242,7 +259,7 @@ def augment_batch(
 ) -> Float[Array, "B height width 3"]:
     """Augments a batch for training; call it inside the jitted step.
 
-    In this order: resize (bilinear, as PIL), mirror, zero pad and crop, normalise with ImageNet's
+    In this order: resize (as PIL), mirror, zero pad and crop, normalise with ImageNet's
     mean and standard deviation, random erasing. See `draw_params` and `apply_params`.
 
     Args:
@@ -251,12 +268,13 @@ def augment_batch(
         height: of the network's input, in pixels.
         width: of the network's input, in pixels.
         resize: height and width that images are resized to before the crop; (): the input's.
+        interpolation: of the resize, "bilinear" or "bicubic".
         flip: probability of mirroring.
         pad: zero pixels on each side before the crop.
         erase: probability of erasing.
         erase_area: smallest and largest share of the image.
         erase_aspect: smallest and largest height / width.
-        erase_fill: "mean" (0 after normalising) or "public" (0.485, 0.456, 0.406).
+        erase_fill: "mean" (0 after normalising), "public" (0.485, 0.456, 0.406) or "noise".
         dtype: of the result.
 
     Returns:
@@ -285,8 +303,10 @@ def augment_batch(
             height=height,
             width=width,
             resize=resize,
+            interpolation=interpolation,
             pad=pad,
             erase_fill=erase_fill,
+            key=key,
             dtype=dtype,
         )
 
@@ -298,6 +318,7 @@ def preprocess(
     *,
     height: int,
     width: int,
+    interpolation: str = "bilinear",
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "B height width 3"]:
     """Resize and normalises a batch for evaluation.
@@ -306,12 +327,14 @@ def preprocess(
         images: (B, h, w, 3) uint8, any size.
         height: of the network's input, in pixels.
         width: of the network's input, in pixels.
+        interpolation: "bilinear" or "bicubic".
         dtype: of the result.
 
     Returns:
         (B, height, width, 3) normalised images.
     """
-    return _normalize(resize(images, height=height, width=width)).astype(dtype)
+    levels = resize(images, height=height, width=width, interpolation=interpolation)
+    return _normalize(levels).astype(dtype)
 
 
 def ten_crops(
@@ -349,17 +372,23 @@ def ten_crops(
 
 
 def resize(
-    images: Shaped[np.ndarray | Array, "B h w 3"], *, height: int, width: int
+    images: Shaped[np.ndarray | Array, "B h w 3"],
+    *,
+    height: int,
+    width: int,
+    interpolation: str = "bilinear",
 ) -> Float[Array, "B height width 3"]:
-    """Resize as PIL's `Image.resize((width, height), BILINEAR)` does, to one grey level.
+    """Resize as PIL's `Image.resize((width, height), BILINEAR)` or `BICUBIC` does, exactly.
 
     Args:
         images: (B, h, w, 3) grey levels.
         height: of the result.
         width: of the result.
+        interpolation: "bilinear" or "bicubic".
 
     Returns:
         float32 (B, height, width, 3), whole numbers 0..255.
     """
-    narrow = resample_axis(jnp.asarray(images), bilinear_taps(images.shape[2], width), 2)
-    return resample_axis(narrow, bilinear_taps(images.shape[1], height), 1)
+    across = make_taps(images.shape[2], width, interpolation)
+    down = make_taps(images.shape[1], height, interpolation)
+    return resample_axis(resample_axis(jnp.asarray(images), across, 2), down, 1)

@@ -9,7 +9,8 @@ from jaxtyping import Int, Int32, Integer
 
 from mros_jax.errors import UserError
 
-_IDENTITIES, _SHUFFLED = 0, 1  # so that the two kinds of plan never share a stream of numbers
+# So that two kinds of plan never share a stream of numbers.
+_IDENTITIES, _SHUFFLED, _ONCE = range(3)
 
 
 def steps_per_epoch(num_images: int, batch: int) -> int:
@@ -81,14 +82,7 @@ def plan_epoch(
     Raises:
         UserError: fewer than P identities, fewer than P K images, or a batch that does not divide.
     """
-    if identities < 1 or images < 1:
-        raise UserError(f"P and K must be at least 1, got P = {identities} and K = {images}")
-    _, label, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    if len(counts) < identities:
-        raise UserError(
-            f"the training split has {len(counts)} identities and a batch needs {identities} "
-            f"different ones: set identities to {len(counts)} or less"
-        )
+    label, counts = _count_images(labels, identities, images)
     columns = process_slice(identities * images, process_index, process_count)
     steps = steps_per_epoch(len(labels), identities * images)
     rng = np.random.default_rng([seed, epoch, _IDENTITIES])
@@ -102,12 +96,37 @@ def plan_epoch(
     turn = np.empty(flat.size, np.int64)
     turn[by_owner] = np.arange(flat.size) - np.repeat(np.cumsum(groups) - groups, groups)
     place = turn[:, None] * images + np.arange(images)  # (steps * P, K)
-    place %= counts[flat][:, None]
-    place += (np.cumsum(counts) - counts)[flat][:, None]
-    shuffled = rng.permutation(len(labels))
-    order = shuffled[np.argsort(label.reshape(-1)[shuffled], kind="stable")]
-    plan = order[place].reshape(steps, identities * images)
+    plan = _look_up(flat, place, label, counts, rng).reshape(steps, identities * images)
     return np.ascontiguousarray(plan[:, columns], dtype=np.int32)
+
+
+def _count_images(
+    labels: Integer[np.ndarray, "N"], identities: int, images: int
+) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "C"]]:
+    """Number the identities from 0; return the number of each image and the images of each."""
+    if identities < 1 or images < 1:
+        raise UserError(f"P and K must be at least 1, got P = {identities} and K = {images}")
+    _, label, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    if len(counts) < identities:
+        raise UserError(
+            f"the training split has {len(counts)} identities and a batch needs {identities} "
+            f"different ones: set identities to {len(counts)} or less"
+        )
+    return label.reshape(-1), counts
+
+
+def _look_up(
+    owner: Int[np.ndarray, "n"],
+    place: Int[np.ndarray, "n K"],
+    label: Int[np.ndarray, "N"],
+    counts: Int[np.ndarray, "C"],
+    rng: np.random.Generator,
+) -> Int[np.ndarray, "n K"]:
+    """The images at places of each owner's own random order, which starts over at its end."""
+    shuffled = rng.permutation(len(label))
+    order = shuffled[np.argsort(label[shuffled], kind="stable")]
+    starts = np.cumsum(counts) - counts
+    return order[place % counts[owner][:, None] + starts[owner][:, None]]
 
 
 def _count_groups(
@@ -163,6 +182,47 @@ def _assign_identities(
     return owner
 
 
+def plan_once(
+    labels: Integer[np.ndarray, "N"],
+    *,
+    identities: int,
+    images: int,
+    seed: int,
+    epoch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Int32[np.ndarray, "steps local_batch"]:
+    """Plan the P x K batches of an epoch in which no identity comes twice.
+
+    The identities come in random order, each with K different images; an identity with fewer
+    repeats them. Those of the last incomplete batch are left out, others in each epoch. This is
+    what many public codes call an epoch; one of `plan_epoch` is as long as all images.
+
+    Args:
+        labels: (N,) identity of every training image; any integers, junk excluded by the caller.
+        identities: P, different identities in a batch.
+        images: K, images per identity in a batch.
+        seed: the run's seed, not negative.
+        epoch: the epoch, counted from 0. The plan depends on seed and epoch alone.
+        process_index: which process of a multi-host run this is.
+        process_count: how many processes share the batch; each takes consecutive columns.
+
+    Returns:
+        (C // P, P K / process_count) int32 indices into `labels`, of C identities.
+
+    Raises:
+        UserError: fewer than P identities, or a batch that does not divide.
+    """
+    label, counts = _count_images(labels, identities, images)
+    columns = process_slice(identities * images, process_index, process_count)
+    steps = len(counts) // identities
+    rng = np.random.default_rng([seed, epoch, _ONCE])
+    owner = rng.permutation(len(counts))[: steps * identities]
+    place = np.broadcast_to(np.arange(images), (len(owner), images))
+    plan = _look_up(owner, place, label, counts, rng).reshape(steps, identities * images)
+    return np.ascontiguousarray(plan[:, columns], dtype=np.int32)
+
+
 def plan_shuffled(
     num_images: int,
     *,
@@ -207,9 +267,26 @@ class Identities:
         """Images in the global batch."""
         return self.identities * self.images
 
+    def steps(self, labels: Integer[np.ndarray, "N"]) -> int:
+        """Steps of every epoch."""
+        return steps_per_epoch(len(labels), self.size)
+
     def plan(self, labels: Integer[np.ndarray, "N"], **place: int) -> Int32[np.ndarray, "steps b"]:
         """Indices of an epoch; `place` are the keyword arguments from `seed` on of `plan_epoch`."""
         return plan_epoch(labels, identities=self.identities, images=self.images, **place)
+
+
+@dataclasses.dataclass(frozen=True)
+class IdentitiesOnce(Identities):
+    """P x K batches with each identity once an epoch (`plan_once`)."""
+
+    def steps(self, labels: Integer[np.ndarray, "N"]) -> int:
+        """Steps of every epoch."""
+        return len(np.unique(labels)) // self.identities
+
+    def plan(self, labels: Integer[np.ndarray, "N"], **place: int) -> Int32[np.ndarray, "steps b"]:
+        """Indices of an epoch; `place` are the keyword arguments from `seed` on of `plan_once`."""
+        return plan_once(labels, identities=self.identities, images=self.images, **place)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +295,10 @@ class Shuffled:
 
     size: int
 
+    def steps(self, labels: Integer[np.ndarray, "N"]) -> int:
+        """Steps of every epoch."""
+        return steps_per_epoch(len(labels), self.size)
+
     def plan(self, labels: Integer[np.ndarray, "N"], **place: int) -> Int32[np.ndarray, "steps b"]:
         """Indices of an epoch; `place` are the keyword arguments from `seed` on of `plan_epoch`."""
         return plan_shuffled(len(labels), batch=self.size, **place)
@@ -225,7 +306,11 @@ class Shuffled:
 
 Sampler = Identities | Shuffled
 # What `config.batch.sampler` may say. The rest of the section are the fields.
-SAMPLERS: dict[str, Any] = {"identities": Identities, "shuffled": Shuffled}
+SAMPLERS: dict[str, Any] = {
+    "identities": Identities,
+    "identities_once": IdentitiesOnce,
+    "shuffled": Shuffled,
+}
 
 
 def make_sampler(section: Mapping[str, Any]) -> Sampler:

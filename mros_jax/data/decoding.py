@@ -199,17 +199,24 @@ def decode_images(
 
 
 def resize(
-    pixels: UInt8[np.ndarray, "_ _ 3"], height: int, width: int
+    pixels: UInt8[np.ndarray, "_ _ 3"],
+    height: int,
+    width: int,
+    interpolation: str = "bilinear",
 ) -> UInt8[np.ndarray, "{height} {width} 3"]:
-    """Resize an image by PIL's bilinear filter, as the evaluation transform does."""
+    """Resize an image by PIL, as the evaluation transform does."""
     if pixels.shape[:2] == (height, width):
         return pixels
     image = PIL.Image.fromarray(pixels)
-    return np.asarray(image.resize((width, height), PIL.Image.Resampling.BILINEAR))
+    return np.asarray(image.resize((width, height), PIL.Image.Resampling[interpolation.upper()]))
 
 
 def load_images(
-    images: Sequence[np.ndarray | str | os.PathLike[str]], *, height: int, width: int
+    images: Sequence[np.ndarray | str | os.PathLike[str]],
+    *,
+    height: int,
+    width: int,
+    interpolation: str = "bilinear",
 ) -> UInt8[np.ndarray, "N {height} {width} 3"]:
     """Bring images of any size, or files, to one size, as the store does.
 
@@ -217,6 +224,7 @@ def load_images(
         images: uint8 (H, W, 3) RGB each, or paths of image files.
         height: of the result, in pixels.
         width: of the result, in pixels.
+        interpolation: "bilinear" or "bicubic".
 
     Raises:
         UserError: files that cannot be read, all of them named, or arrays of another type or rank.
@@ -239,5 +247,5 @@ def load_images(
         ):
             kind = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else pixels
             raise UserError(f"image {i} is {kind}; expected uint8 RGB (H, W, 3)")
-        result[i] = resize(pixels, height, width)
+        result[i] = resize(pixels, height, width, interpolation)
     return result

@@ -1,18 +1,19 @@
-"""PIL's bilinear resize as fixed taps and weights, in whole numbers of grey levels."""
+"""PIL's resize as fixed taps and weights, in the whole numbers that PIL computes with."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
+from jaxtyping import Array, Float, Int, Int32, Shaped
 
 from mros_jax.errors import UserError
 
-# Weights are whole multiples of 1 / _UNIT. Grey levels of 8 bits times weights of 16 are exact in
-# float32, sums below 256 as well: no result depends on the order of sums or on fused operations,
-# and so none depends on the device count or the program around it.
-_UNIT = 2.0**16
+# Weights are whole multiples of 2^-22, as Pillow's `Resample.c` rounds them. Grey levels times
+# weights and their sums are exact in 32 bits, so that no result depends on the order of sums or on
+# the program around it, and so none depends on the device count.
+_BITS = 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,46 +22,69 @@ class Taps:
 
     Attributes:
         indices: (out, T) int32, inside the input.
-        weights: (out, T) float32, multiples of 2^-16 with rows that sum to 1 exactly; taps that are
-            not needed weigh 0.
+        weights: (out, T) int32, multiples of 2^-22; taps that are not needed weigh 0.
     """
 
     indices: Int32[np.ndarray, "out T"]
-    weights: Float32[np.ndarray, "out T"]
+    weights: Int32[np.ndarray, "out T"]
+
+
+def _triangle(x: float) -> float:
+    return max(0.0, 1 - abs(x))
+
+
+def _cubic(x: float) -> float:
+    """Keys' kernel with a = -1/2 (IEEE ASSP 1981)."""
+    x, a = abs(x), -0.5
+    if x < 1:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+    return (((x - 5) * x + 8) * x - 4) * a if x < 2 else 0.0
+
+
+# Kernel, and the distance from which on it is 0.
+_KERNELS: dict[str, tuple[Callable[[float], float], float]] = {
+    "bilinear": (_triangle, 1.0),
+    "bicubic": (_cubic, 2.0),
+}
+INTERPOLATIONS = tuple(_KERNELS)
 
 
 @functools.cache
-def bilinear_taps(size: int, out: int) -> Taps:
-    """Return the taps of PIL's bilinear filter along one axis.
+def make_taps(size: int, out: int, interpolation: str = "bilinear") -> Taps:
+    """Return the taps of one of PIL's filters along one axis.
 
-    The filter is a triangle; when shrinking, it is as wide as the shrinkage (antialiasing), so that
-    more than two inputs count. The formula is that of Pillow's `Resample.c`.
+    When shrinking, the kernel is as much wider as the image shrinks (antialiasing), so that more
+    inputs count. The formula is that of Pillow's `Resample.c`.
 
     Args:
         size: pixels of the input along the axis.
         out: pixels of the output along the axis.
+        interpolation: "bilinear" or "bicubic".
 
     Raises:
-        UserError: a size below 1.
+        UserError: a size below 1, or an unknown interpolation.
     """
+    if interpolation not in _KERNELS:
+        raise UserError(
+            f"interpolation is {interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}"
+        )
     if size < 1 or out < 1:
         raise UserError(f"cannot resize {size} pixels to {out}: sizes must be at least 1")
+    kernel, reach = _KERNELS[interpolation]
     scale = size / out
-    support = max(scale, 1.0)
+    wider = max(scale, 1.0)
     rows = []
     for i in range(out):
         center = (i + 0.5) * scale
-        first = max(0, int(center - support + 0.5))
-        last = min(size, int(center + support + 0.5))
-        weights = [max(0.0, 1 - abs((x + 0.5 - center) / support)) for x in range(first, last)]
-        used = [first + k for k, weight in enumerate(weights) if weight > 0]
-        parts = np.array([weight for weight in weights if weight > 0])
-        parts = np.rint(parts / parts.sum() * _UNIT)
-        parts[parts.argmax()] += _UNIT - parts.sum()
-        rows.append(list(zip(used, parts / _UNIT, strict=True)))
+        first = max(0, int(center - reach * wider + 0.5))
+        last = min(size, int(center + reach * wider + 0.5))
+        weights = np.array([kernel((x + 0.5 - center) / wider) for x in range(first, last)])
+        scaled = weights / weights.sum() * 2**_BITS
+        whole = np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int32)
+        rows.append([(first + k, weight) for k, weight in enumerate(whole) if weight])
     width = max(map(len, rows))
     indices = np.zeros((out, width), np.int32)
-    values = np.zeros((out, width), np.float32)
+    values = np.zeros((out, width), np.int32)
     for i, row in enumerate(rows):
         indices[i] = [x for x, _ in row] + [row[-1][0]] * (width - len(row))
         values[i, : len(row)] = [w for _, w in row]
@@ -77,7 +101,7 @@ def resample_axis(
 
     Args:
         images: grey levels 0..255 in any real type, whole numbers.
-        taps: from `bilinear_taps`, for the size of that axis.
+        taps: from `make_taps`, for the size of that axis.
         axis: the axis to resize.
         positions: the outputs wanted, in any order and any number of times; by default all.
 
@@ -89,11 +113,12 @@ def resample_axis(
     if positions is not None:
         indices = jnp.asarray(indices)[positions]
         weights = jnp.asarray(weights)[positions]
+    if taps.weights.shape[1] == 1:  # one input each, as where the size stays
+        return jnp.take(images, indices[:, 0], axis=axis, mode="clip").astype(jnp.float32)
     shape = [1] * images.ndim
     shape[axis] = -1
-    total = jnp.zeros((), jnp.float32)
+    total = jnp.full((), 1 << (_BITS - 1), jnp.int32)  # to the nearest level, halves up
     for t in range(taps.weights.shape[1]):
-        tap = jnp.take(images, indices[:, t], axis=axis, mode="clip").astype(jnp.float32)
+        tap = jnp.take(images, indices[:, t], axis=axis, mode="clip").astype(jnp.int32)
         total = total + tap * weights[:, t].reshape(shape)
-    # The fixed-point sum of PIL rounds halves up.
-    return jnp.floor(total + 0.5) if taps.weights.shape[1] > 1 else total
+    return jnp.clip(total >> _BITS, 0, 255).astype(jnp.float32)

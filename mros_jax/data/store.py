@@ -98,6 +98,7 @@ def load_store(
     *,
     height: int,
     width: int,
+    interpolation: str = "bilinear",
     cache_dir: str | os.PathLike[str] | None = None,
     use_cache: bool = True,
     num_threads: int | None = None,
@@ -107,7 +108,7 @@ def load_store(
     """Decode all images of a split, or find them in the cache.
 
     Images keep their size where they all share one (Market-1501: 128 x 64); otherwise each is
-    resized to `height` x `width` by PIL's bilinear filter, as the evaluation transform would.
+    resized to `height` x `width` by PIL, as the evaluation transform would.
     Images that are not upright 8-bit RGB are converted (see `decoding.decode_image`); the log
     counts them, and `ImageStore.changed` names them.
 
@@ -121,6 +122,7 @@ def load_store(
         split: the images.
         height: common height, where they differ in size.
         width: common width, where they differ in size.
+        interpolation: of that resize, "bilinear" or "bicubic".
         cache_dir: where decoded images are kept; by default `mros_jax/images` in the user's cache
             directory ($XDG_CACHE_HOME, or ~/.cache).
         use_cache: read and write the cache at all.
@@ -138,14 +140,17 @@ def load_store(
     content = split.images.digest(num_threads=num_threads, progress=progress)
     directory = cache.directory(cache_dir)
     key = _cache_key(content)
+    resized = f"{key}-{height}x{width}{'' if interpolation == 'bilinear' else f'-{interpolation}'}"
     found = None
     if use_cache:
-        for stem in (f"{key}-native", f"{key}-{height}x{width}"):
+        for stem in (f"{key}-native", resized):
             found = found or cache.load(directory / f"{stem}.npy", len(split))
     if found is None:
-        found = decode_split(split, height, width, num_threads=num_threads, progress=progress)
+        found = decode_split(
+            split, height, width, interpolation, num_threads=num_threads, progress=progress
+        )
         if use_cache:
-            stem = f"{key}-native" if found.native else f"{key}-{height}x{width}"
+            stem = f"{key}-native" if found.native else resized
             found = cache.save(directory / f"{stem}.npy", found)
     names = [str(name) for name in split.names]
     skipped = {names[row]: reason for row, reason in found.skipped.items()}
@@ -182,6 +187,7 @@ def decode_split(
     split: Split,
     height: int,
     width: int,
+    interpolation: str = "bilinear",
     *,
     num_threads: int | None = None,
     progress: bool = False,
@@ -190,9 +196,9 @@ def decode_split(
     native = _first_size(split) or (height, width)
     run = {"num_threads": num_threads, "progress": progress}
     try:
-        return _decode_to(split, native, resize=False, **run)
+        return _decode_to(split, native, None, **run)
     except _OtherSizeError:
-        return _decode_to(split, (height, width), resize=True, **run)
+        return _decode_to(split, (height, width), interpolation, **run)
 
 
 class _OtherSizeError(Exception):
@@ -208,17 +214,22 @@ def _first_size(split: Split) -> tuple[int, int] | None:
     return None
 
 
-def _decode_to(split: Split, shape: tuple[int, int], *, resize: bool, **run: Any) -> Decoding:
+def _decode_to(
+    split: Split, shape: tuple[int, int], interpolation: str | None, **run: Any
+) -> Decoding:
     """Decode everything into one array; raise at the first other size if not to be resized."""
     images = np.empty((len(split), *shape, 3), np.uint8)
 
     def copy(picture: Picture) -> tuple[str, tuple[str, ...], bool]:
         if picture.pixels is None:
             return picture.error, (), True
-        fits = resize or picture.pixels.shape[:2] == shape
-        if fits:
-            images[picture.row] = decoding.resize(picture.pixels, *shape)
-        return "", picture.changes, fits
+        if picture.pixels.shape[:2] == shape:
+            images[picture.row] = picture.pixels
+        elif interpolation is not None:
+            images[picture.row] = decoding.resize(picture.pixels, *shape, interpolation)
+        else:
+            return "", picture.changes, False
+        return "", picture.changes, True
 
     skipped, changed = {}, {}
     for row, (error, changes, fits) in enumerate(split.images.map(copy, **run)):
@@ -230,7 +241,7 @@ def _decode_to(split: Split, shape: tuple[int, int], *, resize: bool, **run: Any
             changed[row] = changes
     if skipped:
         images = np.delete(images, list(skipped), axis=0)
-    return Decoding(images, not resize, skipped, changed)
+    return Decoding(images, interpolation is None, skipped, changed)
 
 
 def place(

@@ -26,7 +26,10 @@ class DenseNetSpec(NamedTuple):
     growth: int
     stem: int
 
-    smallest = "tiny_densenet"
+    @property
+    def smallest(self) -> str:
+        """The name of the smallest DenseNet in `mros_jax.models.trunks.TRUNKS`."""
+        return "tiny_densenet"
 
     def channels(self, level: str) -> int:
         """Channels of stage "t1" to "t4"."""

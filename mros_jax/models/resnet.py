@@ -28,7 +28,10 @@ class TrunkSpec(NamedTuple):
     width: int
     block: Block
 
-    smallest = "tiny"
+    @property
+    def smallest(self) -> str:
+        """The name of the smallest ResNet in `mros_jax.models.trunks.TRUNKS`."""
+        return "tiny"
 
     def channels(self, level: str) -> int:
         """Channels of stage "t1" to "t4"."""

@@ -38,7 +38,7 @@ class Feed:
         self._labels = store.labels_of(images)
         losses.check_labels(self._labels, dataset.num_classes)
         self._sampler = batches.make_sampler(config.batch.to_dict())
-        steps = batches.steps_per_epoch(len(images), self._sampler.size)
+        steps = self._sampler.steps(self._labels)
         total = config.num_steps or config.num_epochs * steps
         self.sizes = Sizes(self._sampler.size, steps, total)
         self._placed = store.place(

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from mros_jax import config as configs
 from mros_jax.data import augment, examination
 from mros_jax.data.batches import Identities, make_sampler
+from mros_jax.data.resample import INTERPOLATIONS
 from mros_jax.data.splits import Dataset
 from mros_jax.errors import UserError
 from mros_jax.files import cache_directory
@@ -35,7 +36,8 @@ log = logging.getLogger(__name__)
 
 _CHOICES = {
     "dataset.on_bad_image": ("error", "skip"),
-    "augment.erase_fill": ("mean", "public"),
+    "input.interpolation": INTERPOLATIONS,
+    "augment.erase_fill": augment.ERASE_FILLS,
     "eval.crops": CROPS,
     "eval.metric": ("cosine", "euclidean"),
     "eval.ap": ("standard", "trapezoid"),
@@ -129,8 +131,8 @@ def check_config(config: ConfigDict) -> None:
     if config.num_steps < 0:
         raise UserError(f"config.num_steps is {config.num_steps}; it must be 0 (off) or more")
     for name, cut in (("augment", True), ("eval", config.eval.crops == "ten")):
-        least = config.input.to_dict() if cut else {"height": 1, "width": 1}
-        augment.resized_size(config[name].resize, **least, name=f"config.{name}.resize")
+        least = (config.input.height, config.input.width) if cut else (1, 1)
+        augment.resized_size(config[name].resize, *least, name=f"config.{name}.resize")
     if config.eval.crops == "ten" and config.eval.flip_test:
         raise UserError("config.eval.flip_test is True; the ten crops have mirror images already")
     if config.clip_norm < 0:

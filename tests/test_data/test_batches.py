@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mros_jax.data.batches import plan_epoch, plan_shuffled, process_slice, steps_per_epoch
+from mros_jax.data.batches import (
+    make_sampler,
+    plan_epoch,
+    plan_once,
+    plan_shuffled,
+    process_slice,
+    steps_per_epoch,
+)
 
 
 def labels_of(counts) -> np.ndarray:
@@ -150,6 +157,12 @@ def test_processes_share_the_batch(processes):
         for i in range(processes)
     ]
     np.testing.assert_array_equal(np.concatenate(parts, 1), shuffled)
+    once = plan_once(labels, identities=4, images=3, seed=0, epoch=1)
+    parts = [
+        plan_once(labels, identities=4, images=3, seed=0, epoch=1, process_index=i, **split)
+        for i in range(processes)
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts, 1), once)
 
 
 def test_shuffled_uses_no_image_twice():
@@ -159,6 +172,54 @@ def test_shuffled_uses_no_image_twice():
     assert plan.min() >= 0
     assert plan.max() < 50
     assert (plan != plan_shuffled(50, batch=16, seed=3, epoch=1)).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=20),
+    P=st.integers(1, 6),
+    K=st.integers(1, 5),
+    seed=st.integers(0, 2**31),
+)
+def test_each_identity_once(counts, P, K, seed):
+    labels = labels_of(counts)
+    sampler = make_sampler({"sampler": "identities_once", "identities": P, "images": K})
+    if len(counts) < P:
+        with pytest.raises(ValueError, match=f"{len(counts)} identities and a batch needs {P}"):
+            sampler.plan(labels, seed=seed, epoch=0)
+        return
+    plan = sampler.plan(labels, seed=seed, epoch=3)
+    assert plan.shape == (len(counts) // P, P * K) == (sampler.steps(labels), sampler.size)
+    assert plan.dtype == np.int32
+    groups = plan.reshape(-1, K)
+    pids = labels[groups]
+    assert (pids == pids[:, :1]).all()
+    assert len(np.unique(pids[:, 0])) == len(groups)  # nobody twice
+    for pid, group in zip(pids[:, 0], groups, strict=True):
+        times = np.unique(group, return_counts=True)[1]
+        assert len(times) == min(K, counts[pid])
+        assert times.max() - times.min() <= 1  # repeated evenly
+
+
+def test_each_identity_once_over_many_epochs():
+    """Orders, images and who is left out are other ones in each epoch, and equally often."""
+    labels = labels_of([6] * 11)
+    plans = [plan_once(labels, identities=3, images=2, seed=1, epoch=e) for e in range(300)]
+    np.testing.assert_array_equal(
+        plans[7], plan_once(labels, identities=3, images=2, seed=1, epoch=7)
+    )
+    assert any((plans[0] != other).any() for other in plans[1:3])
+    expected = 300 * 9 / 11
+    seen = np.bincount(labels[np.concatenate(plans)[:, ::2]].reshape(-1))
+    assert np.abs(seen - expected).max() < 6 * np.sqrt(expected)
+    images = np.bincount(np.concatenate(plans).reshape(-1), minlength=66)
+    assert np.abs(images - expected / 3).max() < 6 * np.sqrt(expected / 3)
+
+
+def test_market1501_has_41_steps_of_each_identity_once():
+    labels = labels_of(np.full(751, 17))
+    assert plan_once(labels, identities=18, images=4, seed=0, epoch=0).shape == (41, 72)
+    assert plan_epoch(labels, identities=18, images=4, seed=0, epoch=0).shape == (177, 72)
 
 
 def test_steps_are_the_same_in_every_epoch():

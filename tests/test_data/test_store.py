@@ -112,6 +112,18 @@ def test_cache_is_keyed_by_content(load, jpegs, encode, random_pixels):
     assert key(*jpegs[:4], encode(random_pixels(99))) != original
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_images_of_other_sizes_are_resized_as_asked_for(load, encode, random_pixels, interpolation):
+    pixels = [random_pixels(0), np.ascontiguousarray(random_pixels(1)[:-1])]
+    split = make_split(*(encode(image, "png") for image in pixels))
+    other = {"bilinear": "bicubic", "bicubic": "bilinear"}[interpolation]
+    load(split, height=9, width=5, interpolation=other)  # is not taken for it
+    store = load(split, height=9, width=5, interpolation=interpolation)
+    kind = Image.Resampling[interpolation.upper()]
+    expected = [Image.fromarray(image).resize((5, 9), kind) for image in pixels]
+    np.testing.assert_array_equal(store.images, np.stack([np.asarray(x) for x in expected]))
+
+
 def test_default_cache_is_the_users(jpegs, tmp_path, monkeypatch):
     store = load_store(make_split(*jpegs), height=4, width=4, progress=False)
     assert (
