@@ -23,6 +23,7 @@ from mros_jax.data.datasets import records, sources
 from mros_jax.data.splits import Dataset, Split
 from mros_jax.errors import NotFoundError, UserError
 from mros_jax.models.outputs import Network
+from mros_jax.models.trunks import find_trunk
 from mros_jax.retrieval import rerank
 from mros_jax.systems import NETWORKS
 
@@ -198,8 +199,11 @@ def shrink(config: ConfigDict) -> ConfigDict:
     for section in (config.augment, config.eval):
         if section.resize:
             section.resize = (108, 54)
-    small = {"trunk": "tiny", "widths": (16, 32, 48)}  # whichever the network has
-    config.network.update({name: small[name] for name in small if name in config.network})
+    network = config.network
+    if "trunk" in network:
+        network.trunk = find_trunk(network.trunk).smallest
+    if "widths" in network:
+        network.widths = (16, 32, 48)
     config.weights = "none"
     config.schedule.warmup_epochs = min(config.schedule.warmup_epochs, 4)
     config.schedule.decay_epochs = (20, 28)

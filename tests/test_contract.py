@@ -37,6 +37,7 @@ from mros_jax.models.trunks import TRUNKS
 from mros_jax.training import optimizers, recipe
 from mros_jax.training.state import make_state
 from mros_jax.training.step import make_train_step
+from tests.parity.torch_densenet import DenseNet
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = {
@@ -195,8 +196,14 @@ def torchvision_state(stage_sizes, width, bottleneck):
     return shapes | {"fc.weight": (1000, channels)}
 
 
+def densenet_state():
+    """Name -> shape of torchvision's DenseNet-201."""
+    shapes = {k: tuple(v.shape) for k, v in DenseNet("densenet201").state_dict().items()}
+    return {**shapes, "classifier.weight": (1000, 1920), "classifier.bias": (1000,)}
+
+
 def test_torchvision_weights(system, monkeypatch):
-    """All tensors of a torchvision ResNet-50 are used, in all that has a name there.
+    """All tensors of torchvision's trunk are used, in all that has a name there.
 
     A network that is trained from scratch has nothing with such a name.
     """
@@ -206,19 +213,23 @@ def test_torchvision_weights(system, monkeypatch):
         modules = {tuple(path.split("/")[:-1]) for path in flatten(variables["params"])}
         assert not any(map(name_of, modules))
         return
-    shapes = torchvision_state((3, 4, 6, 3), 64, bottleneck=True)
-    assert len(shapes) == 320  # as in the published file
+    if system.config.network.trunk == "densenet201":
+        shapes, tensors = densenet_state(), 1207
+    else:
+        shapes, tensors = torchvision_state((3, 4, 6, 3), 64, bottleneck=True), 320
+    assert len(shapes) == tensors  # as in torchvision's network
     numbers = {name: np.float32(i) for i, name in enumerate(shapes)}
     state = {name: np.broadcast_to(numbers[name], shape) for name, shape in shapes.items()}
     monkeypatch.setattr(torch_weights, "read_state_dict", lambda path: state)
-    filled = flatten(torch_weights.load_imagenet("resnet50.pth", variables, name_of))
+    filled = flatten(torch_weights.load_imagenet("weights.pth", variables, name_of))
     used = set()
     for path, value in filled.items():
         module = name_of(tuple(path.split("/")[1:-1]))
         assert isinstance(value, np.ndarray) == (module is not None), path
         if module is not None:
             used.add(value.flat[0])
-    left_out = {n for n in shapes if n.startswith("fc.") or n.endswith("num_batches_tracked")}
+    left_out = ("fc.weight", "fc.bias", "classifier.weight", "classifier.bias")
+    left_out = {n for n in shapes if n in left_out or n.endswith("num_batches_tracked")}
     assert used == {number for name, number in numbers.items() if name not in left_out}
 
 

@@ -28,12 +28,21 @@ class Outputs:
         embeddings: name -> (B, S, D), S vectors of one kind, for metric losses; at least float32.
         logits: name -> (B, S, N), S classifiers of one kind; at least float32.
         maps: name -> feature maps or attention, to look at; never trained on.
+        exits: names of the embeddings that are descriptors by themselves, such as those of early
+            exits of a network, in the order in which they are computed. They are evaluated too.
     """
 
     descriptor: Tensor
     embeddings: dict[str, Tensor]
     logits: dict[str, Tensor]
     maps: dict[str, Tensor]
+    exits: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+
+    def descriptors(self) -> dict[str, Tensor]:
+        """All that can be compared at test time: each exit's vectors (B, D), and `descriptor`."""
+        exits = {name: self.embeddings[name] for name in self.exits}
+        joined = {name: x.reshape(x.shape[0], -1) for name, x in exits.items()}
+        return {**joined, "descriptor": self.descriptor}
 
     def vectors(self, name: str) -> Tensor:
         """The vectors (B, S, D) that a metric loss may look at: embeddings, or the descriptor.

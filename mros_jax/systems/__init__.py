@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mros_jax.systems.dare import DaRe
 from mros_jax.systems.hacnn import HACNN
 from mros_jax.systems.mgn import MGN
 from mros_jax.systems.mros import MROS
@@ -13,6 +14,7 @@ from mros_jax.systems.trinet import TriNet
 
 # What `config.network.name` may say. The rest of the section are the module's fields.
 NETWORKS: dict[str, Any] = {
+    "dare": DaRe,
     "hacnn": HACNN,
     "mgn": MGN,
     "mros": MROS,

@@ -26,6 +26,7 @@ from mros_jax.models.heads import dropout
 from mros_jax.parallel import AXIS
 from mros_jax.training.optimizers import make_groups, make_optimizer, make_schedules
 from tests.parity import (
+    torch_dare,
     torch_hacnn,
     torch_pcb,
     torch_pcb_rpp,
@@ -53,12 +54,12 @@ class Case(NamedTuple):
     `changes` are fields of the network that differ from the config: dropout is tested by itself.
     `finish` is called between gradients and updates. `idle` are tensors that the loss does not
     depend on: their gradient is rounding, which Adam makes steps of, another one on each side.
-    `stage` is the config's, where it has several.
+    `stage` is the config's, where it has several. `trunk` is a small one.
 
-    Of HA-CNN alone: `remainders` are tensors whose gradient is what is left of sums that cancel,
-    all of it or nearly; its error is measured against a hundredth of the network's largest
-    gradient instead of its own size, which is rounding or little more. `reference` is the type in
-    which PyTorch computes what our float32 is compared with; see `test_rounding`.
+    `remainders` are tensors whose gradient is what is left of sums that cancel, all of it or
+    nearly; its error is measured against a hundredth of the network's largest gradient instead of
+    its own size, which is rounding or little more. `reference` is the type in which PyTorch
+    computes what our float32 is compared with; see `test_rounding`.
     """
 
     file: str
@@ -73,6 +74,7 @@ class Case(NamedTuple):
     stage: str = ""
     remainders: tuple[str, ...] = ()
     reference: torch.dtype = torch.float32
+    trunk: str = "tiny"
 
     def read(self):
         return split_stages(read(CONFIGS / f"{self.file}.py", self.variant or None))[self.stage]
@@ -165,7 +167,26 @@ def _hacnn(variant, optimizers, rate, smoothing, align_corners=True):
     )
 
 
+def _dare(variant, trunk):
+    return Case(
+        "dare",
+        variant,
+        torch_dare.TorchDaRe,
+        torch_dare.total_loss,
+        torch_dare.make_optimizers,
+        lambda epoch: torch_dare.rate_at(7 * epoch),
+        # A batch normalization takes the first away again, and distances do not see the second.
+        remainders=tuple(
+            f"{layer}_t{i}.bias" for layer in ("reduction", "embedding") for i in range(1, 5)
+        ),
+        reference=torch.float64 if variant else torch.float32,
+        trunk=trunk,
+    )
+
+
 CASES = {
+    "dare": _dare("", "tiny"),
+    "dare-densenet201": _dare("densenet201", "tiny_densenet"),
     "hacnn": _hacnn("", torch_hacnn.make_sgd, torch_hacnn.rate, 0.1),
     "hacnn-paper": _hacnn("paper", torch_hacnn.make_adam, lambda epoch: 1.0, 0.0, False),
     "strong": _strong("", torch_strong.rate),
@@ -211,8 +232,9 @@ def to_torch(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def make_pair(case, layout="tiny", *, monkeypatch=None):
+def make_pair(case, layout=None, *, monkeypatch=None):
     """Give both frameworks one network; with `monkeypatch`, after `widen_gaps`."""
+    layout = layout or case.trunk
     theirs = randomise(case.theirs(layout))
     config = case.read()
     if "trunk" in config.network:
@@ -339,10 +361,13 @@ def test_training_step_in_float64(case):
         check_training(make_pair(case).to_float64(), 1e-9, 1e-9, torch.float64)
 
 
-@pytest.mark.parametrize("name", ["strong", "pcb"])
-def test_resnet50(name):
+@pytest.mark.parametrize(
+    ("name", "trunk"),
+    [("strong", "resnet50"), ("pcb", "resnet50"), ("dare-densenet201", "densenet201")],
+)
+def test_full_size(name, trunk):
     """The full-size trunk, with weights that went out to PyTorch's names and in again."""
-    pair = make_pair(CASES[name], "resnet50")
+    pair = make_pair(CASES[name], trunk)
     named = torch_weights.to_torch_state_dict(pair.variables)
     pair.theirs.load_state_dict({k: torch.from_numpy(v) for k, v in named.items()}, strict=True)
     with torch.no_grad():
@@ -360,7 +385,7 @@ def test_schedule(case):
     steps = 7 * np.asarray(epochs)
     for name, group in groups.items():
         factors = [case.rate(e) if group.scheduled else 1.0 for e in epochs]
-        rates = [schedules[name](int(step)) for step in steps]
+        rates = jax.jit(jax.vmap(schedules[name]))(steps)
         np.testing.assert_allclose(rates, group.lr * np.array(factors), rtol=1e-6, err_msg=name)
 
 
@@ -372,7 +397,9 @@ def train_theirs(pair, batches, labels):
         for (optimizer, scheduled), bases in zip(optimizers, rates, strict=True):
             optimizer.zero_grad()
             for group, base in zip(optimizer.param_groups, bases, strict=True):
-                group["lr"] = base * (pair.case.rate(epoch) if scheduled else 1.0)
+                # Rates are float32 on our side; Adam magnifies what they differ in.
+                factor = pair.case.rate(epoch) if scheduled else 1.0
+                group["lr"] = float(np.float32(base * factor))
         total, _ = pair.case.loss(model(to_torch(images)), labels, own)
         total.backward()
         pair.case.finish(own)
@@ -407,7 +434,7 @@ def train_ours(pair, batches):
 
 @each_case
 def test_five_steps(case):
-    """Parameters and running statistics change alike; only the rates are float32 on our side."""
+    """Parameters and running statistics change alike, in float64."""
     with jax.enable_x64(True):
         pair = make_pair(case).to_float64()
         before = torch_weights.to_torch_state_dict(pair.variables)
