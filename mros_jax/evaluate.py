@@ -116,7 +116,7 @@ def load_run_features(
         log.info("Computing descriptors again instead of taking those of %s: %s", file, why)
     features = extract_features(
         functools.partial(
-            model.embed,
+            model.embed_all,
             batch_size=batch_size,
             flip_test=flip_test,
             crops=crops,
@@ -127,6 +127,7 @@ def load_run_features(
         checkpoint_id=model.checkpoint_id,
         flip_test=flip_test,
         crops=crops,
+        count_multiply_adds=model.count_multiply_adds,
     )
     try:
         descriptors.save_features(file, features)
@@ -158,6 +159,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     source.add_argument("--query_features", metavar="NPZ", help="file: features, pids, camids")
     source.add_argument("--gallery_features", metavar="NPZ", help="file: features, pids, camids")
+    source.add_argument(
+        "--descriptor",
+        default="descriptor",
+        metavar="NAME",
+        help="of a network with early exits, the one to evaluate in full",
+    )
     how = parser.add_argument_group("protocol")
     how.add_argument("--metric", choices=METRICS, help="default: as the run, else cosine")
     how.add_argument(
@@ -251,6 +258,9 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, An
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     features, described = _load(args)
+    if args.descriptor != "descriptor":
+        features = descriptors.choose_descriptor(features, args.descriptor)
+        described["descriptor"] = args.descriptor
     distractor_pid = None if args.no_distractors else 0
     saved = configs.base().eval if args.run is None else ConfigDict(Run.open(args.run).config).eval
     how = {

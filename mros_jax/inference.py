@@ -21,6 +21,7 @@ from mros_jax import console, parallel
 from mros_jax.config import find_size, make_network
 from mros_jax.data import augment, decoding
 from mros_jax.errors import UserError
+from mros_jax.models.counting import count_multiply_adds
 from mros_jax.models.outputs import Network, Outputs
 from mros_jax.runs.checkpoints import describe_difference, load_variables
 from mros_jax.runs.run import Run
@@ -64,17 +65,34 @@ class Embedder:
         self.config = config
         self.checkpoint_id = checkpoint_id
         self._height, self._width = height, width
-        self._resize = {"height": height, "width": width, "interpolation": interpolation}
+        self._resize: dict[str, Any] = {
+            "height": height,
+            "width": width,
+            "interpolation": interpolation,
+        }
         self._placed = parallel.replicate(variables)
+        self._input_size = crop or (height, width)
         preprocess = functools.partial(augment.preprocess, **self._resize)
-        self._embed = _make_embed(network, preprocess, crop or (height, width))
+        self._embed = _make_embed(network, preprocess, self._input_size)
 
     def replace_variables(self, variables: dict[str, Any]) -> None:
         """Use other variables of the same shapes, without compiling again."""
         self.variables = variables
         self._placed = parallel.replicate(variables)
 
-    def embed(
+    def embed(self, images: np.ndarray | jax.Array | Sequence[Image], **options: Any) -> np.ndarray:
+        """Descriptors of images, not normalized: float32 (N, D).
+
+        Args:
+            images: as `embed_all` takes them.
+            options: of `embed_all`.
+
+        Raises:
+            UserError: as `embed_all`.
+        """
+        return self.embed_all(images, **options)["descriptor"]
+
+    def embed_all(
         self,
         images: np.ndarray | jax.Array | Sequence[Image],
         *,
@@ -82,8 +100,8 @@ class Embedder:
         flip_test: bool = False,
         crops: str = "none",
         progress: bool = False,
-    ) -> np.ndarray:
-        """Descriptors of images, not normalized.
+    ) -> dict[str, np.ndarray]:
+        """All descriptors of images by name, not normalized, in one pass.
 
         Args:
             images: uint8 (N, H, W, 3) RGB, any size; or a sequence of uint8 (H, W, 3) arrays of
@@ -95,7 +113,7 @@ class Embedder:
             progress: show a progress bar.
 
         Returns:
-            float32 (N, D).
+            float32 (N, D) of "descriptor" and of each of the network's exits.
 
         Raises:
             UserError: images of another type or rank, files that cannot be read, images that the
@@ -117,7 +135,7 @@ class Embedder:
             )
         devices = jax.local_device_count()
         batch_size = -(-min(batch_size, max(len(images), 1)) // devices) * devices
-        parts = []
+        parts: list[dict[str, np.ndarray]] = []
         starts = range(0, len(images), batch_size)
         for start in console.progress(
             starts, desc="descriptors", leave=False, disable=not progress
@@ -130,13 +148,30 @@ class Embedder:
             padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
             out = self._embed(self._placed, parallel.split(padded), flip_test, crops)
             # (devices, b, D) -> (batch_size, D)
-            parts.append(np.asarray(out).reshape(batch_size, -1)[: len(batch)])
-        return np.concatenate(parts) if parts else np.zeros((0, self.descriptor_size), np.float32)
+            rows = {name: np.asarray(x).reshape(batch_size, -1) for name, x in out.items()}
+            parts.append({name: x[: len(batch)] for name, x in rows.items()})
+        if not parts:
+            return {k: np.zeros((0, size), np.float32) for k, size in self.descriptor_sizes.items()}
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    @property
-    def descriptor_size(self) -> int:
-        """Numbers in a descriptor, D."""
-        return sum(part.size for part in self.network.parts(self._height, self._width))
+    @functools.cached_property
+    def descriptor_sizes(self) -> dict[str, int]:
+        """Numbers in each descriptor by name: those of the network's exits, and "descriptor"."""
+        image = jax.ShapeDtypeStruct((1, *self._input_size, 3), jnp.float32)
+
+        def describe(key, image):
+            outputs, _ = self.network.init_with_output(key, image, train=False)
+            return outputs.descriptors()
+
+        shapes = jax.eval_shape(describe, jax.random.key(0), image)
+        return {name: x.shape[1] for name, x in shapes.items()}
+
+    def count_multiply_adds(self) -> dict[str, int]:
+        """What each descriptor takes, see `mros_jax.models.counting`.
+
+        It is that of one pass: the flip test has two of them, and ten crops have ten.
+        """
+        return count_multiply_adds(self.network, *self._input_size)
 
     def outputs(self, images: np.ndarray) -> Outputs:
         """All named outputs of the network for a few uint8 images (N, H, W, 3)."""
@@ -163,17 +198,18 @@ def _make_embed(
         devices=jax.local_devices(),
     )
     def embed(variables, images, flip_test, crops):
+        def describe(inputs):
+            return network.apply(variables, inputs, train=False).descriptors()
+
         inputs = preprocess(images)
         if crops == "ten":
             # One after another: ten times the batch would not fit where the batch just does.
             views = augment.ten_crops(inputs, height=crop[0], width=crop[1])
-            apply = functools.partial(network.apply, variables, train=False)
-            return jnp.mean(jax.lax.map(lambda view: apply(view).descriptor, views), axis=0)
-        outputs = network.apply(variables, inputs, train=False)
+            return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(describe, views))
         if not flip_test:
-            return outputs.descriptor
-        mirrored = network.apply(variables, inputs[:, :, ::-1], train=False)
-        return (outputs.descriptor + mirrored.descriptor) / 2
+            return describe(inputs)
+        both = describe(inputs), describe(inputs[:, :, ::-1])
+        return jax.tree.map(lambda one, mirrored: (one + mirrored) / 2, *both)
 
     return embed
 

@@ -32,12 +32,13 @@ def make_run(path: pathlib.Path, cache_dir: pathlib.Path, **overrides) -> pathli
 
     embedder = inference.load_model(path)
     features = extract_features(
-        embedder.embed,
+        embedder.embed_all,
         configs.load_images(config, dataset.query, progress=False),
         configs.load_images(config, dataset.gallery, progress=False),
         checkpoint_id=embedder.checkpoint_id,
         flip_test=False,
         crops="none",
+        count_multiply_adds=embedder.count_multiply_adds,
     )
     descriptors.save_features(path / "features.npz", features)
     results = evaluate_features(

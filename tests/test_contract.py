@@ -125,6 +125,21 @@ def get_system(name, variant):
     return System(name, variant)
 
 
+def find_distinct():
+    """Systems that are trained in another way than those before them."""
+    sections = {}
+    for name, variant in SYSTEMS:
+        config = get_config(name, variant)
+        parts = (config.network.to_json(), config.objective.to_json(), config.optimizer.to_json())
+        sections.setdefault((name, *parts), (name, variant))
+    return list(sections.values())
+
+
+each_distinct_system = pytest.mark.parametrize(
+    "system", find_distinct(), ids=lambda pair: "-".join(filter(None, pair)), indirect=True
+)
+
+
 @pytest.fixture(params=SYSTEMS, ids=lambda pair: "-".join(filter(None, pair)))
 def system(request):
     return get_system(*request.param)
@@ -261,6 +276,7 @@ def quick_compilation():
 
 
 @pytest.mark.usefixtures("quick_compilation")
+@each_distinct_system
 def test_one_training_step(system):
     """Every parameter has a gradient or is frozen; all that moves is finite. As users train."""
     tiny = system.tiny
@@ -280,6 +296,7 @@ def test_one_training_step(system):
 
 
 @pytest.mark.usefixtures("quick_compilation")
+@each_distinct_system
 def test_two_devices_do_as_one_does(system):
     # In float64, and therefore far closer than float32 could be. There, of many inputs of ReLUs and
     # maxima some come within rounding of 0 or of each other, where the gradient jumps: two correct

@@ -79,7 +79,7 @@ def test_embeds_arrays_of_any_size_and_files_alike(model, images, tmp_path):
         files.append(tmp_path / f"{i}.png")
         Image.fromarray(image).save(files[-1])
     features = model.embed(images)
-    assert features.shape == (10, model.descriptor_size)
+    assert features.shape == (10, model.descriptor_sizes["descriptor"])
     assert features.dtype == np.float32
     np.testing.assert_array_equal(model.embed(files), features)
     np.testing.assert_array_equal(model.embed([str(f) for f in files]), features)

@@ -29,7 +29,7 @@ class Outputs:
         logits: name -> (B, S, N), S classifiers of one kind; at least float32.
         maps: name -> feature maps or attention, to look at; never trained on.
         exits: names of the embeddings that are descriptors by themselves, such as those of early
-            exits of a network, in the order in which they are computed. They are evaluated too.
+            exits of a network. They are evaluated too.
     """
 
     descriptor: Tensor

@@ -79,6 +79,7 @@ def write_report(
         "title": f"{run.system} on {run.dataset}",
         "notes": [],
         "scores": [_score(result) for result in rankings],
+        "exits": [_score(entry) | _size(entry) for entry in run.results.get("exits", [])],
         "paper": _compare_with_paper(run),
         "metrics": list(METRICS),
         "curves": _plot_training(run),
@@ -123,6 +124,11 @@ def _score(result: dict[str, Any]) -> dict[str, Any]:
         "values": values,
         "protocol": _flatten(result["protocol"]),
     }
+
+
+def _size(entry: dict[str, Any]) -> dict[str, Any]:
+    """Of one of several descriptors: its numbers, and the multiply-adds up to it in millions."""
+    return {"size": entry["size"], "cost": f"{entry['multiply_adds'] / 1e6:,.1f}"}
 
 
 def _compare_with_paper(run: Run) -> dict[str, Any]:

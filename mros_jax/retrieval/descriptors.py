@@ -1,4 +1,9 @@
-"""Descriptors on disk, ours and anybody's: `.npz` files with named arrays."""
+"""Descriptors on disk, ours and anybody's: `.npz` files with named arrays.
+
+Of a network that has further descriptors, such as those of early exits, `exits` (E,) has their
+names, `query_exit_NAME` and `gallery_exit_NAME` (N, D) are theirs, and `multiply_adds` (E + 1,) is
+what each takes, the main descriptor last.
+"""
 
 import collections
 import os
@@ -96,7 +101,36 @@ def load_features(path: str | os.PathLike) -> dict[str, np.ndarray]:
     arrays = load_arrays(path, ARRAYS)
     for split in ("query", "gallery"):
         _check_split(arrays, f"{split}_", path)
+    _check_exits(arrays, path)
     return arrays
+
+
+def list_exits(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """Names of the further descriptors, the cheapest first."""
+    return tuple(map(str, arrays.get("exits", ())))
+
+
+def choose_descriptor(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+    """The same arrays with one of the descriptors alone.
+
+    Args:
+        arrays: of `load_features`.
+        name: "descriptor", or an exit.
+
+    Raises:
+        UserError: there is no such descriptor; lists those that there are.
+    """
+    exits = list_exits(arrays)
+    if name not in ("descriptor", *exits):
+        there = ", ".join(("descriptor", *exits))
+        raise UserError(f"there is no descriptor {name!r}; expected one of {there}")
+    others = {f"{split}_exit_{exit}" for split in ("query", "gallery") for exit in exits}
+    others |= {"exits", "multiply_adds"}
+    chosen = {key: array for key, array in arrays.items() if key not in others}
+    if name != "descriptor":
+        for split in ("query", "gallery"):
+            chosen[f"{split}_features"] = arrays[f"{split}_exit_{name}"]
+    return chosen
 
 
 def load_feature_pair(
@@ -115,21 +149,34 @@ def load_feature_pair(
     return result
 
 
+def _check_exits(arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
+    named = np.asarray(arrays.get("exits", np.zeros(0, np.str_)))
+    if named.ndim != 1 or named.dtype.kind != "U":
+        raise UserError(
+            f"{path}: exits has shape {named.shape} and type {named.dtype}; expected names"
+        )
+    exits = list_exits(arrays)
+    for split in ("query", "gallery"):
+        for name in (f"{split}_exit_{exit}" for exit in exits):
+            if name not in arrays:
+                raise UserError(f"{path} lacks {name}, and its exits are {', '.join(exits)}")
+            _check_features(arrays[name], name, path)
+            count, expected = len(arrays[name]), len(arrays[f"{split}_features"])
+            if count != expected:
+                raise UserError(f"{path}: {name} has {count} rows; expected {expected}")
+    counts = np.asarray(arrays.get("multiply_adds", np.zeros(0)))
+    if exits and (counts.shape != (len(exits) + 1,) or counts.dtype.kind not in "iu"):
+        raise UserError(
+            f"{path}: multiply_adds has shape {counts.shape} and type {counts.dtype}; expected "
+            f"{len(exits) + 1} whole numbers, one for each exit and the last for the descriptor"
+        )
+
+
 def _check_split(arrays: dict[str, np.ndarray], prefix: str, path: str | os.PathLike) -> None:
     """Check the arrays of one split against each other; labels become int64."""
     name = f"{prefix}features"
     features = arrays[name]
-    if features.dtype.kind == "V":
-        raise UserError(
-            f"{path}: {name} has type {features.dtype}, {features.dtype.itemsize} bytes without a "
-            "meaning: NumPy saves types that it does not know (such as bfloat16) so. Save it as "
-            "float32: np.asarray(features, np.float32)"
-        )
-    if features.ndim != 2 or 0 in features.shape or features.dtype.kind not in "fiub":
-        raise UserError(
-            f"{path}: {name} has shape {features.shape} and type {features.dtype}; expected "
-            "numbers of shape (images, features), not empty"
-        )
+    _check_features(features, name, path)
     for part in ("pids", "camids"):
         own = f"{prefix}{part}"
         arrays[own] = check_ids(arrays[own], f"{path}: {own}", len(features))
@@ -148,4 +195,18 @@ def _check_split(arrays: dict[str, np.ndarray], prefix: str, path: str | os.Path
         raise UserError(
             f"{path}: {prefix}names has {str(twice)!r} in rows {rows[0]} and {rows[1]}; expected "
             "another name for each image"
+        )
+
+
+def _check_features(features: np.ndarray, name: str, path: str | os.PathLike) -> None:
+    if features.dtype.kind == "V":
+        raise UserError(
+            f"{path}: {name} has type {features.dtype}, {features.dtype.itemsize} bytes without a "
+            "meaning: NumPy saves types that it does not know (such as bfloat16) so. Save it as "
+            "float32: np.asarray(features, np.float32)"
+        )
+    if features.ndim != 2 or 0 in features.shape or features.dtype.kind not in "fiub":
+        raise UserError(
+            f"{path}: {name} has shape {features.shape} and type {features.dtype}; expected "
+            "numbers of shape (images, features), not empty"
         )

@@ -11,26 +11,29 @@ from mros_jax.data.store import ImageStore
 
 
 def extract_features(
-    embed: Callable[[np.ndarray], np.ndarray],
+    embed_all: Callable[[np.ndarray], Mapping[str, np.ndarray]],
     query: ImageStore,
     gallery: ImageStore,
     *,
     checkpoint_id: str,
     flip_test: bool,
     crops: str,
+    count_multiply_adds: Callable[[], Mapping[str, int]],
 ) -> dict[str, np.ndarray]:
     """Compute the descriptors of a data set's queries and gallery.
 
     Args:
-        embed: uint8 images (N, H, W, 3) to descriptors (N, D).
+        embed_all: uint8 images (N, H, W, 3) to descriptors (N, D) by name, "descriptor" and exits.
         query: decoded query images.
         gallery: decoded gallery images.
         checkpoint_id: names the weights.
-        flip_test: whether `embed` takes the mean over image and mirror image.
+        flip_test: whether `embed_all` takes the mean over image and mirror image.
         crops: of images that it takes the mean over, "none" or "ten".
+        count_multiply_adds: gives what each descriptor takes; asked where there are exits.
 
     Returns:
-        The arrays of `mros_jax.retrieval.descriptors.ARRAYS`; `query_names` and `gallery_names`;
+        The arrays of `mros_jax.retrieval.descriptors.ARRAYS`; those of the network's exits, as
+        `mros_jax.retrieval.descriptors` describes them; `query_names` and `gallery_names`;
         and what the descriptors are of: `checkpoint_id`, `flip_test`, `crops`,
         `query_fingerprint`, `gallery_fingerprint`.
     """
@@ -39,12 +42,23 @@ def extract_features(
         "flip_test": np.asarray(flip_test),
         "crops": np.asarray(crops),
     }
+    exits: list[str] = []
     for name, store in (("query", query), ("gallery", gallery)):
-        arrays[f"{name}_features"] = np.asarray(embed(store.images), np.float32)
+        made = embed_all(store.images)
+        exits = [other for other in made if other != "descriptor"]
+        arrays[f"{name}_features"] = np.asarray(made["descriptor"], np.float32)
+        for other in exits:
+            arrays[f"{name}_exit_{other}"] = np.asarray(made[other], np.float32)
         arrays[f"{name}_pids"] = np.asarray(store.split.pids)
         arrays[f"{name}_camids"] = np.asarray(store.split.camids)
         arrays[f"{name}_names"] = np.asarray(store.split.names, np.str_)
         arrays[f"{name}_fingerprint"] = np.asarray(store.fingerprint)
+    if exits:
+        counts = count_multiply_adds()
+        exits.sort(key=lambda exit: counts[exit])
+        arrays["exits"] = np.asarray(exits, np.str_)
+        in_order = [counts[name] for name in (*exits, "descriptor")]
+        arrays["multiply_adds"] = np.asarray(in_order, np.int64)
     return arrays
 
 

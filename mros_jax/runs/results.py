@@ -1,5 +1,6 @@
 """Results of an evaluation: what results.json holds, how it is made and read."""
 
+import functools
 import logging
 import math
 import os
@@ -29,6 +30,8 @@ def evaluate_features(
     max_rank: int = 50,
     flip_test: bool | None = None,
     crops: str | None = None,
+    descriptor: str = "descriptor",
+    exits: bool = True,
     keep_junk: bool = False,
     distractor_pid: int | None = 0,
     system: str | None = None,
@@ -36,10 +39,10 @@ def evaluate_features(
     step: int | None = None,
     epoch: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluate descriptors without and with re-ranking.
+    """Evaluate descriptors without and with re-ranking, and those of exits without.
 
     Args:
-        features: the arrays of `mros_jax.retrieval.descriptors.ARRAYS`.
+        features: the arrays of `mros_jax.retrieval.descriptors.ARRAYS`, and those of exits.
         dataset: name of the data set, for the protocol; None if unknown.
         reranks: ways to re-rank, besides the plain ranking.
         metric: "cosine" or "euclidean".
@@ -48,6 +51,8 @@ def evaluate_features(
         max_rank: length of the CMC curve.
         flip_test: whether the descriptors are means over image and mirror image; None if unknown.
         crops: of images that they are means over, "none" or "ten"; None if unknown.
+        descriptor: which of a network's descriptors they are, "descriptor" or an exit.
+        exits: evaluate those of exits too, where there are any.
         keep_junk: let junk take part in re-ranking.
         distractor_pid: the pid that never matches, None if there is none.
         system: the method that made the descriptors, as the paper's tables know it.
@@ -57,7 +62,8 @@ def evaluate_features(
 
     Returns:
         The content of results.json: `format`, `run`, `dataset`, `arithmetic` and `results`, one
-        entry for each ranking; metrics are fractions of 1.
+        entry for each ranking; with exits `exits`, a plain ranking for each and for the descriptor,
+        with its `size` and `multiply_adds`. Metrics are fractions of 1.
 
     Raises:
         UserError: as `mros_jax.retrieval.evaluate`.
@@ -76,28 +82,40 @@ def evaluate_features(
         "dataset": dataset,
         "flip_test": flip_test,
         "crops": crops,
+        "descriptor": descriptor,
         "commit": commit,
         "seed": seed,
     }
     junk = 0 if keep_junk else np.count_nonzero(features["gallery_pids"] == -1)
     for wanted in reranks:
         wanted.check(len(features["query_pids"]), len(features["gallery_pids"]) - int(junk))
+    run_evaluation = functools.partial(
+        evaluate,
+        metric=metric,
+        normalize=normalize,
+        ap=ap,
+        max_rank=max_rank,
+        keep_junk=keep_junk,
+        distractor_pid=distractor_pid,
+    )
+    main = [features[array] for array in descriptors.ARRAYS]
     results = []
     for method in (None, *reranks):
         name = None if method is None else method.name
-        result = evaluate(
-            *(features[array] for array in descriptors.ARRAYS),
-            metric=metric,
-            normalize=normalize,
-            ap=ap,
-            max_rank=max_rank,
-            rerank=method,
-            keep_junk=keep_junk,
-            distractor_pid=distractor_pid,
-            protocol=own,
-        )
+        result = run_evaluation(*main, rerank=method, protocol=own)
         log.info("%s: %s", name or "plain", result)
         results.append({"name": name or "plain", "rerank": name, **result.to_dict()})
+    by_exit = []
+    for name in descriptors.list_exits(features) if exits else ():
+        chosen = descriptors.choose_descriptor(features, name)
+        arrays = [chosen[array] for array in descriptors.ARRAYS]
+        result = run_evaluation(*arrays, protocol={**own, "descriptor": name})
+        log.info("%s: %s", name, result)
+        by_exit.append(_describe_exit(name, arrays[0], result.to_dict()))
+    if by_exit:
+        by_exit.append(_describe_exit(descriptor, main[0], results[0]))
+        for entry, count in zip(by_exit, features["multiply_adds"], strict=True):
+            entry["multiply_adds"] = int(count)
     protocol = results[0]["protocol"]
     run = {"system": system, "seed": seed, "step": step, "epoch": epoch, "commit": commit}
     sizes = ("num_query", "num_valid_queries", "num_gallery", "num_junk", "num_distractors")
@@ -107,7 +125,13 @@ def evaluate_features(
         "dataset": {"name": dataset, **{key: protocol[key] for key in sizes}},
         "arithmetic": provenance.describe_arithmetic(),
         "results": results,
+        **({"exits": by_exit} if by_exit else {}),
     }
+
+
+def _describe_exit(name: str, features: np.ndarray, result: Mapping[str, Any]) -> dict[str, Any]:
+    scores = {key: result[key] for key in ("mAP", "mINP", "cmc", "protocol")}
+    return {"name": name, "size": features.shape[1], **scores}
 
 
 def get_rank(entry: Mapping[str, Any], k: int) -> float | None:
@@ -154,18 +178,29 @@ def _find_fault(results: Mapping[str, Any]) -> str | None:
         return "'run' and 'dataset' must be objects"
     if not isinstance(entries, list) or not entries:
         return "'results' must be a list with a ranking or more"
-    for number, entry in enumerate(entries):
-        where = f"results[{number}]"
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-            return f"{where} must be an object with a name"
-        if not isinstance(entry.get("protocol"), dict):
-            return f"{where} must have a protocol"
-        cmc = entry.get("cmc")
-        if not isinstance(cmc, list) or not cmc:
-            return f"{where}.cmc must be a list of numbers"
-        for name, value in (("mAP", entry.get("mAP")), *(("cmc", value) for value in cmc)):
-            if not _is_share(value):
-                return f"{where}.{name} is {value!r}; expected a fraction of 1"
+    faults = [_find_entry_fault(f"results[{i}]", entry) for i, entry in enumerate(entries)]
+    exits = results.get("exits", [])
+    if not isinstance(exits, list):
+        return "'exits' must be a list of rankings"
+    for i, entry in enumerate(exits):
+        faults.append(_find_entry_fault(f"exits[{i}]", entry))
+        for name in ("size", "multiply_adds"):
+            if faults[-1] is None and not isinstance(entry.get(name), int):
+                return f"exits[{i}].{name} is {entry.get(name)!r}; expected a whole number"
+    return next(filter(None, faults), None)
+
+
+def _find_entry_fault(where: str, entry: Any) -> str | None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        return f"{where} must be an object with a name"
+    if not isinstance(entry.get("protocol"), dict):
+        return f"{where} must have a protocol"
+    cmc = entry.get("cmc")
+    if not isinstance(cmc, list) or not cmc:
+        return f"{where}.cmc must be a list of numbers"
+    for name, value in (("mAP", entry.get("mAP")), *(("cmc", value) for value in cmc)):
+        if not _is_share(value):
+            return f"{where}.{name} is {value!r}; expected a fraction of 1"
     return None
 
 

@@ -34,6 +34,15 @@ def format_results(results: Mapping[str, Any]) -> str:
             ranges = {k: v for k, v in entry["intervals"].items() if isinstance(v, tuple)}
             text = "  ".join(f"{k} {100 * a:.2f}-{100 * b:.2f}" for k, (a, b) in ranges.items())
             lines.append(f"  95 % by {entry['intervals']['by']}: {text}")
+    if exits := results.get("exits"):
+        lines += ["", "Each descriptor by itself, and the multiply-adds of one pass up to it"]
+        names = ("mAP", "mINP", *(f"Rank-{k}" for k in RANKS))
+        rows = [("", "numbers", "multiply-adds", *names)]
+        for entry in exits:
+            values = (entry["mAP"], entry["mINP"], *(get_rank(entry, k) for k in RANKS))
+            cost = f"{entry['multiply_adds'] / 1e6:,.1f} M"
+            rows.append((entry["name"], str(entry["size"]), cost, *map(format_percent, values)))
+        lines += format_grid(rows).splitlines()
     if verified := results.get("verification"):
         lines += ["", f"EER {100 * verified['eer']:.2f} at {verified['eer_threshold']:.4f}"]
         for field, true, false in (("tpr_at_fpr", "TPR", "FPR"), ("dir_at_far", "DIR", "FAR")):

@@ -131,8 +131,8 @@ def check_config(config: ConfigDict) -> None:
     if config.num_steps < 0:
         raise UserError(f"config.num_steps is {config.num_steps}; it must be 0 (off) or more")
     for name, cut in (("augment", True), ("eval", config.eval.crops == "ten")):
-        least = (config.input.height, config.input.width) if cut else (1, 1)
-        augment.resized_size(config[name].resize, *least, name=f"config.{name}.resize")
+        height, width = (config.input.height, config.input.width) if cut else (1, 1)
+        augment.resized_size(config[name].resize, height, width, f"config.{name}.resize")
     if config.eval.crops == "ten" and config.eval.flip_test:
         raise UserError("config.eval.flip_test is True; the ten crops have mirror images already")
     if config.clip_norm < 0:

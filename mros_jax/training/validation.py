@@ -59,11 +59,11 @@ class Evaluator:
         Returns:
             mAP, mINP and rank1, rank5, rank10 as fractions of 1.
         """
-        results, _ = self._evaluate(state, epoch, reranks=())
+        results, _ = self._evaluate(state, epoch, reranks=(), exits=False)
         return get_scores(results["results"][0])
 
     def finish(self, state: TrainState, epoch: int, run: Run) -> dict[str, float]:
-        """Evaluate the last state, also with re-ranking.
+        """Evaluate the last state, also with re-ranking and at each of the network's exits.
 
         Process 0 keeps all descriptors and results in the run.
 
@@ -89,14 +89,18 @@ class Evaluator:
         return get_scores(results["results"][0])
 
     def _evaluate(
-        self, state: TrainState, epoch: int, reranks: Sequence[rerank.Rerank]
+        self,
+        state: TrainState,
+        epoch: int,
+        reranks: Sequence[rerank.Rerank],
+        exits: bool = True,
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         config = self._config.eval
         variables = jax.device_get(state.eval_variables)
         self._embedder.replace_variables(variables)
         features = extract_features(
             functools.partial(
-                self._embedder.embed,
+                self._embedder.embed_all,
                 batch_size=config.batch_size,
                 flip_test=config.flip_test,
                 crops=config.crops,
@@ -107,6 +111,7 @@ class Evaluator:
             checkpoint_id=make_checkpoint_id("last", int(state.step), variables),
             flip_test=config.flip_test,
             crops=config.crops,
+            count_multiply_adds=self._embedder.count_multiply_adds,
         )
         results = evaluate_features(
             features,
@@ -117,6 +122,7 @@ class Evaluator:
             ap=config.ap,
             flip_test=config.flip_test,
             crops=config.crops,
+            exits=exits,
             keep_junk=config.keep_junk,
             system=self._config.name,
             seed=self._config.seed,
