@@ -74,21 +74,22 @@ class FakeModel:
     def __init__(self, checkpoint_id="last-20-abc"):
         self.checkpoint_id = checkpoint_id
         self.calls = []
+        self.exits = {}  # name -> multiply-adds; sees as many numbers of each image
 
-    def embed(self, images, *, batch_size, flip_test, crops, progress):
+    def embed_all(self, images, *, batch_size, flip_test, crops, progress):
         self.calls.append((len(images), batch_size, flip_test))
-        return (
-            images.reshape(len(images), -1).astype(np.float32)
-            + 10 * flip_test
-            + 1
-            + (crops == "ten")
-        )
+        pixels = images.reshape(len(images), -1).astype(np.float32)
+        exits = {name: pixels[:, :size] for name, size in self.exits.items()}
+        return {"descriptor": pixels + 10 * flip_test + 1 + (crops == "ten"), **exits}
+
+    def count_multiply_adds(self):
+        return {**self.exits, "descriptor": 10**6}
 
 
 CONFIG = {
     "seed": 3,
     "dataset": {"name": "tiny", "root": None, "cache_dir": None, "on_bad_image": "error"},
-    "input": {"height": 8, "width": 4},
+    "input": {"height": 8, "width": 4, "interpolation": "bilinear"},
     "name": "mros-IV",
     "eval": configs.base().eval.to_dict(),
 }
@@ -146,6 +147,73 @@ def test_checkpoint_is_evaluated_and_its_descriptors_kept(run, capsys):
     again = call(*argv, options, capsys=capsys)[1]
     assert run.model.calls == [(12, 16, False), (40, 16, False)]
     assert json.loads(again)["results"] == results["results"]
+
+
+def test_exits_of_a_network_are_evaluated_too(run, capsys):
+    run.model.exits = {"late": 24, "early": 12}
+    argv = ("--run", str(run.path))
+    results = json.loads(call(*argv, "--json", capsys=capsys)[1])
+    exits = {entry["name"]: entry for entry in results["exits"]}
+    assert list(exits) == ["early", "late", "descriptor"]  # the cheapest first
+    assert [entry["multiply_adds"] for entry in exits.values()] == [12, 24, 10**6]
+    assert [entry["size"] for entry in exits.values()] == [12, 24, 96]
+    assert exits["early"]["mAP"] < exits["late"]["mAP"] < exits["descriptor"]["mAP"] == 1
+    assert exits["descriptor"]["mAP"] == results["results"][0]["mAP"]
+    assert [entry["protocol"]["descriptor"] for entry in exits.values()] == list(exits)
+    _, table, _ = call(*argv, capsys=capsys)
+    assert "Each descriptor by itself" in table
+    assert f"{100 * exits['early']['mAP']:.2f}" in table
+    assert "1.0 M" in table
+
+    # One of them in full: from the run and from its file, re-ranked.
+    options = ("--rerank=aqe", "--descriptor=early")
+    for source in (argv, ("--features", str(run.path / "features.npz"))):
+        _, out, _ = call(*source, *options, "--json", capsys=capsys)
+        one = json.loads(out)
+        plain, aqe = one["results"]
+        assert plain["mAP"] == exits["early"]["mAP"]
+        assert plain["protocol"]["descriptor"] == aqe["protocol"]["descriptor"] == "early"
+        assert "exits" not in one
+    assert "descriptor early, commit" in call(*argv, *options, capsys=capsys)[1]
+    assert len(run.model.calls) == 2  # kept
+
+    status, _, err = call(*argv, "--descriptor=stage9", capsys=capsys)
+    assert status == 2
+    assert "no descriptor 'stage9'; expected one of descriptor, early, late" in err
+
+
+def test_a_network_without_exits_has_no_table_of_them(run, capsys):
+    argv = ("--run", str(run.path))
+    assert "exits" not in json.loads(call(*argv, "--json", capsys=capsys)[1])
+    assert "by itself" not in call(*argv, capsys=capsys)[1]
+    status, _, err = call(*argv, "--descriptor=early", capsys=capsys)
+    assert status == 2
+    assert "no descriptor 'early'; expected one of descriptor" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exits": np.zeros(2)}, "exits has shape .* expected names"),
+        ({"exits": np.array(["b"])}, "lacks query_exit_b, and its exits are b"),
+        ({"query_exit_a": np.zeros((2, 3))}, "query_exit_a has 2 rows; expected 5"),
+        ({"gallery_exit_a": np.zeros(5)}, "gallery_exit_a has shape"),
+        ({"multiply_adds": np.ones(1, int)}, "multiply_adds has .* expected 2 whole numbers"),
+        ({"multiply_adds": np.ones(2)}, "multiply_adds has .* type float64"),
+    ],
+)
+def test_files_with_damaged_exits(tmp_path, capsys, change, message):
+    ids = np.arange(1, 6)
+    arrays = {
+        f"{split}_{name}": ids for split in ("query", "gallery") for name in ("pids", "camids")
+    }
+    arrays |= {f"{split}_features": np.ones((5, 4)) for split in ("query", "gallery")}
+    arrays |= {f"{split}_exit_a": np.ones((5, 2)) for split in ("query", "gallery")}
+    arrays |= {"exits": np.array(["a"]), "multiply_adds": np.array([1, 2]), **change}
+    np.savez(tmp_path / "f.npz", **arrays)
+    status, _, err = call("--features", str(tmp_path / "f.npz"), capsys=capsys)
+    assert status == 2
+    assert re.search(message, err)
 
 
 def test_descriptors_of_other_weights_are_computed_again(run, capsys):

@@ -72,6 +72,22 @@ def test_states_scores_protocol_and_provenance(run, report):
     assert "optimizer.network.weight_decay" in text
 
 
+def test_each_descriptor_of_a_network_with_exits(copy, report):
+    assert "Each descriptor by itself" not in report.read_text()
+    results = json.loads((copy / "results.json").read_text())
+    plain = results["results"][0]
+    entry = {key: plain[key] for key in ("mINP", "cmc", "protocol")}
+    exits = [
+        {**entry, "name": "stage1", "size": 128, "multiply_adds": 513_671_168, "mAP": 0.1234},
+        {**entry, "name": "descriptor", "size": 128, "multiply_adds": 10**10, "mAP": plain["mAP"]},
+    ]
+    (copy / "results.json").write_text(json.dumps({**results, "exits": exits}))
+    text = write_report(copy, queries=1, top=1).read_text()
+    assert "Each descriptor by itself" in text
+    assert re.search(r"<th>stage1</th><td>128</td><td>513\.7 M</td><td>12\.3</td>", text)
+    assert "10,000.0 M" in text
+
+
 def test_gives_differences_where_the_protocol_is_the_papers(copy):
     assert "difference<" not in write_report(copy).read_text()
     results = json.loads((copy / "results.json").read_text())

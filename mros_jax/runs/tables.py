@@ -23,7 +23,7 @@ def format_results(results: Mapping[str, Any]) -> str:
         f"{protocol['metric']} distance, "
         f"{'normalised' if protocol['normalize'] else 'unnormalised'}, AP {protocol['ap']}, "
         f"flip test {protocol['flip_test']}, crops {protocol.get('crops')}, "
-        f"commit {protocol['commit']}",
+        f"{_name_exit(protocol)}commit {protocol['commit']}",
         "",
         _format_line("", ("mAP", "mINP", *(f"Rank-{k}" for k in RANKS))),
     ]
@@ -53,6 +53,12 @@ def format_results(results: Mapping[str, Any]) -> str:
                     f"threshold {at}"
                 )
     return "\n".join(lines)
+
+
+def _name_exit(protocol: Mapping[str, Any]) -> str:
+    """Which of a network's descriptors was evaluated, where it is not the main one."""
+    name = protocol.get("descriptor", "descriptor")
+    return "" if name == "descriptor" else f"descriptor {name}, "
 
 
 def format_grid(rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
