@@ -206,7 +206,8 @@ def shrink(config: ConfigDict) -> ConfigDict:
         network.widths = (16, 32, 48)
     config.weights = "none"
     config.schedule.warmup_epochs = min(config.schedule.warmup_epochs, 4)
-    config.schedule.decay_epochs = (20, 28)
+    if config.schedule.decay == "steps":
+        config.schedule.decay_epochs = (20, 28)
     config.eval.every_epochs = 8
     return config
 

@@ -400,6 +400,10 @@ def test_a_data_set_after_the_colon(name):
     assert config.dataset.name == "dukemtmc"
 
 
+def test_a_shrunk_config_works(system):
+    recipe.check_config(shrink(get_config(system.name, system.variant).unlock()).lock())
+
+
 # What a user may do wrong, in any system.
 
 
@@ -440,6 +444,24 @@ def save_torchvision_file(path, trunk):
         ("hacnn", "weights=auto", "weights is 'auto', and the network hacnn starts from no"),
         ("hacnn", "network.widths=(16, 24, 32)", r"widths are \(16, 24, 32\); .*multiples of 16"),
         ("hacnn", "network.region=(24, 30)", r"region is \(24, 30\); .*multiples of 4"),
+        (
+            "mgn",
+            "network.trunk=tiny_densenet",
+            "'tiny_densenet'; .* needs a ResNet: tiny,",
+        ),
+        (
+            "dare",
+            "objective.stage1.on=('stage5',)",
+            "'stage5'.*descriptor, stage1, stage2",
+        ),
+        ("dare", "eval.resize=(95, 54)", r"config.eval.resize is \(95, 54\); .*at least 96 x 48"),
+        ("dare", "augment.erase_fill=black", "erase_fill is 'black'; .* mean, public, noise"),
+        ("dare", "input.interpolation=lanczos", "interpolation is 'lanczos'; .*bilinear, bicubic"),
+        (
+            "dare",
+            "batch.sampler=once",
+            "is 'once'; .*identities_once, shuffled",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_each_other(file, change, message):
