@@ -10,7 +10,7 @@ identities.
 
 An argument after a colon picks a variant and a data set, in any order:
 
-    --config configs/dare.py:densenet201      with DenseNet-201: fetch_weights densenet201
+    --config configs/dare.py:densenet201      python -m mros_jax.fetch_weights densenet201 first
     --config configs/dare.py:duke             on DukeMTMC-reID
 
 | variant                | in the paper | mAP [R] | Rank-1 [R] | re-ranked [R] |

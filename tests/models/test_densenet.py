@@ -63,21 +63,24 @@ def start_from(theirs, name, **fields):
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(("height", "width", "last_stride"), [(112, 54, 2), (96, 32, 1)])
 def test_stages_equal_pytorchs(height, width, last_stride, train):
-    """Also where maps of odd height and width are halved."""
-    theirs = randomise(torch_densenet.DenseNet("tiny_densenet", last_stride)).train(train)
+    """Also where maps of odd height and width are halved; in float64, nothing but arithmetic."""
+    theirs = randomise(torch_densenet.DenseNet("tiny_densenet", last_stride)).train(train).double()
     model, variables = start_from(theirs, "tiny_densenet", last_stride=last_stride)
-    images = make_images(4, height, width)
-    run = jax.jit(functools.partial(model.apply, train=train, mutable=["batch_stats"]))
-    maps, updated = run(variables, images)
+    images = make_images(4, height, width).astype(np.float64)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
+        model = model.clone(dtype=jnp.float64)
+        run = jax.jit(functools.partial(model.apply, train=train, mutable=["batch_stats"]))
+        maps, updated = run(wide, images)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(images).permute(0, 3, 1, 2))
     for level in LEVELS:
         ours = maps[level].transpose(0, 3, 1, 2)
-        assert difference(ours, expected[level].numpy()) <= 1e-5, level
+        assert difference(ours, expected[level].numpy()) <= 1e-9, level
     if train:
-        named = torch_weights.to_torch_state_dict({**variables, **updated})
+        named = torch_weights.to_torch_state_dict({**wide, **updated})
         for name, value in theirs.state_dict().items():
-            assert difference(named[name], value.numpy()) <= 1e-5 or "tracked" in name, name
+            assert difference(named[name], value.numpy()) <= 1e-9 or "tracked" in name, name
 
 
 def test_half_precision_keeps_float32_statistics():
