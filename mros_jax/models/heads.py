@@ -14,7 +14,7 @@ from mros_jax.models.resnet import BatchNorm
 # As the BNNeck baseline (Luo et al., 2019) starts its classifiers.
 _classifier_init = nn.initializers.normal(0.001)
 
-# Uniform within 1 / sqrt(inputs), PyTorch's default for linear layers.
+# Uniform within 1 / sqrt(inputs), PyTorch's default of linear layers and convolutions.
 uniform_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 

@@ -10,11 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mros_jax.errors import UserError
+from mros_jax.models.heads import uniform_init
 from mros_jax.models.layers import max_pool, widen
 from mros_jax.models.resnet import BatchNorm, Conv
-
-# Uniform within 1 / sqrt(inputs), PyTorch's default.
-uniform_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class ConvUnit(nn.Module):

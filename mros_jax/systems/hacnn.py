@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key, Shaped
 
 from mros_jax.errors import UserError
-from mros_jax.models.heads import Classifiers, Reduction, to_unit_length
-from mros_jax.models.inception import ConvUnit, Inception, uniform_init
+from mros_jax.models.heads import Classifiers, Reduction, to_unit_length, uniform_init
+from mros_jax.models.inception import ConvUnit, Inception
 from mros_jax.models.layers import widen
 from mros_jax.models.outputs import Outputs, Part, check_images
 from mros_jax.models.regions import cut_regions, resize_map
