@@ -53,8 +53,8 @@ class Case(NamedTuple):
 
     `changes` are fields of the network that differ from the config: dropout is tested by itself.
     `finish` is called between gradients and updates. `idle` are tensors that the loss does not
-    depend on: their gradient is rounding, which Adam makes steps of, another one on each side. It is
-    measured against that of the layer's weight.
+    depend on: their gradient is rounding, which Adam makes steps of, another one on each side, and
+    is measured against that of the layer's weight.
     `stage` is the config's, where it has several. `trunk` is a small one.
 
     `remainders` are tensors whose gradient is what is left of sums that cancel, all of it or
