@@ -37,7 +37,6 @@ from mros_jax.models.trunks import TRUNKS
 from mros_jax.training import optimizers, recipe
 from mros_jax.training.state import make_state
 from mros_jax.training.step import make_train_step
-from tests.parity.torch_densenet import DenseNet
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = {
@@ -211,10 +210,30 @@ def torchvision_state(stage_sizes, width, bottleneck):
     return shapes | {"fc.weight": (1000, channels)}
 
 
-def densenet_state():
+def densenet_state(layers=(6, 12, 48, 32), growth=32, channels=64):
     """Name -> shape of torchvision's DenseNet-201."""
-    shapes = {k: tuple(v.shape) for k, v in DenseNet("densenet201").state_dict().items()}
-    return {**shapes, "classifier.weight": (1000, 1920), "classifier.bias": (1000,)}
+    shapes = {"features.conv0.weight": (channels, 3, 7, 7)}
+
+    def add_norm(name, size):
+        shapes.update({f"{name}.{x}": (size,) for x in ("weight", "bias")})
+        shapes.update({f"{name}.running_{x}": (size,) for x in ("mean", "var")})
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    add_norm("features.norm0", channels)
+    for i, count in enumerate(layers, start=1):
+        for j in range(1, count + 1):
+            layer = f"features.denseblock{i}.denselayer{j}"
+            add_norm(f"{layer}.norm1", channels)
+            shapes[f"{layer}.conv1.weight"] = (4 * growth, channels, 1, 1)
+            add_norm(f"{layer}.norm2", 4 * growth)
+            shapes[f"{layer}.conv2.weight"] = (growth, 4 * growth, 3, 3)
+            channels += growth
+        if i < len(layers):
+            add_norm(f"features.transition{i}.norm", channels)
+            shapes[f"features.transition{i}.conv.weight"] = (channels // 2, channels, 1, 1)
+            channels //= 2
+    add_norm("features.norm5", channels)
+    return {**shapes, "classifier.weight": (1000, channels), "classifier.bias": (1000,)}
 
 
 def test_torchvision_weights(system, monkeypatch):
