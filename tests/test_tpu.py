@@ -1,0 +1,126 @@
+"""What XLA compiles for TPUs, read from its text; and compiled here, where libtpu is installed."""
+
+import importlib.util
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from mros_jax import console
+from mros_jax.errors import UserError
+from mros_jax.retrieval import blocks, evaluate_distances
+from scripts import compile_for_tpu, hlo
+from tests.training import ROOT
+
+# As libtpu writes them, shortened.
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%fused (param_0: u8[1000,64], param_1: s32[2]) -> u8[2,64] {
+  %param_0 = u8[1000,64]{1,0:T(32,128)(4,1)} parameter(0)
+  %param_1 = s32[2]{0:T(128)} parameter(1)
+  ROOT %gather.1 = u8[2,64]{1,0:T(8,128)(4,1)} gather(%param_0, %param_1), offset_dims={1}
+}
+
+%region (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %add.1 = f32[]{:T(128)} add(%a, %b)
+}
+
+%body (x: (f32[8,128])) -> (f32[8,128]) {
+  %x = (f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %get = f32[8,128]{1,0:T(8,128)} get-tuple-element(%x), index=0
+  %negate = f32[8,128]{1,0:T(8,128)} negate(%get), backend_config={"estimated_cycles":"10"}
+  ROOT %tuple.1 = (f32[8,128]{1,0:T(8,128)}) tuple(%negate)
+}
+
+ENTRY %main (data: u8[1000,64], indices: s32[2], w: bf16[10,64]) -> bf16[10,64] {
+  %data = u8[1000,64]{1,0:T(32,128)(4,1)} parameter(0)
+  %indices = s32[2]{0:T(128)} parameter(1)
+  %w = bf16[10,64]{1,0:T(8,128)(2,1)} parameter(2)
+  %rows = u8[2,64]{1,0:T(8,128)(4,1)S(1)} fusion(%data, %indices), kind=kCustom, calls=%fused
+  %copy-start = (bf16[10,64]{1,0:T(8,128)S(1)}, bf16[10,64]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%w)
+  %copy-done = bf16[10,64]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %slice-start = ((bf16[10,64]{1,0:T(8,128)}), bf16[5,64]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:5], [0:64]}
+  %loop = (f32[8,128]{1,0:T(8,128)}) while(%start), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %sum = bf16[10,64]{1,0:T(8,128)} all-reduce(%copy-done), to_apply=%region, metadata={op_name="jit(step)/psum"}
+}
+"""
+
+
+def test_bytes_of_a_program():
+    moves = {move.instruction.name: move for move in hlo.Program(TEXT).moves()}
+    padded = 16 * 128 * 2  # 10 x 64 in tiles of 8 x 128
+    sizes = {name: move.size for name, move in moves.items()}
+    assert sizes == {
+        "negate": 3 * 2 * 8 * 128 * 4,  # three times round, read and written
+        "rows": 8 * 128 + 128 * 4,  # of `data` the gathered rows alone, and the indices
+        "copy-start": padded,  # onto the chip
+        "slice-start": 8 * 128 * 2,
+        "sum": padded,  # its operand is on the chip
+    }
+    assert moves["negate"].cycles == 30
+    assert hlo.Program(TEXT).moves()[-1].size == min(sizes.values())
+    assert moves["sum"].instruction.source == "jit(step)/psum"
+
+
+def test_collectives_of_a_program():
+    assert hlo.Program(TEXT).count_collectives() == {"all-reduce": (1, 640)}
+
+
+def test_a_topology_that_is_none(monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Invalid TPU external name")
+
+    monkeypatch.setattr(compile_for_tpu.topologies, "get_topology_desc", refuse)
+    words = ["--config=configs/demo.py", "--topology=v0:1x1"]
+    monkeypatch.chdir(ROOT)
+    assert console.run(compile_for_tpu.main, words) == console.MISUSE
+    assert "--topology is 'v0:1x1'; expected" in capsys.readouterr().err
+
+
+class Device:
+    platform = "tpu"
+
+
+def test_float64_is_for_the_cpu(monkeypatch, unchecked):
+    tpus = blocks.Placement([Device(), Device()], block_size=64)
+    assert tpus.choose_for(np.dtype(np.float32)) is tpus
+    chosen = tpus.choose_for(np.dtype(np.float64))
+    assert chosen == blocks.Placement(jax.local_devices(backend="cpu"), block_size=64)
+    monkeypatch.setattr(jax, "local_devices", refuse_cpu)
+    with pytest.raises(UserError, match="JAX_PLATFORMS=tpu,cpu"):
+        tpus.choose_for(np.dtype(np.float64))
+
+
+def refuse_cpu(*, backend):
+    raise RuntimeError(f"Unknown backend {backend}")
+
+
+def test_float64_distances_are_ranked_where_there_are_tpus(unchecked):
+    """Distances that float32 cannot tell apart, given to TPUs."""
+    distance = np.array([[1.0, 1 + 1e-12, 1 + 2e-12]])
+    result = evaluate_distances(
+        distance, [7], [5, 7, 6], [1], [2, 2, 2], placement=blocks.Placement([Device()])
+    )
+    assert result.first_match_rank.tolist() == [2]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `tpu`)"
+)
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5e:4x4"])
+def test_a_small_system_compiles(topology, tmp_path):
+    table = tmp_path / "table.md"
+    command = [sys.executable, "-m", "scripts.compile_for_tpu", "--config=configs/demo.py"]
+    options = [f"--topology={topology}", f"--markdown={table}", "--step=train", "--by-fusion=3"]
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    text = table.read_text()
+    assert "| train |" in text
+    assert "MISSING" not in text
+    assert "| copy" in text.split("train:")[1]
