@@ -1,6 +1,6 @@
-"""Compile a system's programs for TPUs that are not there, and say what each of them needs.
+r"""Compile a system's programs for TPUs that are not there, and say what each of them needs.
 
-    python -m scripts.compile_for_tpu --config configs/mros.py --topology v5e:2x2 \\
+    python -m scripts.compile_for_tpu --config configs/mros.py --topology v5e:2x2 \
         --config.dtype=bfloat16
 
 Needs libtpu (pip install 'mros_jax[tpu]') and Linux, and no TPU: nothing is run. Compiled are the
@@ -12,7 +12,6 @@ The roofline is what the chip could do at best: the longer of the time for all a
 and for all bytes of main memory at full bandwidth. The compiler's own estimate counts cycles too.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -21,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
@@ -103,8 +101,8 @@ def find_devices(topology: str) -> Sequence[jax.Device]:
         if "not installed" in why:
             why = "libtpu is not installed: pip install 'mros_jax[tpu]'"
         raise UserError(
-            f"--topology is {topology!r}; expected one that libtpu knows, such as v5e:2x2, v5e:4x4, "
-            f"v6e:2x2, v5p:2x2x1 or v4:2x2x1 ({why})"
+            f"--topology is {topology!r}; expected one that libtpu knows, such as v5e:2x2, "
+            f"v5e:4x4, v6e:2x2, v5p:2x2x1 or v4:2x2x1 ({why})"
         ) from error
 
 
@@ -191,9 +189,7 @@ def make_extraction(
         stored = jax.ShapeDtypeStruct((len(devices), images, *STORED, 3), jnp.uint8)
         return embed.lower(variables, stored, config.eval.flip_test, config.eval.crops)
 
-    return Job(
-        "extract", lower, batch or -(-config.eval.batch_size // len(devices)), len(devices)
-    )
+    return Job("extract", lower, batch or -(-config.eval.batch_size // len(devices)), len(devices))
 
 
 def make_searches(
@@ -205,16 +201,13 @@ def make_searches(
     gallery = counts["gallery"]
     both = counts["query"] + gallery
     width = 64  # matches of a query, and images that are not compared with it
-    reranks = {method.name: method for method in configs.make_reranks(config)}
-    ecn = reranks.get("ecn", rerank.ECN())
+    ecn = rerank.ECN(**config.eval.rerank_options.ecn.to_dict())
 
     def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     def job(name: str, function: Callable, rows: Sequence[Any], shared: Sequence[Any] = ()) -> Job:
-        return Job(
-            name, lambda _: blocks.lower(function, rows, shared, devices), 0, len(devices)
-        )
+        return Job(name, lambda _: blocks.lower(function, rows, shared, devices), 0, len(devices))
 
     def block(columns: int) -> int:
         return blocks.choose_block(columns, features) * len(devices)
@@ -242,12 +235,31 @@ def make_searches(
     )
 
 
-def describe(job: Job, chip: Chip, fit: bool) -> tuple[list[object], jax.stages.Compiled, Program]:
-    """One line of the table; the compiled program, and what its text says."""
+class Memory(NamedTuple):
+    """Bytes that a program takes of a device's memory; `output` is what is not donated input."""
+
+    arguments: int
+    temporaries: int
+    output: int
+
+
+def find_memory(compiled: jax.stages.Compiled) -> Memory:
+    """What the compiler has planned."""
+    plan: Any = compiled.memory_analysis()
+    return Memory(
+        plan.argument_size_in_bytes,
+        plan.temp_size_in_bytes,
+        plan.output_size_in_bytes - plan.alias_size_in_bytes,
+    )
+
+
+def describe(job: Job, chip: Chip, fit: bool) -> tuple[list[Any], Program]:
+    """One line of the table; and the compiled program."""
     compiled = job.lower(job.batch).compile()
-    program = Program(compiled.as_text())
+    program = Program(compiled.as_text() or "")
     moves = program.moves()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory = find_memory(compiled)
+    cost: Any = compiled.cost_analysis()
     flops, moved = cost["flops"], sum(move.size for move in moves)
     seconds = max(flops / chip.flops, moved / chip.bandwidth)
     shared = program.count_collectives().get("all-reduce", (0, 0))[1]
@@ -255,9 +267,7 @@ def describe(job: Job, chip: Chip, fit: bool) -> tuple[list[object], jax.stages.
     line = [
         job.name,
         job.batch or "",
-        f"{memory.argument_size_in_bytes / 1e9:.3f}",
-        f"{memory.temp_size_in_bytes / 1e9:.3f}",
-        f"{(memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e9:.3f}",
+        *(f"{size / 1e9:.3f}" for size in memory),
         find_largest(job, memory, chip, fit) if job.batch else "",
         f"{flops / 1e12:.3f}",
         f"{cost['bytes accessed'] / 1e9:.2f}",
@@ -266,30 +276,23 @@ def describe(job: Job, chip: Chip, fit: bool) -> tuple[list[object], jax.stages.
         f"{sum(move.cycles for move in moves) / 1e6:.2f}",
         f"{shared / 1e6:.1f} of {job.learned / 1e6:.1f} M{missing}" if job.learned else "",
     ]
-    return line, compiled, program
+    return line, program
 
 
-def need_of(memory: Any) -> int:
-    """Bytes that a program needs on a device."""
-    output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + output
+def find_largest(job: Job, memory: Memory, chip: Chip, fit: bool) -> str:
+    """The largest batch that a device can hold.
 
-
-def find_largest(job: Job, memory: Any, chip: Chip, fit: bool) -> str:
-    """The largest batch a device can hold, on the line through two batch sizes.
-
-    One more compilation makes the second point, half the batch; another one tries what the line
-    says. Without `fit`, all but the arguments is taken to grow with the batch, which says less
-    than would fit: "at least".
+    Without `fit` all but the arguments is taken to grow with the batch, which says less than would
+    fit. With it, a compilation of half the batch makes a line through two points, and one more
+    tries what the line says.
     """
-    need = need_of(memory)
     if not fit:
-        grows = (need - memory.argument_size_in_bytes) / job.batch
-        return f">= {math.floor((chip.memory - memory.argument_size_in_bytes) / grows)}"
+        grows = (memory.temporaries + memory.output) / job.batch
+        return f">= {math.floor((chip.memory - memory.arguments) / grows)}"
     half = max(job.batch // 2, 1)
-    small = need_of(job.lower(half).compile().memory_analysis())
-    slope = (need - small) / max(job.batch - half, 1)
-    largest = math.floor(job.batch + (chip.memory - need) / slope)
+    small = find_memory(job.lower(half).compile())
+    slope = (sum(memory) - sum(small)) / max(job.batch - half, 1)
+    largest = math.floor(job.batch + (chip.memory - sum(memory)) / slope)
     try:
         job.lower(largest).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -320,7 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = common.make_parser(__doc__)
     parser.add_argument("--topology", default="v5e:2x2", help="chips, by libtpu's names")
     parser.add_argument("--step", choices=(*STEPS, "all"), default="all", help="what to compile")
-    parser.add_argument("--batch", type=console.count, help="images a device; default: the config's")
+    parser.add_argument(
+        "--batch", type=console.count, help="images a device; default: the config's"
+    )
     parser.add_argument(
         "--fit", action="store_true", help="find the largest batch, by two more compilations"
     )
@@ -335,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = STEPS if args.step == "all" else (args.step,)
     lines, lists = [], []
     for job in make_jobs(config, devices, args.batch, steps):
-        line, _, program = describe(job, chip, args.fit)
+        line, program = describe(job, chip, args.fit)
         lines.append(line)
         if args.by_fusion:
             lists.append(f"{job.name}:\n\n{format_moves(program, args.by_fusion)}")

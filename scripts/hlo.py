@@ -136,7 +136,7 @@ class Program:
     def _count(self, instruction: Instruction, computation: Computation) -> int:
         operands = [computation[name] for name in instruction.operands if name in computation]
         if instruction.opcode == "copy-start":  # (target, source, context)
-            return instruction.size
+            return sum(array.size for array in instruction.arrays[:2] if not array.on_chip)
         if instruction.opcode == "slice-start":  # ((source), target, context)
             source, target = instruction.arrays[:2]
             return target.size * ((not source.on_chip) + (not target.on_chip))

@@ -41,11 +41,11 @@ ENTRY %main (data: u8[1000,64], indices: s32[2], w: bf16[10,64]) -> bf16[10,64] 
   %indices = s32[2]{0:T(128)} parameter(1)
   %w = bf16[10,64]{1,0:T(8,128)(2,1)} parameter(2)
   %rows = u8[2,64]{1,0:T(8,128)(4,1)S(1)} fusion(%data, %indices), kind=kCustom, calls=%fused
-  %copy-start = (bf16[10,64]{1,0:T(8,128)S(1)}, bf16[10,64]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%w)
+  %copy-start = (bf16[10,64]{1,0:T(8,128)S(1)}, bf16[10,64]{1,0:T(8,128)}, u32[]) copy-start(%w)
   %copy-done = bf16[10,64]{1,0:T(8,128)S(1)} copy-done(%copy-start)
-  %slice-start = ((bf16[10,64]{1,0:T(8,128)}), bf16[5,64]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:5], [0:64]}
-  %loop = (f32[8,128]{1,0:T(8,128)}) while(%start), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
-  ROOT %sum = bf16[10,64]{1,0:T(8,128)} all-reduce(%copy-done), to_apply=%region, metadata={op_name="jit(step)/psum"}
+  %slice-start = ((bf16[10,64]{1,0:T(8,128)}), bf16[5,64]{1,0:T(8,128)S(1)}, s32[]) slice-start(%w)
+  %loop = (f32[8,128]{1,0:T(8,128)}) while(%w), body=%body, b={"known_trip_count":{"n":"3"}}
+  ROOT %sum = bf16[10,64]{1,0:T(8,128)} all-reduce(%copy-done), metadata={op_name="jit(step)/psum"}
 }
 """
 

@@ -203,7 +203,7 @@ class BlockMap:
 
 
 @functools.cache
-def _compile(function: Callable, num_shared: int, devices: tuple) -> Callable:
+def _compile(function: Callable, num_shared: int, devices: tuple) -> Any:
     mesh = Mesh(np.asarray(devices), (_AXIS,))
 
     def call(*arrays: Any) -> Any:

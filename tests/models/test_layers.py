@@ -15,9 +15,7 @@ def plain_max_pool(x):
     return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
 
-@pytest.mark.parametrize(
-    "pool", [layers.max_pool, layers.max_pool_on_cpu, layers.max_pool_plainly]
-)
+@pytest.mark.parametrize("pool", [layers.max_pool, layers.max_pool_on_cpu, layers.max_pool_plainly])
 @pytest.mark.parametrize("ties", [True, False])
 @pytest.mark.parametrize("size", [(8, 4), (7, 5), (1, 1)])
 def test_max_pool_equals_the_library(size, ties, pool):
@@ -127,7 +125,9 @@ def test_normalize_over_devices_equals_one_device():
     y, pull = jax.vjp(plain_normalize, x, scale, bias)
 
     def device(x, dy):
-        y, pull = jax.vjp(lambda *a: layers.normalize(*a, jnp.zeros(5), 1e-5, "d")[0], x, scale, bias)
+        y, pull = jax.vjp(
+            lambda *a: layers.normalize(*a, jnp.zeros(5), 1e-5, "d")[0], x, scale, bias
+        )
         dx, dscale, dbias = pull(dy)
         return y, dx, *jax.lax.psum((dscale, dbias), "d")
 
