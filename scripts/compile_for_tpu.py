@@ -284,14 +284,16 @@ def find_largest(job: Job, memory: Memory, chip: Chip, fit: bool) -> str:
 
     Without `fit` all but the arguments is taken to grow with the batch, which says less than would
     fit. With it, a compilation of half the batch makes a line through two points, and one more
-    tries what the line says.
+    tries what the line says. A program whose temporaries all stay on the chip has no such line yet.
     """
     if not fit:
         grows = (memory.temporaries + memory.output) / job.batch
-        return f">= {math.floor((chip.memory - memory.arguments) / grows)}"
+        return f">= {math.floor((chip.memory - memory.arguments) / grows)}" if grows else ""
     half = max(job.batch // 2, 1)
     small = find_memory(job.lower(half).compile())
     slope = (sum(memory) - sum(small)) / max(job.batch - half, 1)
+    if slope <= 0:
+        return ""
     largest = math.floor(job.batch + (chip.memory - sum(memory)) / slope)
     try:
         job.lower(largest).compile()

@@ -111,16 +111,20 @@ def test_float64_distances_are_ranked_where_there_are_tpus(unchecked):
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `tpu`)"
 )
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5e:4x4"])
-def test_a_small_system_compiles(topology, tmp_path):
+@pytest.mark.parametrize(
+    ("step", "topology", "program"),
+    [("train", "v5e:4x4", "train"), ("search", "v5e:2x2", "ranks, given distances")],
+)
+def test_a_small_system_compiles(step, topology, program, tmp_path):
+    """Its training on four hosts, and all that an evaluation runs on a device."""
     table = tmp_path / "table.md"
     command = [sys.executable, "-m", "scripts.compile_for_tpu", "--config=configs/demo.py"]
-    options = [f"--topology={topology}", f"--markdown={table}", "--step=train", "--by-fusion=3"]
+    options = [f"--topology={topology}", f"--markdown={table}", f"--step={step}", "--by-fusion=3"]
     done = subprocess.run(
         [*command, *options], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
     text = table.read_text()
-    assert "| train |" in text
+    assert f"| {program} |" in text
     assert "MISSING" not in text
-    assert "| copy" in text.split("train:")[1]
+    assert f"{program}:" in text
