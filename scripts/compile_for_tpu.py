@@ -31,7 +31,7 @@ from mros_jax.errors import UserError
 from mros_jax.retrieval import blocks, distances, metrics, neighbors, rerank
 from mros_jax.training import recipe
 from scripts import common
-from scripts.hlo import Program
+from scripts.hlo import Move, Program
 
 STEPS = ("train", "extract", "search")
 STORED = (128, 64)  # pixels of a stored image, as in Market-1501
@@ -305,20 +305,30 @@ def find_largest(job: Job, memory: Memory, chip: Chip, fit: bool) -> str:
 
 
 def format_moves(program: Program, count: int) -> str:
-    """Where the bytes of main memory go, most first."""
+    """Where the bytes of main memory go, most first: single instructions, and all of each kind."""
     moves = program.moves()
-    whole = sum(move.size for move in moves)
-    rows = [
-        (
-            (move.instruction.source or move.instruction.name).removeprefix("jit(_fun)/shard_map/"),
-            move.instruction.opcode,
-            f"{move.size / 1e6:.1f}",
-            f"{100 * move.size / max(whole, 1):.1f}",
-            f"{move.cycles / 1e3:.0f}",
-        )
-        for move in moves[:count]
-    ]
+    whole = max(sum(move.size for move in moves), 1)
+    kinds: dict[str, list[Move]] = {}
+    for move in moves:
+        kinds.setdefault(move.instruction.opcode, []).append(move)
+    groups = [(name_source(move), move.instruction.opcode, [move]) for move in moves[:count]]
+    groups += sorted(
+        ((f"all {len(group)}", kind, group) for kind, group in kinds.items()),
+        key=lambda row: -sum(move.size for move in row[2]),
+    )[:count]
+    rows = []
+    for name, kind, group in groups:
+        size, cycles = (sum(getattr(move, x) for move in group) for x in ("size", "cycles"))
+        share = f"{100 * size / whole:.1f}"
+        rows.append((name, kind, f"{size / 1e6:.1f}", share, f"{cycles / 1e3:.0f}"))
     return common.format_table(("from", "instruction", "MB", "%", "kcycles"), rows)
+
+
+def name_source(move: Move) -> str:
+    """The operation that an instruction comes from, without what all of them have in common."""
+    words = (move.instruction.source or move.instruction.name).split("/")
+    common_words = ("jit(_fun)", "shard_map", "cond", "branch_0_fun")
+    return "/".join(word for word in words if word not in common_words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

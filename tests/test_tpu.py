@@ -70,6 +70,37 @@ def test_collectives_of_a_program():
     assert hlo.Program(TEXT).count_collectives() == {"all-reduce": (1, 640)}
 
 
+def test_where_the_bytes_go():
+    lines = compile_for_tpu.format_moves(hlo.Program(TEXT), 1).splitlines()
+    assert lines[2] == "| negate | negate | 0.0 | 67.6 | 0 |"  # 24,576 bytes of 36,352
+    assert lines[3].startswith("| all 1 | negate |")
+
+
+def test_largest_batch_that_fits():
+    """On the line through two compilations, and tried by a third; here for a CPU."""
+
+    def lower(images):
+        x = jax.ShapeDtypeStruct((images, 1000), np.float32)
+        return jax.jit(lambda x: x[::-1] * 2).lower(x)
+
+    def describe(fit):
+        line, _ = compile_for_tpu.describe(compile_for_tpu.Job("x", lower, 8, 1), chip, fit)
+        return line[:6]
+
+    chip = compile_for_tpu.Chip(1e12, 1e9, 1e6)  # each image takes 4,000 bytes, and gives as many
+    assert describe(fit=True) == ["x", 8, "0.000", "0.000", "0.000", "125, compiled"]
+    assert describe(fit=False)[-1] == ">= 242"  # as if the arguments did not grow
+
+
+def test_gradients_that_are_not_shared_are_told():
+    def lower(images):
+        return jax.jit(lambda x: x * 2).lower(jax.ShapeDtypeStruct((images,), np.float32))
+
+    chip = compile_for_tpu.Chip(1e12, 1e9, 1e6)
+    job = compile_for_tpu.Job("train", lower, 8, 2, learned=10**6)
+    assert compile_for_tpu.describe(job, chip, fit=False)[0][-1] == "0.0 of 1.0 M MISSING"
+
+
 def test_a_topology_that_is_none(monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise RuntimeError("Invalid TPU external name")
