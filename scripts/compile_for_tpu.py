@@ -12,6 +12,7 @@ The roofline is what the chip could do at best: the longer of the time for all a
 and for all bytes of main memory at full bandwidth. The compiler's own estimate counts cycles too.
 """
 
+import functools
 import math
 import os
 import sys
@@ -29,7 +30,7 @@ from mros_jax.data.batches import make_sampler
 from mros_jax.data.datasets import records
 from mros_jax.errors import UserError
 from mros_jax.retrieval import blocks, distances, metrics, neighbors, rerank
-from mros_jax.training import recipe
+from mros_jax.training import optimizers, recipe
 from scripts import common
 from scripts.hlo import Move, Program
 
@@ -142,35 +143,51 @@ def make_jobs(
     counts = find_counts(config)
     host = [device for device in devices if device.process_index == devices[0].process_index]
     if "train" in steps:
-        yield make_training(config, devices, batch, counts)
+        yield from make_trainings(config, devices, batch, counts)
     if "extract" in steps:
         yield make_extraction(config, host, batch, counts["classes"])
     if "search" in steps:
         yield from make_searches(config, host, counts)
 
 
-def make_training(
+def make_trainings(
     config: ConfigDict, devices: Sequence[jax.Device], batch: int | None, counts: dict[str, int]
-) -> Job:
+) -> Iterator[Job]:
+    """The training step of each stage."""
     whole = make_sampler(config.batch.to_dict()).size
     if batch is None and whole % len(devices):
         raise UserError(
             f"a batch of {whole} images cannot be split over {len(devices)} devices; say --batch"
         )
     parts = recipe.build(config, counts["classes"], steps_per_epoch=100)
-    step = parallel.MappedStep(parts.step, devices)
-    state = shapes_of(parts.state)
     data = {
         "images": jax.ShapeDtypeStruct((counts["train"], *STORED, 3), jnp.uint8),
         "labels": jax.ShapeDtypeStruct((counts["train"],), jnp.int32),
     }
 
-    def lower(images: int) -> jax.stages.Lowered:
+    def lower(stage: recipe.Stage, images: int) -> jax.stages.Lowered:
         indices = jax.ShapeDtypeStruct((len(devices), images), jnp.int32)
-        return step.lower(state, data, {"indices": indices})
+        state = shapes_of(stage.begin(parts.state))
+        return parallel.MappedStep(stage.step, devices).lower(state, data, {"indices": indices})
 
-    learned = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-    return Job("train", lower, batch or whole // len(devices), len(devices), learned)
+    for stage, section in zip(parts.stages, configs.split_stages(config).values(), strict=True):
+        yield Job(
+            f"train {stage.name}".strip(),
+            functools.partial(lower, stage),
+            batch or whole // len(devices),
+            len(devices),
+            count_learned(parts.state.params, section),
+        )
+
+
+def count_learned(params: Any, section: ConfigDict) -> int:
+    """Numbers that are not frozen in a stage."""
+    groups = optimizers.make_groups(section.optimizer.to_dict())
+    names = optimizers.label_params(params, groups)
+    sizes = jax.tree.map(
+        lambda leaf, name: 0 if groups[name].kind == "frozen" else leaf.size, params, names
+    )
+    return sum(jax.tree.leaves(sizes))
 
 
 def make_extraction(

@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from mros_jax import console
 from mros_jax.errors import UserError
@@ -99,6 +100,15 @@ def test_gradients_that_are_not_shared_are_told():
     chip = compile_for_tpu.Chip(1e12, 1e9, 1e6)
     job = compile_for_tpu.Job("train", lower, 8, 2, learned=10**6)
     assert compile_for_tpu.describe(job, chip, fit=False)[0][-1] == "0.0 of 1.0 M MISSING"
+
+
+def test_frozen_numbers_are_not_learned():
+    params = {"network": {"trunk": np.zeros((3, 4)), "head": np.zeros(5)}}
+    groups = {
+        "trunk": {"params": ("network/trunk",), "kind": "frozen"},
+        "head": {"params": ("network/head",), "kind": "sgd", "lr": 0.1},
+    }
+    assert compile_for_tpu.count_learned(params, ConfigDict({"optimizer": groups})) == 5
 
 
 def test_a_topology_that_is_none(monkeypatch, capsys):
