@@ -103,7 +103,7 @@ def test_gradients_that_are_not_shared_are_told():
 
 
 def test_frozen_numbers_are_not_learned():
-    params = {"network": {"trunk": np.zeros((3, 4)), "head": np.zeros(5)}}
+    params = {"network": {"trunk": np.zeros((3, 4)), "head": np.zeros(5)}, "objective": {}}
     groups = {
         "trunk": {"params": ("network/trunk",), "kind": "frozen"},
         "head": {"params": ("network/head",), "kind": "sgd", "lr": 0.1},
