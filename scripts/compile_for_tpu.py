@@ -277,7 +277,9 @@ def describe(job: Job, chip: Chip, fit: bool) -> tuple[list[Any], Program]:
     moves = program.moves()
     memory = find_memory(compiled)
     cost: Any = compiled.cost_analysis()
-    flops, moved = cost["flops"], sum(move.size for move in moves)
+    once, repeated = program.count_products()
+    flops = cost["flops"] + repeated - once
+    moved = sum(move.size for move in moves)
     seconds = max(flops / chip.flops, moved / chip.bandwidth)
     shared = program.count_collectives().get("all-reduce", (0, 0))[1]
     missing = " MISSING" if shared < job.learned and job.devices > 1 else ""

@@ -19,6 +19,7 @@ _FREE = {
     *("partition-id", "replica-id"),
 }
 _FREE_TARGETS = re.compile(r'custom_call_target="(ConcatBitcast|Assume\w+|AsyncCollective\w+)"')
+_CALLERS = ("while", "call", "conditional")
 _PARTS = ("slice", "dynamic-slice", "gather")  # look at a part of their first operand
 
 
@@ -107,6 +108,23 @@ class Program:
         found = list(self._walk(self._entry, 1))
         return sorted(found, key=lambda move: (move.size, move.cycles), reverse=True)
 
+    def count_products(self) -> tuple[float, float]:
+        """FLOP of all convolutions and matrix products: each counted once, and as often as it runs.
+
+        XLA's own count has the body of a loop once. On a TPU all products are convolutions.
+        """
+        found = list(self._walk_products(self._entry, 1))
+        return sum(flops for flops, _ in found), sum(flops * times for flops, times in found)
+
+    def _walk_products(self, computation: Computation, times: int) -> Iterator[tuple[float, int]]:
+        for instruction in computation.values():
+            if instruction.opcode == "convolution":
+                yield _count_flops(instruction, computation[instruction.operands[1]]), times
+            elif instruction.opcode in _CALLERS or instruction.opcode == "fusion":
+                for name in _called(instruction):
+                    repeated = times * _find_trips(instruction)
+                    yield from self._walk_products(self.computations[name], repeated)
+
     def count_collectives(self) -> dict[str, tuple[int, int]]:
         """Opcode -> how many there are, and numbers in their results."""
         counts: collections.Counter[str] = collections.Counter()
@@ -124,10 +142,9 @@ class Program:
 
     def _walk(self, computation: Computation, times: int) -> Iterator[Move]:
         for instruction in computation.values():
-            if instruction.opcode in ("while", "call", "conditional"):
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.text)
-                repeated = times * (int(trips[1]) if trips else 1)
+            if instruction.opcode in _CALLERS:
                 for name in _called(instruction):
+                    repeated = times * _find_trips(instruction)
                     yield from self._walk(self.computations[name], repeated)
             elif instruction.opcode not in _FREE and not _FREE_TARGETS.search(instruction.text):
                 size = self._count(instruction, computation)
@@ -167,6 +184,23 @@ class Program:
             else:
                 total += operand.size
         return total
+
+
+def _find_trips(instruction: Instruction) -> int:
+    """How often a loop goes round, as far as the compiler knows; 1 for what is no loop."""
+    found = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.text)
+    return int(found[1]) if found else 1
+
+
+def _count_flops(convolution: Instruction, kernel: Instruction) -> float:
+    """2 x results x numbers of the kernel that make one of them."""
+    found = re.search(r"dim_labels=\w+_(\w+)->", convolution.text)
+    shape = _ARRAY.search(kernel.text)
+    if found is None or shape is None:
+        return 0.0
+    sizes = [int(size) for size in shape[2].split(",") if size]
+    inputs = math.prod(size for size, label in zip(sizes, found[1], strict=True) if label != "o")
+    return 2.0 * convolution.arrays[0].numbers * inputs
 
 
 def _called(instruction: Instruction) -> list[str]:

@@ -33,7 +33,9 @@ TEXT = """HloModule jit_step, is_scheduled=true
 %body (x: (f32[8,128])) -> (f32[8,128]) {
   %x = (f32[8,128]{1,0:T(8,128)}) parameter(0)
   %get = f32[8,128]{1,0:T(8,128)} get-tuple-element(%x), index=0
+  %w8 = f32[128,128]{1,0:T(8,128)S(1)} constant({...})
   %negate = f32[8,128]{1,0:T(8,128)} negate(%get), backend_config={"estimated_cycles":"10"}
+  %product = f32[8,128]{1,0:T(8,128)S(1)} convolution(%get, %w8), dim_labels=bf_io->bf
   ROOT %tuple.1 = (f32[8,128]{1,0:T(8,128)}) tuple(%negate)
 }
 
@@ -57,6 +59,7 @@ def test_bytes_of_a_program():
     sizes = {name: move.size for name, move in moves.items()}
     assert sizes == {
         "negate": 3 * 2 * 8 * 128 * 4,  # three times round, read and written
+        "product": 3 * 8 * 128 * 4,  # but for one operand all of it is on the chip
         "rows": 8 * 128 + 128 * 4,  # of `data` the gathered rows alone, and the indices
         "copy-start": padded,  # onto the chip
         "slice-start": 8 * 128 * 2,
@@ -67,13 +70,18 @@ def test_bytes_of_a_program():
     assert moves["sum"].instruction.source == "jit(step)/psum"
 
 
+def test_products_of_a_program():
+    once = 2 * 8 * 128 * 128
+    assert hlo.Program(TEXT).count_products() == (once, 3 * once)
+
+
 def test_collectives_of_a_program():
     assert hlo.Program(TEXT).count_collectives() == {"all-reduce": (1, 640)}
 
 
 def test_where_the_bytes_go():
     lines = compile_for_tpu.format_moves(hlo.Program(TEXT), 1).splitlines()
-    assert lines[2] == "| negate | negate | 0.0 | 67.6 | 0 |"  # 24,576 bytes of 36,352
+    assert lines[2] == "| negate | negate | 0.0 | 50.5 | 0 |"  # 24,576 bytes of 48,640
     assert lines[3].startswith("| all 1 | negate |")
 
 
