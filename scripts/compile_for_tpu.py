@@ -15,6 +15,7 @@ and for all bytes of main memory at full bandwidth. The compiler's own estimate 
 import functools
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -345,9 +346,11 @@ def format_moves(program: Program, count: int) -> str:
 
 def name_source(move: Move) -> str:
     """The operation that an instruction comes from, without what all of them have in common."""
-    words = (move.instruction.source or move.instruction.name).split("/")
-    common_words = ("jit(_fun)", "shard_map", "cond", "branch_0_fun")
-    return "/".join(word for word in words if word not in common_words)
+    name = move.instruction.source or move.instruction.name
+    name = re.sub(r"transpose\(jvp\(\w+\)\)", "backward", name)
+    name = re.sub(r"jvp\(\w+\)", "forward", name)
+    left_out = ("jit(_fun)", "shard_map", "cond", "branch_0_fun", "transpose(jvp())", "jvp()")
+    return "/".join(word for word in name.split("/") if word not in left_out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,10 +45,10 @@ ENTRY %main (data: u8[1000,64], indices: s32[2], w: bf16[10,64]) -> bf16[10,64] 
   %w = bf16[10,64]{1,0:T(8,128)(2,1)} parameter(2)
   %rows = u8[2,64]{1,0:T(8,128)(4,1)S(1)} fusion(%data, %indices), kind=kCustom, calls=%fused
   %copy-start = (bf16[10,64]{1,0:T(8,128)S(1)}, bf16[10,64]{1,0:T(8,128)}, u32[]) copy-start(%w)
-  %copy-done = bf16[10,64]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %done = bf16[10,64]{1,0:T(8,128)S(1)} copy-done(%copy-start)
   %slice-start = ((bf16[10,64]{1,0:T(8,128)}), bf16[5,64]{1,0:T(8,128)S(1)}, s32[]) slice-start(%w)
   %loop = (f32[8,128]{1,0:T(8,128)}) while(%w), body=%body, b={"known_trip_count":{"n":"3"}}
-  ROOT %sum = bf16[10,64]{1,0:T(8,128)} all-reduce(%copy-done), metadata={op_name="jit(step)/psum"}
+  %sum = bf16[10,64]{1,0:T(8,128)} all-reduce(%done), metadata={op_name="transpose(jvp(A))/psum"}
 }
 """
 
@@ -67,7 +67,7 @@ def test_bytes_of_a_program():
     }
     assert moves["negate"].cycles == 30
     assert hlo.Program(TEXT).moves()[-1].size == min(sizes.values())
-    assert moves["sum"].instruction.source == "jit(step)/psum"
+    assert moves["sum"].instruction.source == "transpose(jvp(A))/psum"
 
 
 def test_products_of_a_program():
@@ -80,6 +80,8 @@ def test_collectives_of_a_program():
 
 
 def test_where_the_bytes_go():
+    lines = compile_for_tpu.format_moves(hlo.Program(TEXT), 9).splitlines()
+    assert any(line.startswith("| backward/psum | all-reduce | ") for line in lines)
     lines = compile_for_tpu.format_moves(hlo.Program(TEXT), 1).splitlines()
     assert lines[2] == "| negate | negate | 0.0 | 50.5 | 0 |"  # 24,576 bytes of 48,640
     assert lines[3].startswith("| all 1 | negate |")
