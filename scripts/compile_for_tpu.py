@@ -10,6 +10,7 @@ them one does extraction and search, as in a run.
 
 The roofline is what the chip could do at best: the longer of the time for all arithmetic at peak
 and for all bytes of main memory at full bandwidth. The compiler's own estimate counts cycles too.
+Loops whose length the compiled text does not tell count as one round (ten crops do so on TPUs).
 """
 
 import functools
