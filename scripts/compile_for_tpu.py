@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from mros_jax import config as configs
 from mros_jax import console, inference, parallel
+from mros_jax.data import augment
 from mros_jax.data.batches import make_sampler
 from mros_jax.data.datasets import records
 from mros_jax.errors import UserError
@@ -198,7 +199,13 @@ def make_extraction(
     network = configs.make_network(config, num_classes)
     height, width = configs.find_size(config, config.eval)
     crop = (config.input.height, config.input.width)
-    embed = inference.make_embed(network, height, width, crop, devices)
+    preprocess = functools.partial(
+        augment.preprocess,
+        height=height,
+        width=width,
+        interpolation=config.input.interpolation,
+    )
+    embed = inference.make_embed(network, preprocess, crop, devices)
     image = jax.ShapeDtypeStruct((1, *crop, 3), jnp.float32)
     variables = jax.eval_shape(
         lambda key, x: network.init(key, x, train=False), jax.random.key(0), image
