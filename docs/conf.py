@@ -50,6 +50,7 @@ evaluation
 report
 exactness
 benchmarks
+tpu
 adding
 ../CONTRIBUTING
 ../CHANGELOG

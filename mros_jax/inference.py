@@ -73,7 +73,7 @@ class Embedder:
         self._placed = parallel.replicate(variables)
         self._input_size = crop or (height, width)
         preprocess = functools.partial(augment.preprocess, **self._resize)
-        self._embed = _make_embed(network, preprocess, self._input_size)
+        self._embed = make_embed(network, preprocess, self._input_size)
 
     def replace_variables(self, variables: dict[str, Any]) -> None:
         """Use other variables of the same shapes, without compiling again."""
@@ -186,16 +186,28 @@ def _to_array(image: Image) -> np.ndarray | str | os.PathLike:
     return np.asarray(image) if isinstance(image, jax.Array) else image
 
 
-def _make_embed(
-    network: Network, preprocess: Callable[[Any], jax.Array], crop: tuple[int, int]
+def make_embed(
+    network: Network,
+    preprocess: Callable[[Any], jax.Array],
+    crop: tuple[int, int],
+    devices: Sequence[jax.Device] | None = None,
 ) -> Any:
-    # Local devices only: in a run of many processes each may embed what it likes.
+    """`embed(variables, images, flip_test, crops)` of (devices, b, H, W, 3) uint8 images.
+
+    Args:
+        network: the Flax module.
+        preprocess: of a device's images, see `augment.preprocess`.
+        crop: height and width of each of ten crops.
+        devices: those of one process; None: of this one. In a run of many processes each may embed
+            what it likes.
+    """
+
     @functools.partial(
         jax.pmap,
         axis_name=parallel.AXIS,
         in_axes=(None, 0),
         static_broadcasted_argnums=(2, 3),
-        devices=jax.local_devices(),
+        devices=devices or jax.local_devices(),
     )
     def embed(variables, images, flip_test, crops):
         def describe(inputs):

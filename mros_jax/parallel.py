@@ -148,6 +148,10 @@ class MappedStep:
         """One step on all devices; returns without waiting for it."""
         return self._step(state, data, batch)
 
+    def lower(self, state: Any, data: Any, batch: Any) -> jax.stages.Lowered:
+        """The step's program for its devices, which need not be there; arguments may be shapes."""
+        return self._step.lower(state, data, batch)
+
 
 def _sharding(devices: Sequence[jax.Device] | None, *axes: str | None) -> NamedSharding:
     mesh = Mesh(np.array(devices or jax.local_devices()), (AXIS,))

@@ -1,15 +1,83 @@
-"""Functions whose gradients are written out, because XLA's own are slow on a CPU.
+"""Operations written twice: for CPUs, and for accelerators, whose compilers want them plain.
 
-Each equals what differentiating its forward pass gives; the tests compare them.
+Which of the two is used is decided where a program is compiled, by what it is compiled for. Both
+compute the same, values and gradients; the tests compare them with each other and with a plain
+forward pass.
 """
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
+
+
+def _by_platform(cpu: Callable[..., Array], accelerator: Callable[..., Array]) -> Callable:
+    """A function that is `cpu` on a CPU and `accelerator` elsewhere, its gradient as well.
+
+    The choice is made outside of differentiation: JAX would keep what both of them save.
+    """
+
+    @jax.custom_vjp
+    def chosen(*args: Array) -> Array:
+        return lax.platform_dependent(*args, cpu=cpu, default=accelerator)
+
+    def forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
+        return chosen(*args), args
+
+    def backward(args: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
+        def pull(function: Callable[..., Array], dy: Array, *args: Array) -> Any:
+            return jax.vjp(function, *args)[1](dy)
+
+        return lax.platform_dependent(
+            dy,
+            *args,
+            cpu=functools.partial(pull, cpu),
+            default=functools.partial(pull, accelerator),
+        )
+
+    chosen.defvjp(forward, backward)
+    return chosen
+
+
+def convolve(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "K K C F"], stride: int
+) -> Float[Array, "B H2 W2 F"]:
+    """Square convolution, padded by K // 2."""
+    if kernel.shape[0] > 1:
+        return convolve_plainly(x, kernel, stride)
+    return _by_platform(
+        functools.partial(convolve_1x1_on_cpu, stride=stride),
+        functools.partial(convolve_plainly, stride=stride),
+    )(x, kernel)
+
+
+def convolve_plainly(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "K K C F"], stride: int
+) -> Float[Array, "B H2 W2 F"]:
+    """`convolve`, as XLA does it."""
+    pad = kernel.shape[0] // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def convolve_1x1_on_cpu(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "1 1 C F"], stride: int
+) -> Float[Array, "B H2 W2 F"]:
+    """`convolve` as a matrix product: XLA's CPU convolution and its gradients are far slower."""
+    x = x[:, ::stride, ::stride]
+    y = multiply(x.reshape(-1, x.shape[-1]), kernel[0, 0])  # (B * H2 * W2, F)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 @jax.custom_vjp
@@ -36,12 +104,26 @@ def _multiply_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Ar
 multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
-@jax.custom_vjp
 def max_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
     """Maximum over 3x3 windows, stride 2, one pixel of -inf on every side (as PyTorch pads).
 
-    Of equal values the first in reading order gets the gradient, as in PyTorch. XLA's own gradient
-    (select and scatter) took 94 ms for four 192x64x64 maps on one core where this takes 4.
+    Of equal values the first in reading order gets the gradient, as in PyTorch.
+    """
+    return _by_platform(max_pool_on_cpu, max_pool_plainly)(x)
+
+
+def max_pool_plainly(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+    """`max_pool`, as XLA does it."""
+    pad = ((0, 0), (1, 1), (1, 1), (0, 0))
+    lowest = np.array(-np.inf, x.dtype)
+    return lax.reduce_window(x, lowest, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pad)
+
+
+@jax.custom_vjp
+def max_pool_on_cpu(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+    """`max_pool` with a gradient that is quick on a CPU.
+
+    XLA's own (select and scatter) took 94 ms for four 192x64x64 maps on one core; this takes 4.
     """
     return functools.reduce(jnp.maximum, _window_values(x))
 
@@ -60,7 +142,7 @@ def _window_values(x: Array) -> list[Array]:
 
 
 def _max_pool_forward(x: Array) -> tuple[Array, Array]:
-    return max_pool(x), x
+    return max_pool_on_cpu(x), x
 
 
 def _max_pool_backward(x: Array, dy: Array) -> tuple[Array]:
@@ -89,14 +171,15 @@ def _max_pool_backward(x: Array, dy: Array) -> tuple[Array]:
     return (dx[:, : x.shape[1], : x.shape[2]],)
 
 
-max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+max_pool_on_cpu.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def normalize(
     x: Float[Array, "..."],
     scale: Float[Array, "..."],
     bias: Float[Array, "..."],
+    guess: Float[Array, "..."],
     epsilon: float,
     axis_name: str | None,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
@@ -105,26 +188,58 @@ def normalize(
     The gradient is written out (Ioffe & Szegedy, 2015, Section 3): two sums and one pass, where
     differentiating the forward pass takes twice that.
 
+    Args:
+        x: values.
+        scale: of the result.
+        bias: of the result.
+        guess: a number near the mean, see `moments_in_one_pass`; it changes rounding only.
+        epsilon: added to the variance.
+        axis_name: axis of the devices that share statistics; None: each has its own.
+
     Returns:
         The result, at least float32; mean and biased variance, which carry no gradient.
     """
-    return _normalize_forward(x, scale, bias, epsilon, axis_name)[0]
+    return _normalize_forward(x, scale, bias, guess, epsilon, axis_name)[0]
+
+
+def moments_in_two_passes(
+    x: Float[Array, "..."], guess: Float[Array, "..."], axis_name: str | None
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Mean and biased variance over the axes that `guess` does not have; it is not looked at."""
+    axes, wide = tuple(range(x.ndim - guess.ndim)), widen(x)
+    mean = _average(jnp.mean(wide, axes), axis_name)
+    return mean, _average(jnp.mean(jnp.square(wide - mean), axes), axis_name)
+
+
+def moments_in_one_pass(
+    x: Float[Array, "..."], guess: Float[Array, "..."], axis_name: str | None
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The same in one pass, which an accelerator's compiler adds to what computes `x`.
+
+    E[x^2] - E[x]^2 cancels where the mean is large beside the deviation. That of x - guess does
+    not: it loses log2(1 + (mean - guess)^2 / variance) bits.
+    """
+    axes, shifted = tuple(range(x.ndim - guess.ndim)), widen(x) - guess
+    sums = jnp.mean(shifted, axes), jnp.mean(jnp.square(shifted), axes)
+    mean, square = _average(sums, axis_name)
+    return mean + guess, jnp.maximum(square - jnp.square(mean), 0)
+
+
+def _average(values: Any, axis_name: str | None) -> Any:
+    return values if axis_name is None else lax.pmean(values, axis_name)
 
 
 def _normalize_forward(
-    x: Array, scale: Array, bias: Array, epsilon: float, axis_name: str | None
+    x: Array, scale: Array, bias: Array, guess: Array, epsilon: float, axis_name: str | None
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
-    axes = tuple(range(x.ndim - scale.ndim))
-    wide = widen(x)
-    mean = jnp.mean(wide, axes)
-    if axis_name is not None:
-        mean = lax.pmean(mean, axis_name)
-    # A second pass for the variance: E[x^2] - E[x]^2 cancels.
-    var = jnp.mean(jnp.square(wide - mean), axes)
-    if axis_name is not None:
-        var = lax.pmean(var, axis_name)
+    mean, var = lax.platform_dependent(
+        x,
+        guess,
+        cpu=functools.partial(moments_in_two_passes, axis_name=axis_name),
+        default=functools.partial(moments_in_one_pass, axis_name=axis_name),
+    )
     inverse = lax.rsqrt(var + epsilon)
-    y = (wide - mean) * (inverse * scale) + bias
+    y = (widen(x) - mean) * (inverse * scale) + bias
     return (y, mean, var), (x, scale, mean, inverse)
 
 
@@ -133,7 +248,7 @@ def _normalize_backward(
     axis_name: str | None,
     saved: tuple[Array, ...],
     cotangents: tuple[Array, Array, Array],
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
     x, scale, mean, inverse = saved
     dy = cotangents[0]
     axes = tuple(range(x.ndim - scale.ndim))
@@ -145,7 +260,7 @@ def _normalize_backward(
         total_dbias, total_dscale = lax.psum((dbias, dscale), axis_name)
     count = count_values(x, scale.ndim, axis_name)
     dx = (scale * inverse) * (dy - total_dbias / count - centred * (inverse * total_dscale / count))
-    return dx.astype(x.dtype), dscale, dbias
+    return dx.astype(x.dtype), dscale, dbias, jnp.zeros_like(mean)
 
 
 normalize.defvjp(_normalize_forward, _normalize_backward)

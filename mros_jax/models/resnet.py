@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mros_jax.errors import UserError
-from mros_jax.models.layers import count_values, max_pool, multiply, normalize, widen
+from mros_jax.models.layers import convolve, count_values, max_pool, normalize, widen
 
 Block = Literal["basic", "bottleneck"]
 
@@ -90,26 +90,11 @@ class Conv(nn.Module):
         """Convolve; float32 parameters are cast to the compute dtype."""
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = jnp.asarray(self.param("kernel", self.kernel_init, shape, jnp.float32), self.dtype)
-        y = self._convolve(x.astype(self.dtype), kernel)
+        y = convolve(x.astype(self.dtype), kernel, self.stride)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             y = y + jnp.asarray(bias, self.dtype)
         return y
-
-    def _convolve(self, x: Array, kernel: Array) -> Array:
-        if self.size == 1:
-            # A matrix product: XLA's CPU convolution and its gradients are far slower at 1x1.
-            x = x[:, :: self.stride, :: self.stride]
-            y = multiply(x.reshape(-1, x.shape[-1]), kernel[0, 0])  # (B * H2 * W2, F)
-            return y.reshape(*x.shape[:-1], self.features)
-        pad = self.size // 2
-        return lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides=(self.stride, self.stride),
-            padding=((pad, pad), (pad, pad)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
 
 
 class BatchNorm(nn.Module):
@@ -154,7 +139,7 @@ class BatchNorm(nn.Module):
                 f"batch normalization in training got one value per channel (input {x.shape}); "
                 "use a batch of two or more images, or train=False"
             )
-        y, mean, var = normalize(x, scale, bias, self.epsilon, self.axis_name)
+        y, mean, var = normalize(x, scale, bias, running_mean.value, self.epsilon, self.axis_name)
         if not self.is_initializing():
             unbiased = var * (count / (count - 1))
             running_mean.value += self.momentum * (mean - running_mean.value)

@@ -43,6 +43,22 @@ class Placement:
         """The devices, all local ones where none are named."""
         return tuple(jax.local_devices() if self.devices is None else self.devices)
 
+    def choose_for(self, dtype: np.dtype) -> "Placement":
+        """Where numbers of a type are exact: the host's CPU for float64 in place of a TPU.
+
+        Raises:
+            UserError: JAX was told not to use the CPU.
+        """
+        if dtype != np.float64 or all(x.platform != "tpu" for x in self.list_devices()):
+            return self
+        try:
+            return dataclasses.replace(self, devices=jax.local_devices(backend="cpu"))
+        except RuntimeError as error:
+            raise UserError(
+                "a TPU has no float64, and JAX_PLATFORMS leaves out the CPU that would be used "
+                "for it; add it, as in JAX_PLATFORMS=tpu,cpu, or give float32 numbers"
+            ) from error
+
 
 EVERYWHERE = Placement()
 
@@ -187,7 +203,7 @@ class BlockMap:
 
 
 @functools.cache
-def _compile(function: Callable, num_shared: int, devices: tuple) -> Callable:
+def _compile(function: Callable, num_shared: int, devices: tuple) -> Any:
     mesh = Mesh(np.asarray(devices), (_AXIS,))
 
     def call(*arrays: Any) -> Any:
@@ -199,6 +215,30 @@ def _compile(function: Callable, num_shared: int, devices: tuple) -> Callable:
         return mapped(*arrays)
 
     return jax.jit(call)
+
+
+def lower(
+    function: Callable,
+    rows: Sequence[jax.ShapeDtypeStruct],
+    shared: Sequence[jax.ShapeDtypeStruct],
+    devices: Sequence[jax.Device],
+) -> jax.stages.Lowered:
+    """The program of one block of a `BlockMap`, for devices that need not be there.
+
+    Args:
+        function: as for `BlockMap`.
+        rows: shapes of the row arrays, of all devices together.
+        shared: shapes of the others.
+        devices: what the program is for.
+    """
+    mesh = Mesh(np.asarray(devices), (_AXIS,))
+
+    def put(array: jax.ShapeDtypeStruct, *axes: str) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    arguments = [*(put(array, _AXIS) for array in rows), *(put(array) for array in shared)]
+    return _compile(function, len(shared), tuple(devices)).lower(*arguments)
 
 
 def _pad_rows(array: np.ndarray | jax.Array, rows: int) -> np.ndarray | jax.Array:

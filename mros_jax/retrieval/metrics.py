@@ -143,15 +143,20 @@ def _find_bad(distance: Shaped[Array, "B G"]) -> Bool[Array, "B"]:
     return ((size >= infinite) | ((size > 0) & (size < lowest))).any(1)
 
 
-def _count_given(
-    distance: Array, matches: Array, removed: Array
+def count_given(
+    distance: Shaped[Array, "B G"], matches: Int[Array, "B M"], removed: Int[Array, "B R"]
 ) -> tuple[Int[Array, "B M"], Bool[Array, "B"]]:
+    """`count_ranks`, and which rows hold distances that have no place in a ranking."""
     return count_ranks(distance, matches, removed), _find_bad(distance)
 
 
-def _count_grouped(
-    distance: Array, matches: Array, removed: Array, groups: Array
+def count_grouped(
+    distance: Shaped[Array, "B G"],
+    matches: Int[Array, "B M"],
+    removed: Int[Array, "B R"],
+    groups: Int[Array, "G"],
 ) -> tuple[Int[Array, "B M"], Int[Array, "B M"], Bool[Array, "B"]]:
+    """`count_given`, among all and among images of the match's group."""
     ranks = count_ranks(distance, matches, removed)
     grouped = count_ranks(distance, matches, removed, groups)
     return ranks, grouped, _find_bad(distance)
@@ -193,7 +198,7 @@ def _check_distances(bad: Bool[np.ndarray, "B"], rows: np.ndarray) -> None:
 def _rank_given(
     rows_of: Callable[[np.ndarray], Any], labels: Labels, placement: blocks.Placement
 ) -> Int64[np.ndarray, "P"]:
-    mapped = blocks.BlockMap(_count_given, placement=placement)
+    mapped = blocks.BlockMap(count_given, placement=placement)
 
     def run(num_rows: int, get: Callable[[slice], Sequence[Any]]) -> Iterator[tuple[slice, Any]]:
         return mapped.run(num_rows, len(labels.kept), get, num_features=1)
@@ -223,13 +228,14 @@ def rank_by_group(
     Raises:
         UserError: NaN or infinite distances.
     """
-    mapped = blocks.BlockMap(_count_grouped, [groups], placement=placement)
+    placement = placement.choose_for(distance.dtype)
 
     def get(part: slice) -> tuple[np.ndarray, ...]:
         own = rows[part]
         return distance[part], labels.matches.pad(own), labels.removed.pad(own)
 
     with jax.enable_x64(distance.dtype == np.float64):
+        mapped = blocks.BlockMap(count_grouped, [groups], placement=placement)
         among_all, grouped, bad = mapped.collect(len(rows), len(labels.kept), get, num_features=1)
     _check_distances(bad, rows)
     places = ragged_positions(labels.matches.lengths[rows])
@@ -373,7 +379,7 @@ def evaluate_distances(
         return matrix[rows][:, labels.kept] if labels.num_junk else matrix[rows]
 
     with jax.enable_x64(matrix.dtype == np.float64):
-        ranks = _rank_given(rows_of, labels, placement)
+        ranks = _rank_given(rows_of, labels, placement.choose_for(matrix.dtype))
     described = {
         "metric": "given distances",
         "rerank": None,

@@ -55,7 +55,9 @@ def select_top(
 
 
 @functools.cache
-def _make_look(k: int) -> Callable:
+def make_look(k: int) -> Callable:
+    """What finds the k nearest images in a block of similarities, and the farthest."""
+
     def look(similarity: Float[Array, "B N"], index: Int[Array, "B"]) -> tuple[Array, Array, Array]:
         smallest = similarity.min(1)
         similarity = similarity.at[jnp.arange(len(index)), index].set(jnp.inf)
@@ -77,7 +79,7 @@ def search_neighbors(
         k: length of the lists, at most N.
         placement: devices and block size.
     """
-    search = distances.Gallery(features, "similarity", look=_make_look(k), placement=placement)
+    search = distances.Gallery(features, "similarity", look=make_look(k), placement=placement)
     return Neighbors(*search(features, np.arange(len(features), dtype=np.int32)))
 
 

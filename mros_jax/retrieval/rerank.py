@@ -297,7 +297,7 @@ class AQE(Rerank):
         cosine_distances = distances.Gallery(gallery, "cosine", placement=placement)
 
         def write(rows: np.ndarray, out: np.ndarray) -> None:
-            expanded = _expand_queries(query[rows], gallery[lists[rows]], float(self.alpha))
+            expanded = expand_queries(query[rows], gallery[lists[rows]], float(self.alpha))
             np.copyto(out, cosine_distances(np.asarray(expanded)))
 
         return write
@@ -314,9 +314,10 @@ class AQE(Rerank):
 
 
 @jax.jit
-def _expand_queries(
+def expand_queries(
     query: Float[Array, "B D"], near: Float[Array, "B k D"], alpha: float | Float[Array, ""]
 ) -> Float[Array, "B D"]:
+    """Each query plus its nearest images, weighed by their cosines to the power of alpha."""
     query = query / jnp.linalg.norm(query, axis=1, keepdims=True)
     near = near / jnp.linalg.norm(near, axis=2, keepdims=True)
     cosine = jnp.einsum("bd,bkd->bk", query, near, precision="highest")

@@ -1,4 +1,4 @@
-"""The written-out gradients equal those of a plain forward pass."""
+"""What is written twice computes the same, and as a plain forward pass, gradients as well."""
 
 import functools
 
@@ -15,9 +15,10 @@ def plain_max_pool(x):
     return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
 
+@pytest.mark.parametrize("pool", [layers.max_pool, layers.max_pool_on_cpu, layers.max_pool_plainly])
 @pytest.mark.parametrize("ties", [True, False])
 @pytest.mark.parametrize("size", [(8, 4), (7, 5), (1, 1)])
-def test_max_pool_equals_the_library(size, ties):
+def test_max_pool_equals_the_library(size, ties, pool):
     rng = np.random.default_rng(0)
     shape = (2, *size, 3)
     x = rng.integers(-2, 2, shape) if ties else rng.standard_normal(shape)
@@ -29,7 +30,7 @@ def test_max_pool_equals_the_library(size, ties):
         y, pull = jax.vjp(pool, x)
         return y, pull(dy)[0]
 
-    y, dx = both(layers.max_pool, x, dy)
+    y, dx = both(pool, x, dy)
     expected, expected_dx = both(plain_max_pool, x, dy)
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_allclose(dx, expected_dx, rtol=1e-6, atol=1e-6)
@@ -46,6 +47,51 @@ def test_multiply(shape):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("features", [3, 9])
+def test_1x1_convolutions_agree(stride, features):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 7, 4, 5)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((1, 1, 5, features)), jnp.float32)
+    dy = jnp.asarray(rng.standard_normal((2, -(-7 // stride), -(-4 // stride), features)), x.dtype)
+
+    def run(convolve):
+        y, pull = jax.vjp(lambda x, k: convolve(x, k, stride), x, kernel)
+        return y, *pull(dy)
+
+    plain = run(layers.convolve_plainly)
+    for convolve in (layers.convolve, layers.convolve_1x1_on_cpu):
+        for ours, expected in zip(run(convolve), plain, strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def lower(function, platform, *args):
+    return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_each_platform_gets_its_own(platform):
+    x, kernel = jnp.ones((2, 8, 4, 5)), jnp.ones((1, 1, 5, 3))
+    dy = jnp.ones((2, 4, 2, 5))
+
+    def convolve(x, kernel):
+        return jax.vjp(lambda *args: layers.convolve(*args, 1), x, kernel)
+
+    def pool(x, dy):
+        return jax.vjp(layers.max_pool, x)[1](dy)
+
+    def moments(x):
+        return layers.normalize(x, jnp.ones(5), jnp.zeros(5), jnp.zeros(5), 1e-5, None)
+
+    for function, args, accelerator in (
+        (convolve, (x, kernel), "stablehlo.convolution"),
+        (pool, (x, dy), "stablehlo.select_and_scatter"),
+    ):
+        assert accelerator in lower(function, platform, *args)
+        assert accelerator not in lower(function, "cpu", *args)
+    assert lower(moments, platform, x) != lower(moments, "cpu", x)
+
+
 def plain_normalize(x, scale, bias, epsilon=1e-5, axis_name=None):
     axes = tuple(range(x.ndim - scale.ndim))
     mean, square = jnp.mean(x, axes), jnp.mean(x**2, axes)
@@ -57,12 +103,13 @@ def plain_normalize(x, scale, bias, epsilon=1e-5, axis_name=None):
 @pytest.mark.parametrize("shape", [(3, 4, 2, 5), (6, 5, 3)])
 def test_normalize(shape):
     axes = 2 if len(shape) == 3 else 1
+    guess = jnp.zeros(shape[-axes:])
     rng = np.random.default_rng(0)
     x, dy = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2))
     scale, bias = (jnp.asarray(rng.uniform(0.5, 2, shape[-axes:]), jnp.float32) for _ in range(2))
 
     def ours(*args):
-        return layers.normalize(*args, 1e-5, None)[0]
+        return layers.normalize(*args, guess, 1e-5, None)[0]
 
     y, pull = jax.vjp(ours, x, scale, bias)
     expected, expected_pull = jax.vjp(plain_normalize, x, scale, bias)
@@ -78,7 +125,9 @@ def test_normalize_over_devices_equals_one_device():
     y, pull = jax.vjp(plain_normalize, x, scale, bias)
 
     def device(x, dy):
-        y, pull = jax.vjp(lambda *a: layers.normalize(*a, 1e-5, "d")[0], x, scale, bias)
+        y, pull = jax.vjp(
+            lambda *a: layers.normalize(*a, jnp.zeros(5), 1e-5, "d")[0], x, scale, bias
+        )
         dx, dscale, dbias = pull(dy)
         return y, dx, *jax.lax.psum((dscale, dbias), "d")
 
@@ -90,8 +139,49 @@ def test_normalize_over_devices_equals_one_device():
     np.testing.assert_allclose(dbias[3], pull(dy)[2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("moments", [layers.moments_in_two_passes, layers.moments_in_one_pass])
+@pytest.mark.parametrize(("mean", "guess"), [(0.5, 0), (1000, 1001), (1000, 990)])
+def test_moments(mean, guess, moments):
+    x = jnp.asarray(mean + np.random.default_rng(0).standard_normal((64, 3)), jnp.float32)
+    ours = moments(x, jnp.full(3, guess, jnp.float32), None)
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(ours[0], exact.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(ours[1], exact.var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("moments", [layers.moments_in_two_passes, layers.moments_in_one_pass])
+def test_moments_over_devices(moments):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6, 3)), jnp.float32)
+    guess = jnp.full((4, 3), 0.1)
+    ours = jax.pmap(functools.partial(moments, axis_name="d"), axis_name="d")(x, guess)
+    for part, function in zip(ours, (np.mean, np.var), strict=True):
+        np.testing.assert_allclose(part[2], function(np.asarray(x), (0, 1)), rtol=1e-5, atol=1e-6)
+
+
+def test_one_value_many_times_has_no_variance():
+    x = jnp.full((999, 2), 0.1, jnp.float32)
+    _, var = layers.moments_in_one_pass(x, jnp.full(2, 0.3), None)
+    assert (np.asarray(var) >= 0).all()
+
+
+def test_normalize_as_accelerators_do(monkeypatch):
+    """With statistics from one pass, values and gradients are those of two."""
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(2 + rng.standard_normal((6, 4, 5)), jnp.float32) for _ in range(2))
+    scale, bias, guess = (jnp.asarray(rng.uniform(0.5, 2, 5), jnp.float32) for _ in range(3))
+
+    def run():
+        y, pull = jax.vjp(lambda *a: layers.normalize(*a, guess, 1e-5, None)[0], x, scale, bias)
+        return y, *pull(dy)
+
+    expected = run()
+    monkeypatch.setattr(layers, "moments_in_two_passes", layers.moments_in_one_pass)
+    for ours, theirs in zip(run(), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_large_means_do_not_cancel():
     x = jnp.asarray(1000 + np.random.default_rng(0).standard_normal((64, 3)), jnp.float32)
-    y, _, var = layers.normalize(x, jnp.ones(3), jnp.zeros(3), 1e-5, None)
+    y, _, var = layers.normalize(x, jnp.ones(3), jnp.zeros(3), jnp.zeros(3), 1e-5, None)
     np.testing.assert_allclose(var, np.var(np.asarray(x, np.float64), axis=0), rtol=1e-4)
     np.testing.assert_allclose(jnp.std(y, axis=0), 1, rtol=1e-4)
