@@ -5,7 +5,7 @@ import re
 import tomllib
 
 PYPROJECT = pathlib.Path(__file__).parents[1] / "pyproject.toml"
-NOT_FOR_USERS = ("test", "docs", "dev")
+NOT_FOR_USERS = ("test", "test-all", "docs", "dev")
 
 project = tomllib.loads(PYPROJECT.read_text())["project"]
 requirements = list(project["dependencies"])

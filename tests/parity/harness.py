@@ -1,31 +1,12 @@
-"""What the parity tests share: inputs, random weights that compare well, and how to compare."""
+"""What only live comparisons share: random weights of PyTorch networks that compare well."""
 
 import copy
 
-import numpy as np
 import torch
-
-NUM_CLASSES = 7
-LABELS = np.repeat(np.arange(4), 4).astype(np.int32) + 1
-
-
-def difference(a, b, floor=1e-30):
-    """max |a - b| / max |b|, or / `floor` where that is more."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    assert a.shape == b.shape
-    return np.abs(a - b).max() / max(np.abs(b).max(), floor)
 
 
 def to_numpy(tensor):
     return tensor.detach().numpy()
-
-
-def make_images(batch, height, width, seed=0):
-    """Noise on stripes of colour, with another contrast in each image: (B, H, W, 3)."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((batch, height, width, 3)) * rng.uniform(0.1, 1, (batch, 1, 1, 1))
-    stripes = 2 * rng.standard_normal((batch, height // 16, 1, 3)).repeat(16, axis=1)
-    return (x + stripes).astype(np.float32)
 
 
 def randomise(model, calm=0, seed=0):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.parity import test_systems
-from tests.parity.harness import NUM_CLASSES
+from tests.parity.common import NUM_CLASSES
 from tests.parity.torch_mgn import TorchMGN, make_optimizers, rate, rate_of_public, total_loss
 
 CASES = {

@@ -21,15 +21,8 @@ from mros_jax.systems.mros import MROS
 from mros_jax.training import optimizers
 from mros_jax.training.state import make_state
 from mros_jax.training.step import make_train_step
-from tests.parity.harness import (
-    LABELS,
-    NUM_CLASSES,
-    difference,
-    make_images,
-    randomise,
-    to_numpy,
-    widen_gaps,
-)
+from tests.parity.common import LABELS, NUM_CLASSES, difference, make_images
+from tests.parity.harness import randomise, to_numpy, widen_gaps
 from tests.parity.torch_mros import TorchMROS, center_loss, total_loss, triplet_loss
 
 

@@ -5,7 +5,6 @@ a schedule in PyTorch on the other.
 """
 
 import functools
-import pathlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,18 +12,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
 from flax import traverse_util
 
-from mros_jax.config import make_network, read, split_stages
+from mros_jax.config import make_network
 from mros_jax.data.augment import example_keys
 from mros_jax.losses import make_objective
 from mros_jax.models import torch_weights
 from mros_jax.models.heads import dropout
 from mros_jax.parallel import AXIS
-from mros_jax.training.optimizers import make_groups, make_optimizer, make_schedules
+from mros_jax.training.optimizers import make_groups, make_schedules
 from tests.parity import (
     torch_dare,
     torch_hacnn,
@@ -34,18 +32,18 @@ from tests.parity import (
     torch_strong,
     torch_trinet,
 )
-from tests.parity.harness import (
+from tests.parity.common import (
+    HEIGHT,
     LABELS,
     NUM_CLASSES,
+    WIDTH,
     difference,
+    differentiate,
     make_images,
-    randomise,
-    to_numpy,
-    widen_gaps,
+    read_stage,
+    train_ours,
 )
-
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-HEIGHT, WIDTH = 96, 32
+from tests.parity.harness import randomise, to_numpy, widen_gaps
 
 
 class Case(NamedTuple):
@@ -77,7 +75,7 @@ class Case(NamedTuple):
     trunk: str = "tiny"
 
     def read(self):
-        return split_stages(read(CONFIGS / f"{self.file}.py", self.variant or None))[self.stage]
+        return read_stage(self.file, self.variant, self.stage)
 
 
 def _strong(variant, rate):
@@ -249,6 +247,7 @@ def make_pair(case, layout=None, *, monkeypatch=None):
     outputs, shapes = jax.eval_shape(init, jax.random.key(0), images)
     state = {name: value.numpy() for name, value in theirs.state_dict().items()}
     variables = torch_weights.from_torch_state_dict(state, shapes)
+    outputs = jax.tree.map(lambda x: jnp.zeros(x.shape), outputs)
     own = jax.tree.map(np.asarray, objective.init(jax.random.key(1), outputs, NUM_CLASSES))
     return Pair(case, config, theirs, ours, objective, variables, own, images)
 
@@ -265,19 +264,6 @@ def check_outputs(ours, theirs, tolerance=1e-5):
             expected = to_numpy(torch.stack(tuple(vectors), dim=1))
             assert difference(getattr(ours, kind)[name], expected) <= tolerance, (kind, name)
     assert difference(ours.descriptor, to_numpy(theirs["descriptor"])) <= tolerance
-
-
-def differentiate(network, objective, variables, own, images, keys=None):
-    """((total, (terms, outputs, new statistics)), gradients by parameters of both)."""
-
-    def loss(params, own):
-        outputs, updated = network.apply(
-            {**variables, "params": params}, images, train=True, keys=keys, mutable=["batch_stats"]
-        )
-        total, terms = objective(own, outputs, jnp.asarray(LABELS))
-        return total, (terms, outputs, updated["batch_stats"])
-
-    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], own)
 
 
 def check_training(pair, tolerance, gradient_tolerance, dtype, keys=None, dropped=()):
@@ -408,30 +394,6 @@ def train_theirs(pair, batches, labels):
     return {name: to_numpy(tensor) for name, tensor in own.items()}
 
 
-def train_ours(pair, batches):
-    groups = make_groups(pair.config.optimizer.to_dict())
-    schedules = make_schedules(groups, steps_per_epoch=1, **pair.config.schedule)
-    optimizer = make_optimizer(groups, schedules)
-
-    @jax.jit
-    def step(variables, own, opt_state, images):
-        (_, (_, _, stats)), (grads, own_grads) = differentiate(
-            pair.ours, pair.objective, variables, own, images
-        )
-        params = {"network": variables["params"], "objective": own}
-        gradients = {"network": grads, "objective": own_grads}
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        variables = {"params": params["network"], "batch_stats": stats}
-        return variables, params["objective"], opt_state
-
-    variables, own = pair.variables, pair.own
-    opt_state = optimizer.init({"network": variables["params"], "objective": own})
-    for images in batches:
-        variables, own, opt_state = step(variables, own, opt_state, images)
-    return variables, traverse_util.flatten_dict(jax.tree.map(np.asarray, own), sep="/")
-
-
 @each_case
 def test_five_steps(case):
     """Parameters and running statistics change alike, in float64."""
@@ -443,7 +405,7 @@ def test_five_steps(case):
             make_images(len(LABELS), HEIGHT, WIDTH, seed=i).astype(np.float64) for i in range(5)
         ]
         expected_own = train_theirs(pair, batches, torch.from_numpy(LABELS).long())
-        variables, own = train_ours(pair, batches)
+        variables, own, _ = train_ours(pair, batches)
     after = torch_weights.to_torch_state_dict(variables)
     for name, value in pair.theirs.state_dict().items():
         if not name.endswith("num_batches_tracked") and name not in case.idle:
@@ -505,7 +467,7 @@ def test_steps_across_the_edges_of_stages():
                 make_images(len(LABELS), HEIGHT, WIDTH, seed=i).astype(np.float64) for i in range(3)
             ]
             train_theirs(pair, batches, torch.from_numpy(LABELS).long())
-            variables, _ = train_ours(pair, batches)
+            variables, _, _ = train_ours(pair, batches)
             state = pair.theirs.state_dict()
             after = torch_weights.to_torch_state_dict(variables)
             still = 0
