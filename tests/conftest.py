@@ -8,9 +8,13 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 ).strip()
 
+import functools
+
 import jax
 import jaxtyping
 import pytest
+
+from tests.recorded import TORCH, look_up
 
 jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla")
@@ -21,6 +25,22 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jaxtyping.install_import_hook(
     "mros_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 )
+
+
+def pytest_report_header():
+    return None if TORCH else "without PyTorch: against what it gave before; no tests/parity"
+
+
+@pytest.fixture
+def recorded(request):
+    """`recorded(compute)`: the arrays by name that `compute` gets from PyTorch, or once got."""
+    return functools.partial(look_up, request.node.nodeid)
+
+
+@pytest.fixture
+def torch():
+    """For what cannot be recorded: files that PyTorch alone writes."""
+    return pytest.importorskip("torch", reason="PyTorch is not installed; `make test-all` has it")
 
 
 @pytest.fixture

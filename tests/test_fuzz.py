@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
 
 from mros_jax.errors import UserError
@@ -38,10 +37,11 @@ def try_for_a_while(read, path, share, seed):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_weights(tmp_path, suffix):
+def test_weights(tmp_path, suffix, request):
     path = tmp_path / f"w{suffix}"
     state = {"conv1.weight": np.ones((4, 3, 2, 2), np.float32), "fc.bias": np.ones(3, np.float32)}
     if suffix == ".pth":
+        torch = request.getfixturevalue("torch")
         torch.save({name: torch.from_numpy(value) for name, value in state.items()}, path)
     else:
         save_file(state, path)

@@ -5,6 +5,7 @@ gradient, and what a few steps of the optimizer change.
 """
 
 import functools
+import importlib
 
 import jax
 import numpy as np
@@ -26,6 +27,18 @@ from tests.recorded import SYSTEMS, compare, digest, draw, load_system
 
 STEPS = 3
 RECORDED = sorted(path.stem for path in SYSTEMS.glob("*.npz"))
+
+
+def is_default(name):
+    """Whether a recording is of a config as it is, or of one stage of it."""
+    case, _ = load_system(name)
+    module = importlib.import_module(f"configs.{case['file']}")
+    return case["variant"] in ("", module.VARIANTS[0])
+
+
+QUICK_FIRST = [
+    pytest.param(name, marks=() if is_default(name) else pytest.mark.slow) for name in RECORDED
+]
 
 
 def read_case(case):
@@ -86,7 +99,7 @@ def compute(config, idle):
     }
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", QUICK_FIRST)
 def test_numbers_are_pytorchs(name):
     case, theirs = load_system(name)
     with jax.enable_x64(True):

@@ -240,9 +240,8 @@ def test_training_benchmark_tells_why_the_training_stopped(tmp_path):
         bench_train.time_to_first_step(tmp_path / "xla", tmp_path / "run", words)
 
 
-def test_both_frameworks_of_the_model_benchmark_compute_the_same(words):
+def test_both_frameworks_of_the_model_benchmark_compute_the_same(words, torch):
     """The loss of every term from the same weights, so that the same work is timed."""
-    torch = pytest.importorskip("torch")
     words[0] += ":I"  # many vectors and many centers
     config, _ = configs.parse_config(words)
     num_classes = 12

@@ -3,17 +3,19 @@
 import jax
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from mros_jax import console
 from mros_jax.inference import load_model
 from scripts import export_torch
-from tests.parity.torch_mros import TorchMROS
 from tests.runs import make_run
 
 
-def test_a_run_computes_the_same_in_pytorch(tmp_path, capsys):
+@pytest.mark.slow
+def test_a_run_computes_the_same_in_pytorch(tmp_path, capsys, torch):
+    from safetensors.torch import load_file
+
+    from tests.parity.torch_mros import TorchMROS
+
     run = make_run(tmp_path / "run", tmp_path / "cache")
     out = tmp_path / "mros.safetensors"
     assert export_torch.main([f"--run={run}", f"--out={out}"]) == 0

@@ -5,7 +5,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
 
 from mros_jax import files
@@ -47,6 +46,18 @@ def load_imagenet(path, variables):
     return torch_weights.load_imagenet(path, variables, name_of)
 
 
+@pytest.fixture(params=[".safetensors", ".pth"])
+def file(request, imagenet, tmp_path):
+    """Weights as torchvision has them, in a file of either kind."""
+    path = tmp_path / f"w{request.param}"
+    if request.param == ".pth":
+        torch = request.getfixturevalue("torch")
+        torch.save({k: torch.from_numpy(v) for k, v in imagenet.items()}, path)
+    else:
+        save_file(imagenet, path)
+    return path
+
+
 def same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -59,14 +70,8 @@ def test_round_trip_through_a_file(variables, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["mros.safetensors"]
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_imagenet_weights_fill_the_trunk_only(suffix, variables, imagenet, tmp_path):
-    path = tmp_path / f"resnet{suffix}"
-    if suffix == ".pth":
-        torch.save({k: torch.from_numpy(v) for k, v in imagenet.items()}, path)
-    else:
-        save_file(imagenet, path)
-    loaded = load_imagenet(path, variables)
+def test_imagenet_weights_fill_the_trunk_only(file, variables, imagenet):
+    loaded = load_imagenet(file, variables)
     for collection in ("params", "batch_stats"):
         for part in variables[collection]:
             if part != "trunk":
@@ -148,21 +153,15 @@ def test_imported_weights_do_not_share_memory(variables):
     same(loaded, init())
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("keep", [0, 4, 0.5])
-def test_truncated_files(suffix, keep, imagenet, tmp_path):
-    path = tmp_path / f"w{suffix}"
-    if suffix == ".pth":
-        torch.save({k: torch.from_numpy(v) for k, v in imagenet.items()}, path)
-    else:
-        save_file(imagenet, path)
-    data = path.read_bytes()
-    path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
-    with pytest.raises(WeightsError, match=rf"w{suffix} \(\d+ bytes\) is not a whole"):
-        torch_weights.read_state_dict(path)
+def test_truncated_files(keep, file):
+    data = file.read_bytes()
+    file.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    with pytest.raises(WeightsError, match=rf"{file.name} \(\d+ bytes\) is not a whole"):
+        torch_weights.read_state_dict(file)
 
 
-def test_other_files(tmp_path):
+def test_other_files(tmp_path, torch):
     with pytest.raises(FileNotFoundError, match="fetch_weights"):
         torch_weights.read_state_dict(tmp_path / "none.pth")
     (tmp_path / "w.onnx").touch()
@@ -173,7 +172,7 @@ def test_other_files(tmp_path):
         torch_weights.read_state_dict(tmp_path / "list.pth")
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path):
+def test_a_pickle_that_runs_code_is_refused(tmp_path, torch):
     class Evil:
         def __reduce__(self):
             return (pathlib.Path.touch, (tmp_path / "owned",))
@@ -201,15 +200,16 @@ def test_variables_with_other_collections(variables):
 
 @pytest.mark.parametrize("wrap", ["state_dict", "model", None])
 @pytest.mark.parametrize("prefix", ["module.", "module.backbone.", "base.", "backbone.", ""])
-def test_wrappers_and_prefixes_of_training_codes(prefix, wrap, variables, imagenet, tmp_path):
+def test_wrappers_and_prefixes_of_training_codes(prefix, wrap, imagenet, tmp_path, torch):
     state = {prefix + name: torch.from_numpy(value) for name, value in imagenet.items()}
     path = tmp_path / "w.pth.tar-60"
     torch.save({wrap: state, "epoch": 60} if wrap else state, path)
     same(torch_weights.read_state_dict(path), imagenet)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_are_widened(dtype, imagenet, tmp_path):
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_half_precision_weights_are_widened(name, imagenet, tmp_path, torch):
+    dtype = getattr(torch, name)
     state = {name: torch.from_numpy(value).to(dtype) for name, value in imagenet.items()}
     torch.save(state, tmp_path / "w.bin")
     loaded = torch_weights.read_state_dict(tmp_path / "w.bin")
