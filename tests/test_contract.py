@@ -134,8 +134,18 @@ def find_distinct():
     return list(sections.values())
 
 
+# They take long to compile: variants that are not a system's default are slow.
 each_distinct_system = pytest.mark.parametrize(
-    "system", find_distinct(), ids=lambda pair: "-".join(filter(None, pair)), indirect=True
+    "system",
+    [
+        pytest.param(
+            (name, variant),
+            marks=() if variant == CONFIGS[name].VARIANTS[0] else pytest.mark.slow,
+            id="-".join(filter(None, (name, variant))),
+        )
+        for name, variant in find_distinct()
+    ],
+    indirect=True,
 )
 
 
@@ -314,6 +324,7 @@ def test_one_training_step(system):
     assert np.all(np.isfinite(list(metrics.values())))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 @each_distinct_system
 def test_two_devices_do_as_one_does(system):
@@ -342,6 +353,7 @@ def test_two_devices_do_as_one_does(system):
 STAGED = [pair for pair in SYSTEMS if get_config(*pair).stages]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("pair", STAGED, ids="-".join)
 def test_every_stage(pair):

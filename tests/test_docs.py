@@ -93,6 +93,7 @@ def run(command, directory):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_readme_commands(workspace):
     for block in read_blocks(ROOT / "README.md", "bash"):
         if block.note is None:
@@ -103,6 +104,7 @@ def test_readme_commands(workspace):
     assert (workspace / "scores.json").read_text().startswith("{")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/adding.md", "docs/exactness.md"])
 def test_python_examples(page, workspace, tmp_path):
     blocks = read_blocks(ROOT / page, "python")
@@ -117,6 +119,7 @@ def test_python_examples(page, workspace, tmp_path):
     run(f"python {script}", workspace)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     chromium.find_chromium() is None, reason=f"none of {chromium.NAMES} on the PATH"
 )

@@ -62,6 +62,7 @@ def test_a_field_that_a_config_does_not_have(words, capsys):
     assert "unrecognized arguments: --step_per_epoch=3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ablation_trains_variants_and_seeds(tmp_path, words):
     out = tmp_path / "ablation"
     options = ["--variants=II", "--seeds=3,4", f"--out={out}", "--config.num_epochs=1"]
@@ -224,6 +225,7 @@ def test_show_batch_of_any_sampler(sampler, tmp_path, monkeypatch):
         assert picture.size == (2 * columns * (16 + 4), rows * (96 + 4))
 
 
+@pytest.mark.slow
 def test_training_benchmark_prints_its_table(words, tmp_path):
     table = tmp_path / "table.md"
     command = [sys.executable, "-m", "scripts.bench_train", *words, "--repeats=2"]
@@ -234,12 +236,14 @@ def test_training_benchmark_prints_its_table(words, tmp_path):
     assert table.read_text() == done.stdout
 
 
+@pytest.mark.slow
 def test_training_benchmark_tells_why_the_training_stopped(tmp_path):
     words = ["--config=configs/demo.py", "--config.num_epochs=0"]
     with pytest.raises(UserError, match=r"config\.num_epochs is 0"):
         bench_train.time_to_first_step(tmp_path / "xla", tmp_path / "run", words)
 
 
+@pytest.mark.slow
 def test_both_frameworks_of_the_model_benchmark_compute_the_same(words, torch):
     """The loss of every term from the same weights, so that the same work is timed."""
     words[0] += ":I"  # many vectors and many centers

@@ -84,6 +84,7 @@ def test_run_leaves_all_its_files(uninterrupted):
     assert step == best["step"]
 
 
+@pytest.mark.slow
 def test_random_kills(tmp_path, cache_dir, uninterrupted):
     """kill -9 at random moments, a few by default; MROS_KILLS=50 takes longer."""
     kills = int(os.environ.get("MROS_KILLS", "2"))
@@ -107,6 +108,7 @@ def test_random_kills(tmp_path, cache_dir, uninterrupted):
     assert_same_run(workdir, reference)
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes_exactly(tmp_path, cache_dir, uninterrupted):
     """kill -9 in the middle of an epoch, kill -9 in the middle of a save, then SIGTERM."""
     workdir, reference = tmp_path / "run", uninterrupted[0]
@@ -162,6 +164,7 @@ def test_finished_run_is_not_trained_again(uninterrupted, cache_dir):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, cache_dir):
     """Two processes of one device each, talking over loopback, train as two devices do."""
     with socket.socket() as probe:
@@ -424,6 +427,7 @@ def test_a_workdir_in_use_is_refused_at_once(copy, cache_dir, untrained):
     assert not (copy / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_two_commands_at_once(tmp_path, cache_dir):
     first = start(tmp_path / "run", cache_dir)
     wait_until(lambda: (tmp_path / "run" / "config.json").exists(), first)
@@ -469,7 +473,12 @@ def test_a_refused_start_leaves_no_trace_and_the_right_one_goes_on(tmp_path, cac
 
 
 @pytest.mark.parametrize(
-    ("harm", "program"), [("remove", "evaluate"), ("flip", "evaluate"), ("cut", "train")]
+    ("harm", "program"),
+    [
+        ("remove", "evaluate"),
+        pytest.param("flip", "evaluate", marks=pytest.mark.slow),
+        pytest.param("cut", "train", marks=pytest.mark.slow),
+    ],
 )
 def test_a_damaged_checkpoint_is_named(copy, cache_dir, harm, program):
     [model] = (copy / "checkpoints" / "last").glob("*/model/d/*")
@@ -532,6 +541,7 @@ def test_a_full_disk_ends_with_one_line(tmp_path, cache_dir, where, monkeypatch,
     Run(tmp_path / "run").check_free(make_config(cache_dir))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
 @pytest.mark.parametrize("kilobytes", [16, 600])
 def test_a_disk_that_is_really_full(tmp_path, cache_dir, kilobytes):

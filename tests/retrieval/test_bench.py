@@ -24,6 +24,7 @@ def test_scores_agree(data):
     assert bench.ours_features(data) == pytest.approx(bench.sorted_features(data), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_reranked_distances_agree(data):
     assert bench.ours_reranked("ecn")(data) == pytest.approx(bench.dense_ecn(data), rel=1e-5)
     expected = bench.dense_k_reciprocal(data)
@@ -32,6 +33,7 @@ def test_reranked_distances_agree(data):
     assert half.dtype == "float32"
 
 
+@pytest.mark.slow
 def test_every_case_has_its_own_process(tmp_path):
     table = tmp_path / "table.md"
     command = [sys.executable, "-m", "scripts.bench_retrieval", "--quick"]

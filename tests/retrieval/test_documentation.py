@@ -6,6 +6,8 @@ import shlex
 import shutil
 import types
 
+import pytest
+
 from mros_jax import compare, evaluate
 from mros_jax import config as configs
 from mros_jax.retrieval import descriptors
@@ -18,6 +20,7 @@ def read_blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_commands_and_examples(tmp_path, monkeypatch, capsys):
     demo = tmp_path / "runs" / "demo"
     demo.mkdir(parents=True)

@@ -26,6 +26,7 @@ SHAPES = [
     (33, 47, 5),
     (70, 130, 12),
 ]
+QUICK = [(1, 1, 1), (2, 5, 4), (5, 40, 8)]
 KINDS = list(itertools.product(("cosine", "euclidean"), (True, False)))
 
 
@@ -91,7 +92,11 @@ def check_all(shapes, num_devices):
         check_shape(shape, num_devices, "euclidean", False, whole=True)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in SHAPES],
+    ids=str,
+)
 def test_scores_equal_plain_sorting(shape):
     for metric, normalize in KINDS:
         check_shape(shape, 1, metric, normalize, whole=False)
@@ -99,11 +104,17 @@ def test_scores_equal_plain_sorting(shape):
     check_shape(shape, 1, "euclidean", False, whole=True)
 
 
+def test_scores_equal_plain_sorting_on_four_devices():
+    check_all([(5, 40, 8)], 4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [2, 4])
-def test_scores_equal_plain_sorting_on_several_devices(num_devices):
+def test_scores_of_every_shape_on_several_devices(num_devices):
     check_all(SHAPES, num_devices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag", ["--xla_disable_hlo_passes=fusion", "--xla_cpu_enable_fast_math=true"]
 )

@@ -21,6 +21,7 @@ def test_decoding_and_plans(tmp_path, capsys):
     assert "jax" in table.read_text()
 
 
+@pytest.mark.slow
 def test_the_step_of_a_config(tmp_path, monkeypatch, capsys):
     words = write_config(tmp_path, monkeypatch)
     assert bench_data.main([*words, "--part=step", "--repeats=1", "--images=8"]) == 0
