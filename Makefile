@@ -5,12 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-newest test-oldest fuzz lint format docs wheel clean
+.PHONY: demo test test-all test-newest test-oldest fuzz lint format docs wheel clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m mros_jax.train --config configs/demo.py --workdir runs/demo
 
+# Without PyTorch, in minutes; `make test-all` has all tests. CONTRIBUTING.md says what is slow.
 test: $(VENV)/.test
+	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
+
+test-all: $(VENV)/.test-all
 	$(BIN)/python -m pytest --numprocesses auto
 
 # On the newest released packages, under a newer Python where there is one: see .ci/newest.
@@ -19,7 +23,8 @@ test-newest:
 
 # On the lower bounds of pyproject.toml. What old packages warn of is nothing to us.
 test-oldest: $(VENV)-oldest/.test
-	$(VENV)-oldest/bin/python -m pytest --numprocesses auto -p no:cacheprovider -W default
+	$(VENV)-oldest/bin/python -m pytest --numprocesses auto -m "not slow" \
+		-p no:cacheprovider -W default
 
 # Damaged files of every kind for a minute; `make test` tries each for some seconds.
 fuzz: $(VENV)/.test
@@ -57,6 +62,10 @@ $(VENV)/.runtime: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[test]'
 	touch $@ $(VENV)/.runtime
+
+$(VENV)/.test-all: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[test-all]'
+	touch $@ $(VENV)/.test $(VENV)/.runtime
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[test,dev]'

@@ -149,6 +149,7 @@ def test_ci_runs_what_the_readme_leaves_to_it():
     notes = [b for b in read_blocks(ROOT / "README.md", "bash") if b.note == "run by CI"]
     commands = [command for block in notes for command in split_commands(block.code)]
     assert commands == ["make demo", "make test"]
+    # `make test-all` contains `make test`.
     for command in commands:
         assert re.search(rf"^{command}\b", ci, re.MULTILINE), f".ci/run lacks {command}"
 

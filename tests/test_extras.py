@@ -71,6 +71,7 @@ def test_extras_are_those_of_the_package():
     assert everything == f"mros_jax[{','.join(extras._MODULES)}]"
 
 
+@pytest.mark.slow
 def test_wheel_works_from_any_directory(tmp_path):
     """Built, unpacked, and run where there is no clone: its configs and tables are inside."""
 

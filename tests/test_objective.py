@@ -61,7 +61,7 @@ def test_mros_by_hand(setting):
     def total_of(own):
         return objective(own, outputs, labels)
 
-    (total, parts), slope = jax.value_and_grad(total_of, has_aux=True)(own)
+    (total, parts), slope = jax.jit(jax.value_and_grad(total_of, has_aux=True))(own)
     np.testing.assert_allclose(parts["triplet"], triplet, rtol=1e-4)
     np.testing.assert_allclose(parts["center"], center, rtol=1e-4)
     np.testing.assert_allclose(parts["cross_entropy"], cross, rtol=1e-4)

@@ -54,7 +54,7 @@ def one_device(synchronised):
     return _train(synchronised, 1)
 
 
-@pytest.mark.parametrize("num_devices", [2, 4])
+@pytest.mark.parametrize("num_devices", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_synchronised_devices_equal_one(synchronised, one_device, num_devices):
     state, history = _train(synchronised, num_devices)
     for here, there in zip(history, one_device[1], strict=True):
@@ -63,6 +63,7 @@ def test_synchronised_devices_equal_one(synchronised, one_device, num_devices):
     assert_close(state.batch_stats, one_device[0].batch_stats, 1e-5)
 
 
+@pytest.mark.slow
 def test_per_device_statistics_are_data_parallels(cache_dir):
     """DataParallel: each replica normalises its share by itself, losses see the whole batch, and
     the running statistics kept are the first replica's."""

@@ -109,6 +109,7 @@ def test_gives_differences_where_the_protocol_is_the_papers(copy):
     assert ">-1.0<" in text
 
 
+@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False)])
 def test_browser_draws_every_picture(report, tmp_path, width, dark):
@@ -129,6 +130,7 @@ def test_browser_draws_every_picture(report, tmp_path, width, dark):
     assert (sum(seen["background"]) < 200) == dark
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_browser_sees_what_is_wrong(tmp_path):
     page = tmp_path / "bad.html"
@@ -143,6 +145,7 @@ def test_browser_sees_what_is_wrong(tmp_path):
     assert any("undefined" in error for error in seen["errors"])
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_pictures_of_the_report(report, tmp_path):
     out = tmp_path / "top.png"

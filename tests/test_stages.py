@@ -96,6 +96,7 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(Stop, "poll", poll)
 
 
+@pytest.mark.slow
 def test_resuming_around_an_edge(tmp_path, words, uninterrupted, per_epoch, monkeypatch):
     """One step before, at the edge, and one step after it; each start takes what is left."""
     workdir, edge = tmp_path / "run", 2 * per_epoch
@@ -133,6 +134,7 @@ def momenta_of(state):
     return {name.partition("/trace/network/")[2]: leaf for name, leaf in named if "/trace/" in name}
 
 
+@pytest.mark.slow
 def test_kill_after_an_edge(tmp_path, words, uninterrupted, per_epoch):
     """kill -9 as soon as the next stage has taken a step: it begins again at the edge."""
     workdir = tmp_path / "run"
@@ -220,6 +222,7 @@ def test_what_a_stage_begins_anew(words):
     assert moved == {"part_classifier"}
 
 
+@pytest.mark.slow
 def test_part_pooling_from_a_trained_run(tmp_path, words, uninterrupted, caplog):
     """The second stage alone, with another part classifier: all else has every bit of the run."""
     copy = shutil.copytree(uninterrupted[0], tmp_path / "pcb")

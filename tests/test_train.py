@@ -194,6 +194,7 @@ def test_two_processes_equal_one(tmp_path, cache_dir):
     assert_close(read_training_state(runs[0]), read_training_state(runs[1]), 1e-4)
 
 
+@pytest.mark.slow
 def test_loop_runs_under_a_transfer_guard(tmp_path, cache_dir, monkeypatch):
     guards = []
     call = parallel.MappedStep.__call__

@@ -67,6 +67,7 @@ def test_imagenet_weights_fill_the_trunk_once_and_every_tail(tmp_path):
         np.testing.assert_array_equal(outputs.embeddings[name].max(axis=1), z)
 
 
+@pytest.mark.slow
 def test_tails_that_start_alike_learn_different_things(tmp_path):
     network, _, variables, _ = load("tiny", tmp_path / "w.safetensors")
     objective = make_objective(mgn.get_config().objective.to_dict())

@@ -67,6 +67,7 @@ def test_fields_that_make_no_part_classifier():
         PartClassifier(6, kind="authors").init(jax.random.key(0), odd, train=False, keys=None)
 
 
+@pytest.mark.slow
 def test_first_stage_is_pcb():
     """Two steps of both, dropout and augmentation on, leave the same parameters and statistics."""
     images = rng.integers(0, 256, (4, 96, 48, 3), np.uint8)

@@ -301,6 +301,7 @@ def test_a_selection_shows_the_same_pictures(dataset, query_pixels):
     assert len(digests | {dataset.query.select(np.array([2, 7])).images.digest()}) == 3
 
 
+@pytest.mark.slow
 def test_other_sizes():
     assert small(height=64, width=32, num_test_pids=2).query.images.render().shape == (6, 64, 32, 3)
 
