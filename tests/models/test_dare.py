@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from mros_jax.config import read
 from mros_jax.errors import UserError
 from mros_jax.models.counting import count_multiply_adds
 from mros_jax.systems.dare import DaRe
 from mros_jax.training.optimizers import make_groups, make_schedules
-from tests.parity.torch_dare import TorchDaRe
 from tests.training import ROOT
 
 STAGES = ("stage1", "stage2", "stage3", "stage4")
@@ -55,9 +53,12 @@ def test_layers_start_as_pytorchs_do():
     assert np.abs(drawn).max() < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trunk", ["tiny", "tiny_densenet"])
-def test_multiply_adds_are_those_of_the_layers_that_an_exit_needs(trunk):
+def test_multiply_adds_are_those_of_the_layers_that_an_exit_needs(trunk, torch):
     """PyTorch's layers that get a gradient from an exit, counted as they run."""
+    from tests.parity.torch_dare import TorchDaRe
+
     model = TorchDaRe(trunk).eval()
     counts = {}
 

@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
 
 from mros_jax.errors import UserError
 from mros_jax.models import torch_weights
 from mros_jax.models.resnet import torchvision_name
 from mros_jax.models.trunks import TRUNKS, find_resnet, find_trunk
-from tests.parity import torch_densenet
-from tests.parity.harness import difference, make_images, randomise
+from tests.parity.common import difference, make_images
 
 LEVELS = ("t1", "t2", "t3", "t4")
 # Of torchvision's networks without their classifiers.
@@ -60,11 +58,19 @@ def start_from(theirs, name, **fields):
     return model, torch_weights.from_torch_state_dict(state, variables)
 
 
+def make_theirs(last_stride=2):
+    from tests.parity.harness import randomise
+    from tests.parity.torch_densenet import DenseNet
+
+    return randomise(DenseNet("tiny_densenet", last_stride))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(("height", "width", "last_stride"), [(112, 54, 2), (96, 32, 1)])
-def test_stages_equal_pytorchs(height, width, last_stride, train):
+def test_stages_equal_pytorchs(height, width, last_stride, train, torch):
     """Also where maps of odd height and width are halved; in float64, nothing but arithmetic."""
-    theirs = randomise(torch_densenet.DenseNet("tiny_densenet", last_stride)).train(train).double()
+    theirs = make_theirs(last_stride).train(train).double()
     model, variables = start_from(theirs, "tiny_densenet", last_stride=last_stride)
     images = make_images(4, height, width).astype(np.float64)
     with jax.enable_x64(True):
@@ -102,9 +108,11 @@ def old_name(name):
     return re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rename", [str, old_name])
+@pytest.mark.usefixtures("torch")
 def test_both_forms_of_torchvisions_names_are_read(rename, tmp_path):
-    theirs = randomise(torch_densenet.DenseNet("tiny_densenet"))
+    theirs = make_theirs()
     _, expected = start_from(theirs, "tiny_densenet")
     state = {rename(k): v.numpy() for k, v in theirs.state_dict().items() if "tracked" not in k}
     assert (rename is old_name) == any(".norm.1." in name for name in state)

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional as F
 
 from mros_jax.models.regions import cut_regions, resize_map, sampled_positions
 
@@ -15,6 +13,9 @@ SCALE = (0.9, 0.25)
 
 
 def cut_theirs(x, shifts, size, align_corners):
+    import torch
+    from torch.nn import functional as F
+
     regions = []
     for shift in shifts.unbind(dim=1):
         theta = torch.zeros(len(x), 2, 3, dtype=x.dtype)
@@ -27,17 +28,28 @@ def cut_theirs(x, shifts, size, align_corners):
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
-def test_regions_and_their_gradients_are_those_of_grid_sample(align_corners):
+def test_regions_and_their_gradients_are_those_of_grid_sample(align_corners, recorded):
     """Inside, over the edge and outside."""
     rng = np.random.default_rng(0)
     x, weights = rng.normal(size=(2, 20, 8, 3)), rng.normal(size=(2, 5, 6, 7, 3))
     shifts = rng.uniform(-1.3, 1.3, (2, 5, 2))
     shifts[0, 0] = 3.0
-    theirs = [torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(shifts)]
-    for tensor in theirs:
-        tensor.requires_grad_()
-    expected = cut_theirs(*theirs, (6, 7), align_corners).permute(0, 1, 3, 4, 2)
-    (expected * torch.tensor(weights)).sum().backward()
+
+    def compute():
+        import torch
+
+        theirs = [torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(shifts)]
+        for tensor in theirs:
+            tensor.requires_grad_()
+        regions = cut_theirs(*theirs, (6, 7), align_corners).permute(0, 1, 3, 4, 2)
+        (regions * torch.tensor(weights)).sum().backward()
+        return {
+            "regions": regions.detach(),
+            "by_x": theirs[0].grad.permute(0, 2, 3, 1),
+            "by_shift": theirs[1].grad,
+        }
+
+    expected = recorded(compute)
 
     cut = functools.partial(
         cut_regions, scale=SCALE, height=6, width=7, align_corners=align_corners
@@ -47,10 +59,10 @@ def test_regions_and_their_gradients_are_those_of_grid_sample(align_corners):
         by_x, by_shift = jax.jit(
             jax.grad(lambda x, s: jnp.sum(cut(x, s) * weights), argnums=(0, 1))
         )(x, shifts)
-    np.testing.assert_allclose(ours, expected.detach(), atol=1e-12)
+    np.testing.assert_allclose(ours, expected["regions"], atol=1e-12)
     assert not np.any(ours[0, 0])
-    np.testing.assert_allclose(by_x, theirs[0].grad.permute(0, 2, 3, 1), atol=1e-12)
-    np.testing.assert_allclose(by_shift, theirs[1].grad, atol=1e-10)
+    np.testing.assert_allclose(by_x, expected["by_x"], atol=1e-12)
+    np.testing.assert_allclose(by_shift, expected["by_shift"], atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -76,9 +88,15 @@ def test_gradient_at_a_whole_position_is_towards_the_next_pixel():
 
 
 @pytest.mark.parametrize(("size", "out"), [((6, 5), (12, 9)), ((1, 3), (4, 3)), ((7, 4), (1, 2))])
-def test_resize_is_pytorchs(size, out):
+def test_resize_is_pytorchs(size, out, recorded):
     x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
-    tensor = torch.from_numpy(x).permute(0, 3, 1, 2)
-    expected = F.interpolate(tensor, out, mode="bilinear", align_corners=True)
+
+    def compute():
+        import torch
+
+        tensor = torch.from_numpy(x).permute(0, 3, 1, 2)
+        resized = torch.nn.functional.interpolate(tensor, out, mode="bilinear", align_corners=True)
+        return {"resized": resized.permute(0, 2, 3, 1)}
+
     ours = resize_map(jnp.asarray(x), *out)
-    np.testing.assert_allclose(ours, expected.permute(0, 2, 3, 1), atol=1e-6)
+    np.testing.assert_allclose(ours, recorded(compute)["resized"], atol=1e-6)
