@@ -147,13 +147,21 @@ def test_interrupted_run_resumes_exactly(tmp_path, cache_dir, uninterrupted):
     assert len(starts) == 3
 
 
-def test_interrupt_is_taken_note_of_once():
-    with Stop() as stop:
-        assert not stop.poll(at_log_point=False)
-        signal.raise_signal(signal.SIGINT)
-        assert stop.poll(at_log_point=False)
-        with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("inherited", [signal.default_int_handler, signal.SIG_IGN])
+def test_interrupt_is_taken_note_of_once(inherited):
+    """Also where it was ignored, as of what a shell's script starts in the background."""
+    former = signal.signal(signal.SIGINT, inherited)
+    try:
+        with Stop() as stop:
+            assert not stop.poll(at_log_point=False)
             signal.raise_signal(signal.SIGINT)
+            assert stop.poll(at_log_point=False)
+            if inherited is not signal.SIG_IGN:
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is inherited
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def test_finished_run_is_not_trained_again(uninterrupted, cache_dir):

@@ -58,7 +58,7 @@ def start_from(theirs, name, **fields):
     return model, torch_weights.from_torch_state_dict(state, variables)
 
 
-def make_theirs(last_stride=2):
+def make_theirs(last_stride=1):
     from tests.parity.harness import randomise
     from tests.parity.torch_densenet import DenseNet
 
