@@ -146,7 +146,7 @@ class Loop:
                 epochs_done, rest = divmod(self._step, self._sizes.steps_per_epoch)
                 due = rest == 0 and epochs_done % self._config.checkpoint_every_epochs == 0
                 if due or stop.agreed or self._is_due():
-                    self._saved.save(self._state)
+                    parallel.run_on_main(lambda: self._saved.save(self._state))
                     self._last_saved = self._step
                 if self._is_due() and not stop.agreed:
                     self._evaluate()
@@ -200,9 +200,13 @@ class Loop:
         if self._writer:
             self._writer.metrics("eval", {"step": self._step, "epoch": epochs_done, **scores})
             self._writer.flush()
-        if scores["mAP"] > self._best_mAP:
-            self._best_mAP = scores["mAP"]
-            self._saved.save(self._state, "best")
+
+        def keep_best() -> None:
+            if scores["mAP"] > self._best_mAP:
+                self._best_mAP = scores["mAP"]
+                self._saved.save(self._state, "best")
+
+        parallel.run_on_main(keep_best)
 
     def _recall_evaluations(self) -> bool:
         """Find the best score before this step; returns whether this step's evaluation is whole."""

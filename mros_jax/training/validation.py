@@ -76,7 +76,8 @@ class Evaluator:
             As `score`.
         """
         results, features = self._evaluate(state, epoch, reranks=configs.make_reranks(self._config))
-        if parallel.is_main_process():
+
+        def write() -> None:
             fingerprints = {s: str(features[f"{s}_fingerprint"]) for s in ("query", "gallery")}
             path = run.features_file(
                 self._dataset.name,
@@ -86,6 +87,8 @@ class Evaluator:
             )
             descriptors.save_features(path, features)
             write_json(run.results_file, results)
+
+        parallel.run_on_main(write)
         return get_scores(results["results"][0])
 
     def _evaluate(
