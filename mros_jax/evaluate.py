@@ -27,7 +27,7 @@ from mros_jax.data.fingerprint import fingerprint_split
 from mros_jax.errors import UserError
 from mros_jax.files import check_output, write_json
 from mros_jax.inference import CROPS, choose_test, load_model
-from mros_jax.retrieval import Result, bootstrap, descriptors, rerank, verify
+from mros_jax.retrieval import Placement, Result, bootstrap, descriptors, rerank, verify
 from mros_jax.retrieval.distances import METRICS
 from mros_jax.retrieval.metrics import AP_VARIANTS
 from mros_jax.runs.checkpoints import NAMES
@@ -54,7 +54,7 @@ def load_run_features(
 
     They fit where weights, images (by content, not by name), flip test and crops are the same.
     They are kept as `features.npz` in the run; those of other images, another checkpoint, the flip
-    test or crops in files of their own.
+    test or crops in files of their own. In a run of several processes all must call this.
 
     Args:
         path: directory of the run.
@@ -73,18 +73,22 @@ def load_run_features(
         NotFoundError: no run, no checkpoint, no data set.
         UserError: one of them is damaged, or of another version.
     """
-    run = Run.open(path)
+    run = parallel.run_on_all(lambda: Run.open(path))
     config = ConfigDict(run.config)
     if root is not None:
         config.dataset.root = root
     flip_test, crops = choose_test(config.eval, flip_test, crops)
     own = dataset in (None, config.dataset.name)
-    data = configs.load_dataset(config) if own else sources.load_dataset(str(dataset), root)
-    model = load_model(run.path, checkpoint)
-    fingerprints = {
-        split.name: fingerprint_split(split, progress=progress)
-        for split in (data.query, data.gallery)
-    }
+    data = parallel.run_on_all(
+        lambda: configs.load_dataset(config) if own else sources.load_dataset(str(dataset), root)
+    )
+    model = parallel.run_on_all(lambda: load_model(run.path, checkpoint))
+    fingerprints = parallel.from_main(
+        lambda: {
+            split.name: fingerprint_split(split, progress=progress)
+            for split in (data.query, data.gallery)
+        }
+    )
     file = run.features_file(
         data.name, fingerprints, flip_test=flip_test, crops=crops, checkpoint=checkpoint
     )
@@ -98,22 +102,28 @@ def load_run_features(
         "step": int(step),
         "epoch": int(step) // run.steps_per_epoch,
     }
-    if file.exists():
+    made_with: dict[str, Any] = {
+        "checkpoint_id": model.checkpoint_id,
+        "flip_test": flip_test,
+        "crops": crops,
+    }
+
+    def find_saved() -> dict[str, np.ndarray] | None:
+        if not file.exists():
+            return None
         try:
             saved = descriptors.load_features(file)
-            why = find_change(
-                saved,
-                checkpoint_id=model.checkpoint_id,
-                flip_test=flip_test,
-                crops=crops,
-                fingerprints=fingerprints,
-            )
+            why = find_change(saved, fingerprints=fingerprints, **made_with)
         except UserError as error:
             why = str(error)
         if why is None:
             log.info("Descriptors of %s are those saved in %s", model.checkpoint_id, file)
-            return saved, described
+            return saved
         log.info("Computing descriptors again instead of taking those of %s: %s", file, why)
+        return None
+
+    if (saved := parallel.from_main(find_saved)) is not None:
+        return saved, described
     features = extract_features(
         functools.partial(
             model.embed_all,
@@ -121,18 +131,18 @@ def load_run_features(
             flip_test=flip_test,
             crops=crops,
             progress=progress,
+            together=True,
         ),
         configs.load_images(config, data.query, progress=progress),
         configs.load_images(config, data.gallery, progress=progress),
-        checkpoint_id=model.checkpoint_id,
-        flip_test=flip_test,
-        crops=crops,
+        **made_with,
         count_multiply_adds=model.count_multiply_adds,
     )
-    try:
-        descriptors.save_features(file, features)
-    except OSError as error:
-        log.warning("Descriptors are not kept: %s", console.explain(error) or error)
+    if parallel.is_main_process():
+        try:
+            descriptors.save_features(file, features)
+        except OSError as error:
+            log.warning("Descriptors are not kept: %s", console.explain(error) or error)
     return features, described
 
 
@@ -200,6 +210,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     out.add_argument("--json", action="store_true", help="print JSON, as in results.json")
     out.add_argument("--out", metavar="FILE", help="also write the JSON to a file")
     out.add_argument("--no_progress", action="store_true", help="no progress bars")
+    parallel.add_arguments(parser)
     args = parser.parse_args(argv)
     pair = (args.query_features is not None, args.gallery_features is not None)
     if pair[0] != pair[1]:
@@ -212,8 +223,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if args.run is None and getattr(args, name) is not None:
             parser.error(f"--{name} needs --run: features are taken as they are")
     args.rerank = _parse_rerank(args.rerank, args.rerank_options, args.neighbors)
-    if args.out is not None:
-        check_output(args.out)
     return args
 
 
@@ -246,14 +255,13 @@ def _load(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, An
             flip_test=args.flip_test,
             crops=args.crops,
             batch_size=args.batch_size,
-            progress=not args.no_progress,
+            progress=parallel.is_main_process() and not args.no_progress,
         )
+    given = {"dataset": args.dataset}
     if args.features is not None:
-        return descriptors.load_features(args.features), {"dataset": args.dataset}
-    return (
-        descriptors.load_feature_pair(args.query_features, args.gallery_features),
-        {"dataset": args.dataset},
-    )
+        return parallel.run_on_all(lambda: descriptors.load_features(args.features)), given
+    pair = (args.query_features, args.gallery_features)
+    return parallel.run_on_all(lambda: descriptors.load_feature_pair(*pair)), given
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
@@ -275,6 +283,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         max_rank=args.max_rank,
         keep_junk=args.keep_junk,
         distractor_pid=distractor_pid,
+        placement=Placement(together=True),
         **described,
     )
     if args.bootstrap:
@@ -306,13 +315,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     args = _parse(argv)
     parallel.use_compilation_cache()
+    parallel.initialize(args.coordinator_address, args.num_processes, args.process_id)
+    if args.out is not None:
+        parallel.run_on_main(lambda: check_output(args.out))
     log.info("Devices: %s", parallel.describe_devices())
     results = _run(args)
-    try:
-        if args.out:
-            write_json(args.out, results)
-    finally:  # results are shown also where they cannot be kept
-        print(json.dumps(results) if args.json else format_results(results))
+
+    def publish() -> None:
+        try:
+            if args.out:
+                write_json(args.out, results)
+        finally:  # results are shown also where they cannot be kept
+            print(json.dumps(results) if args.json else format_results(results))
+
+    parallel.run_on_main(publish)
     return 0
 
 

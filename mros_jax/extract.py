@@ -10,12 +10,13 @@ normalised; `root`, the directory; and what they are of: `checkpoint`, which nam
 """
 
 import argparse
+import functools
 import logging
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -71,6 +72,12 @@ def list_images(source: str | os.PathLike) -> tuple[pathlib.Path, list[str]]:
     return root.resolve(), names
 
 
+class _Batch(NamedTuple):
+    features: np.ndarray | None
+    kept: list[str]
+    bad: dict[str, str]
+
+
 def extract(
     embed: Callable[[list[np.ndarray]], np.ndarray],
     root: str | os.PathLike,
@@ -79,6 +86,7 @@ def extract(
     on_bad_image: Literal["error", "skip"] = "error",
     batch_size: int = _BATCH,
     progress: bool = False,
+    together: bool = False,
 ) -> tuple[Float32[np.ndarray, "N D"], list[str], dict[str, str]]:
     """Compute descriptors of image files, a batch in memory at a time.
 
@@ -89,6 +97,8 @@ def extract(
         on_bad_image: "error", or "skip" to leave unreadable images out.
         batch_size: images at a time.
         progress: show a progress bar.
+        together: all processes of the run make the same call; each reads a share of the batches,
+            and all get the whole.
 
     Returns:
         Descriptors (N, D), the N names they belong to, and the reason for each image left out.
@@ -96,25 +106,29 @@ def extract(
     Raises:
         UserError: unreadable images (all are named), or none that can be read.
     """
-    bad: dict[str, str] = {}
-    kept: list[str] = []
-    parts: list[np.ndarray] = []
-    options = {"desc": "descriptors", "unit": " images", "disable": not progress}
-    with console.progress(total=len(names), **options) as bar:
-        for start in range(0, len(names), batch_size):
+
+    def work(starts: Sequence[int]) -> list[_Batch]:
+        options = {"unit": " images", "unit_scale": batch_size, "disable": not progress}
+        batches: list[_Batch] = []
+        failed = False
+        for start in console.progress(starts, desc="descriptors", **options):
             batch = names[start : start + batch_size]
             decoded = decode_images([pathlib.Path(root) / name for name in batch])
-            images = []
-            for name, image in zip(batch, decoded, strict=True):
-                if isinstance(image, Exception):
-                    bad[name] = image.reason
-                else:
-                    images.append(image)
-                    kept.append(name)
+            pairs = list(zip(batch, decoded, strict=True))
+            bad = {name: image.reason for name, image in pairs if isinstance(image, Exception)}
+            kept = [name for name, image in pairs if not isinstance(image, Exception)]
+            images = [image for image in decoded if not isinstance(image, Exception)]
+            failed = failed or bool(bad)
             # After a bad image only the other bad ones are of interest.
-            if images and not (bad and on_bad_image == "error"):
-                parts.append(embed(images))
-            bar.update(len(batch))
+            wanted = images and not (failed and on_bad_image == "error")
+            batches.append(_Batch(embed(images) if wanted else None, kept, bad))
+        return batches
+
+    starts = range(0, len(names), batch_size)
+    batches = parallel.share(starts, work) if together else work(starts)
+    bad = {name: reason for batch in batches for name, reason in batch.bad.items()}
+    kept = [name for batch in batches for name in batch.kept]
+    parts = [batch.features for batch in batches if batch.features is not None]
     if bad and on_bad_image == "error":
         listed = "\n".join(f"  {name} ({reason})" for name, reason in bad.items())
         raise UserError(
@@ -208,14 +222,14 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError("--out writes descriptors of --images; --features are on disk already")
     for file in (args.out, args.draw if args.search is not None else None):
         if file is not None:
-            check_output(file)
-    listed = None if args.images is None else list_images(args.images)
+            parallel.run_on_main(functools.partial(check_output, file))
+    listed = None
+    if args.images is not None:
+        listed = parallel.from_main(lambda: list_images(args.images))
     if args.search is not None:
-        [query] = decode_images([args.search])
-        if isinstance(query, Exception):
-            raise UserError(f"--search: {args.search} cannot be read ({query})")
+        parallel.run_on_main(lambda: _check_image(args.search))
     log.info("Devices: %s", parallel.describe_devices())
-    model = load_model(args.run, args.checkpoint)
+    model = parallel.run_on_all(lambda: load_model(args.run, args.checkpoint))
     saved = ConfigDict(Run.open(args.run).config).eval
     args.flip_test, args.crops = choose_test(saved, args.flip_test, args.crops)
 
@@ -229,14 +243,36 @@ def _run(args: argparse.Namespace) -> None:
     if listed is not None:
         root, names = listed
         features, names, bad = extract(
-            embed, root, names, on_bad_image=args.on_bad_image, progress=True
+            embed,
+            root,
+            names,
+            on_bad_image=args.on_bad_image,
+            progress=parallel.is_main_process(),
+            together=True,
         )
         for name, reason in bad.items():
             log.warning("left out: %s (%s)", name, reason)
     else:
-        features, names, root = _load_features(
-            args.features, model.checkpoint_id, args.flip_test, args.crops
+        features, names, root = parallel.run_on_all(
+            lambda: _load_features(args.features, model.checkpoint_id, args.flip_test, args.crops)
         )
+    parallel.run_on_main(lambda: _publish(args, model, features, names, root))
+
+
+def _check_image(path: pathlib.Path) -> None:
+    [image] = decode_images([path])
+    if isinstance(image, Exception):
+        raise UserError(f"--search: {path} cannot be read ({image})")
+
+
+def _publish(
+    args: argparse.Namespace,
+    model: Embedder,
+    features: np.ndarray,
+    names: Sequence[str],
+    root: pathlib.Path,
+) -> None:
+    """Write the descriptors, and what is found with them."""
     if args.out is not None:
         arrays = {
             "names": np.array(names, np.str_),
@@ -292,8 +328,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="mean of the descriptors of image and mirror image (default: as the run)",
     )
     parser.add_argument("--crops", choices=CROPS, help="mean over crops (default: as the run)")
+    parallel.add_arguments(parser)
     args = parser.parse_args(argv)
     parallel.use_compilation_cache()
+    parallel.initialize(args.coordinator_address, args.num_processes, args.process_id)
     _run(args)
     return 0
 

@@ -100,6 +100,7 @@ class Embedder:
         flip_test: bool = False,
         crops: str = "none",
         progress: bool = False,
+        together: bool = False,
     ) -> dict[str, np.ndarray]:
         """All descriptors of images by name, not normalized, in one pass.
 
@@ -111,6 +112,8 @@ class Embedder:
             crops: "none": of whole images; "ten": mean of the descriptors of five crops of the
                 image and of its mirror image.
             progress: show a progress bar.
+            together: all processes of the run make the same call; each takes a share of the
+                batches, and all get the descriptors of all images.
 
         Returns:
             float32 (N, D) of "descriptor" and of each of the network's exits.
@@ -135,11 +138,8 @@ class Embedder:
             )
         devices = jax.local_device_count()
         batch_size = -(-min(batch_size, max(len(images), 1)) // devices) * devices
-        parts: list[dict[str, np.ndarray]] = []
-        starts = range(0, len(images), batch_size)
-        for start in console.progress(
-            starts, desc="descriptors", leave=False, disable=not progress
-        ):
+
+        def embed_batch(start: int) -> dict[str, np.ndarray]:
             batch = images[start : start + batch_size]
             if not isinstance(batch, np.ndarray):
                 arrays = [_to_array(image) for image in batch]
@@ -149,7 +149,14 @@ class Embedder:
             out = self._embed(self._placed, parallel.split(padded), flip_test, crops)
             # (devices, b, D) -> (batch_size, D)
             rows = {name: np.asarray(x).reshape(batch_size, -1) for name, x in out.items()}
-            parts.append({name: x[: len(batch)] for name, x in rows.items()})
+            return {name: x[: len(batch)] for name, x in rows.items()}
+
+        def work(starts: Sequence[int]) -> list[dict[str, np.ndarray]]:
+            hidden = {"leave": False, "disable": not progress}
+            return [embed_batch(i) for i in console.progress(starts, desc="descriptors", **hidden)]
+
+        starts = range(0, len(images), batch_size)
+        parts = parallel.share(starts, work) if together else work(starts)
         if not parts:
             return {k: np.zeros((0, size), np.float32) for k, size in self.descriptor_sizes.items()}
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

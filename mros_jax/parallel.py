@@ -5,10 +5,12 @@ device of every process. The state has no device axis: it goes in and comes out 
 device, so a checkpoint does not know how many devices made it.
 """
 
+import argparse
 import logging
 import os
+import pickle
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,9 @@ from mros_jax.files import cache_directory
 log = logging.getLogger(__name__)
 
 AXIS = "device"
+_PIECE = 64 << 20  # bytes of each process that are sent at once
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 def initialize(
@@ -96,6 +101,14 @@ def _check_address(address: Any, num_processes: Any, process_id: Any) -> None:
             f"--process_id is {process_id} of --num_processes {num_processes}; processes count "
             "from 0 to one below their number"
         )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `initialize` is given by a program."""
+    several = parser.add_argument_group("a run of several processes")
+    several.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    several.add_argument("--num_processes", type=int, help="processes of the run")
+    several.add_argument("--process_id", type=int, help="this process, from 0")
 
 
 def describe_devices() -> str:
@@ -188,27 +201,94 @@ def split(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
     return jax.tree.map(put, tree)
 
 
+def run_on_all(action: Callable[[], T]) -> T:
+    """Have each process do something; where one fails, all do, so that none waits for it.
+
+    The action itself must wait for no other process.
+
+    Raises:
+        UserError: in the other processes, where some have failed.
+    """
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    failed = _gather_array(np.asarray(failure is not None))
+    if failure is not None:
+        raise failure
+    if failed.any():
+        raise UserError(
+            f"process {np.argmax(failed)} has ended with an error; its messages say which"
+        )
+    return result
+
+
 def run_on_main(action: Callable[[], None]) -> None:
     """Have process 0 do something; the others wait, and fail with it.
 
     Raises:
         UserError: in the other processes, where process 0 has failed.
     """
-    failure: Exception | None = None
-    if is_main_process():
-        try:
-            action()
-        except Exception as error:
-            failure = error
-    if agree(failure is not None):
-        raise failure or UserError("process 0 has ended with an error; its messages say which")
+    run_on_all(action if is_main_process() else lambda: None)
+
+
+def gather(compute: Callable[[], T]) -> list[T]:
+    """What `compute()` returns in each process, in their order, in every process.
+
+    Any value that can be pickled. Where one process fails, all do, see `run_on_all`.
+    """
+    value = run_on_all(compute)
+    if jax.process_count() == 1:
+        return [value]
+    own = np.frombuffer(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL), np.uint8)
+    sizes = _gather_array(np.asarray(len(own), np.int64).reshape(1).view(np.uint8))
+    lengths = sizes.reshape(-1, 8).view(np.int64)[:, 0]
+    # A power of two, so that few shapes are compiled.
+    step = min(_PIECE, 1 << (int(lengths.max()) - 1).bit_length())
+    whole = [np.empty(length, np.uint8) for length in lengths]
+    for start in range(0, int(lengths.max()), step):
+        piece = np.zeros(step, np.uint8)
+        part = own[start : start + step]
+        piece[: len(part)] = part
+        for theirs, received in zip(whole, _gather_array(piece), strict=True):
+            rest = theirs[start : start + step]
+            rest[:] = received[: len(rest)]
+    return [pickle.loads(data.data) for data in whole]
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """Value of `compute()` in process 0, in every process; the others wait, and fail with it."""
+    value: Any = gather(lambda: compute() if is_main_process() else None)[0]
+    return value
+
+
+def share(items: Sequence[S], work: Callable[[Sequence[S]], Sequence[T]]) -> list[T]:
+    """Results of all items, in their order, in every process; each works on a share of them.
+
+    Process p of P takes items p, p + P, ...: items that lie together may cost alike.
+
+    Args:
+        items: the same in every process.
+        work: makes a result for each item that it is given.
+    """
+    index, count = jax.process_index(), jax.process_count()
+    results: list[Any] = [None] * len(items)
+    for process, part in enumerate(gather(lambda: work(items[index::count]))):
+        results[process::count] = part
+    return results
 
 
 def agree(flag: bool) -> bool:
     """Whether `flag` is set in any process: all processes get the same answer."""
+    return bool(_gather_array(np.asarray(flag)).any())
+
+
+def _gather_array(array: np.ndarray) -> np.ndarray:
+    """Arrays of one shape and type from all processes, stacked in their order."""
     if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+        return array[None]
+    return multihost_utils.process_allgather(array)
 
 
 def broadcast(tree: Any) -> Any:

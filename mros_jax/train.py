@@ -54,11 +54,14 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     parallel.run_on_main(lambda: run.check_free(config))
     recipe.check_config(config)
     begun = parallel.agree(parallel.is_main_process() and checkpoints.exists(run.checkpoints))
-    source = None if begun else load_source(config.init)
-    dataset = configs.load_dataset(config)
+    source = parallel.run_on_all(lambda: None if begun else load_source(config.init))
+    dataset = parallel.run_on_all(lambda: configs.load_dataset(config))
     recipe.check_fit(config, dataset)
     batches = feed.Feed(config, dataset)
-    parts = recipe.build(config, dataset.num_classes, batches.sizes.steps_per_epoch, source=source)
+    steps = batches.sizes.steps_per_epoch
+    parts = parallel.run_on_all(
+        lambda: recipe.build(config, dataset.num_classes, steps, source=source)
+    )
     evaluator = validation.Evaluator(config, dataset, parts.network)
     with contextlib.ExitStack() as stack:
 
@@ -143,7 +146,7 @@ class Loop:
                 epochs_done, rest = divmod(self._step, self._sizes.steps_per_epoch)
                 due = rest == 0 and epochs_done % self._config.checkpoint_every_epochs == 0
                 if due or stop.agreed or self._is_due():
-                    self._saved.save(self._state)
+                    parallel.run_on_main(lambda: self._saved.save(self._state))
                     self._last_saved = self._step
                 if self._is_due() and not stop.agreed:
                     self._evaluate()
@@ -197,9 +200,13 @@ class Loop:
         if self._writer:
             self._writer.metrics("eval", {"step": self._step, "epoch": epochs_done, **scores})
             self._writer.flush()
-        if scores["mAP"] > self._best_mAP:
-            self._best_mAP = scores["mAP"]
-            self._saved.save(self._state, "best")
+
+        def keep_best() -> None:
+            if scores["mAP"] > self._best_mAP:
+                self._best_mAP = scores["mAP"]
+                self._saved.save(self._state, "best")
+
+        parallel.run_on_main(keep_best)
 
     def _recall_evaluations(self) -> bool:
         """Find the best score before this step; returns whether this step's evaluation is whole."""
@@ -233,10 +240,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[ConfigDict, argparse.Namespace]:
     parser.add_argument(
         "--resume", action="store_true", help="only go on with a run that the workdir holds"
     )
-    several = parser.add_argument_group("a run of several processes")
-    several.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
-    several.add_argument("--num_processes", type=int, help="processes of the run")
-    several.add_argument("--process_id", type=int, help="this process, from 0")
+    parallel.add_arguments(parser)
     config, rest = configs.parse_config(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(rest)
     if config is None:

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import numpy as np
 import PIL
 from jaxtyping import UInt8
 
+from mros_jax import parallel
 from mros_jax.data import cache, decoding, fingerprint
 from mros_jax.data.cache import Decoding
 from mros_jax.data.datasets.layouts import BadFiles, OnBadImage
@@ -118,6 +120,10 @@ def load_store(
     name and renamed, so a killed writer leaves nothing that would be read. If it cannot be written
     (read-only, disk full), the log says so and the images stay in memory.
 
+    In a run of several processes all must call this. Process 0 reads all images and writes the
+    cache; where the others see that cache, they map it and read nothing else. Where they do not,
+    each decodes a copy of the data set of its own.
+
     Args:
         split: the images.
         height: common height, where they differ in size.
@@ -132,26 +138,50 @@ def load_store(
         progress: show a progress bar.
 
     Raises:
-        UserError: unreadable images, named (`on_bad_image="error"`), or no readable image.
+        UserError: unreadable images, named (`on_bad_image="error"`), no readable image, or a
+            process whose data are others than those of process 0.
     """
     bad_files = BadFiles(on_bad_image)
     if height < 1 or width < 1:
         raise UserError(f"images of {height} x {width} pixels; both must be at least 1")
-    content = split.images.digest(num_threads=num_threads, progress=progress)
     directory = cache.directory(cache_dir)
-    key = _cache_key(content)
-    resized = f"{key}-{height}x{width}{'' if interpolation == 'bilinear' else f'-{interpolation}'}"
-    found = None
-    if use_cache:
-        for stem in (f"{key}-native", resized):
-            found = found or cache.load(directory / f"{stem}.npy", len(split))
-    if found is None:
-        found = decode_split(
-            split, height, width, interpolation, num_threads=num_threads, progress=progress
-        )
-        if use_cache:
-            stem = f"{key}-native" if found.native else resized
-            found = cache.save(directory / f"{stem}.npy", found)
+    resized = f"{height}x{width}{'' if interpolation == 'bilinear' else f'-{interpolation}'}"
+    reading: dict[str, Any] = {"num_threads": num_threads, "progress": progress}
+
+    def locate(content: str, size: str) -> pathlib.Path:
+        return directory / f"{_cache_key(content)}-{size}.npy"
+
+    def find(content: str) -> Decoding | None:
+        paths = [locate(content, size) for size in ("native", resized)]
+        loaded = (cache.load(path, len(split)) for path in paths if use_cache)
+        return next((entry for entry in loaded if entry is not None), None)
+
+    def decode(content: str) -> Decoding:
+        made = decode_split(split, height, width, interpolation, **reading)
+        path = locate(content, "native" if made.native else resized)
+        return cache.save(path, made) if use_cache else made
+
+    found: Decoding | None = None
+
+    def load_first() -> tuple[str, str]:
+        nonlocal found
+        content = split.images.digest(**reading)
+        found = find(content) or decode(content)
+        return content, fingerprint.combine(split, content)
+
+    content, expected = parallel.from_main(load_first)
+
+    def load_other() -> Decoding:
+        mine = found or find(content)
+        own = content if mine else split.images.digest(**reading)
+        if fingerprint.combine(split, own) != expected:
+            raise UserError(
+                f"{split.name} split: the {len(split)} images that process {jax.process_index()} "
+                "has are not those of process 0; give every process the same data set"
+            )
+        return mine or decode(content)
+
+    found = parallel.run_on_all(load_other)
     names = [str(name) for name in split.names]
     skipped = {names[row]: reason for row, reason in found.skipped.items()}
     changed = {names[row]: changes for row, changes in found.changed.items()}
@@ -165,7 +195,7 @@ def load_store(
     return ImageStore(
         images=found.images,
         split=split.select(kept) if skipped else split,
-        fingerprint=fingerprint.combine(split, content),
+        fingerprint=expected,
         skipped=skipped,
         changed=changed,
     )

@@ -1,4 +1,4 @@
-"""One way to map functions over blocks of rows, spread over the local devices."""
+"""One way to map functions over blocks of rows, spread over devices and processes."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
+from mros_jax import parallel
 from mros_jax.errors import UserError
 from mros_jax.retrieval.inputs import check_count
 
@@ -28,10 +29,13 @@ class Placement:
     Attributes:
         devices: blocks of queries are spread over them; None: all local devices.
         block_size: queries in a block on one device; None: 128 to 512 (see `choose_block`).
+        together: all processes of the run make the same call with the same data; each works on a
+            share of the blocks, and all get the whole. Otherwise a process works by itself.
     """
 
     devices: Sequence[jax.Device] | None = None
     block_size: int | None = None
+    together: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size is not None:
@@ -58,6 +62,10 @@ class Placement:
                 "a TPU has no float64, and JAX_PLATFORMS leaves out the CPU that would be used "
                 "for it; add it, as in JAX_PLATFORMS=tpu,cpu, or give float32 numbers"
             ) from error
+
+    def alone(self) -> "Placement":
+        """The same for what one process does by itself."""
+        return dataclasses.replace(self, together=False)
 
 
 EVERYWHERE = Placement()
@@ -130,7 +138,7 @@ class BlockMap:
     ):
         devices = placement.list_devices()
         self._num_devices = len(devices)
-        self._block_size = placement.block_size
+        self._placement = placement
         self._function = _compile(function, len(shared), devices)
         self._look = None if look is None else _compile(look, 0, devices)
         mesh = Mesh(np.asarray(devices), (_AXIS,))
@@ -154,6 +162,8 @@ class BlockMap:
     ) -> Iterator[tuple[slice, Any]]:
         """Map all rows; the next block is started before the last one is fetched.
 
+        Processes that work together hold the results of all blocks before the first is given out.
+
         Args:
             num_rows: rows in all.
             num_columns: numbers in a row of what a block computes, which decides its size.
@@ -164,25 +174,28 @@ class BlockMap:
             The slice of rows, and the function's result on the host.
         """
         least = MULTIPLE * self._num_devices
-        step = choose_block(num_columns, num_features, self._block_size) * self._num_devices
-        step = min(step, -(-num_rows // least) * least)
+        step = choose_block(num_columns, num_features, self._placement.block_size)
+        together = self._placement.together
+        share = -(-num_rows // (jax.process_count() if together else 1))
+        step = min(step * self._num_devices, -(-share // least) * least)
+        slices = [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
 
-        def start(begin: int) -> tuple[slice, Any]:
-            rows = slice(begin, min(begin + step, num_rows))
-            return rows, self(*(_pad_rows(array, step) for array in get(rows)))
-
-        def fetch(rows: slice, result: Any) -> tuple[slice, Any]:
-            num = rows.stop - rows.start
-            return rows, jax.tree.map(lambda array: array[:num], jax.device_get(result))
-
-        waiting = None
-        for begin in range(0, num_rows, step):
-            started = start(begin)
+        def work(slices: Sequence[slice]) -> Iterator[Any]:
+            waiting = None
+            for rows in slices:
+                started = rows, self(*(_pad_rows(array, step) for array in get(rows)))
+                if waiting is not None:
+                    yield fetch(*waiting)
+                waiting = started
             if waiting is not None:
                 yield fetch(*waiting)
-            waiting = started
-        if waiting is not None:
-            yield fetch(*waiting)
+
+        def fetch(rows: slice, result: Any) -> Any:
+            num = rows.stop - rows.start
+            return jax.tree.map(lambda array: array[:num], jax.device_get(result))
+
+        results = parallel.share(slices, lambda own: list(work(own))) if together else work(slices)
+        return zip(slices, results, strict=True)
 
     def collect(self, num_rows: int, *args: Any, **kwargs: Any) -> Any:
         """As `run`, but returns the results of all rows together.

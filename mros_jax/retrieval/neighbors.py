@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int, Int32
 
-from mros_jax import extras
+from mros_jax import extras, parallel
 from mros_jax.errors import UserError
 from mros_jax.retrieval import blocks, distances
 from mros_jax.retrieval.inputs import Numbers
+
+_FAISS_BLOCK = 1024  # queries that a process gives to faiss at once, where several search
 
 
 class Neighbors(NamedTuple):
@@ -165,7 +167,10 @@ def _import_faiss() -> Any:
 
 
 def search_faiss(
-    features: Float32[np.ndarray | Array, "N D"], k: int, neighbors: str = "faiss"
+    features: Float32[np.ndarray | Array, "N D"],
+    k: int,
+    neighbors: str = "faiss",
+    placement: blocks.Placement = blocks.EVERYWHERE,
 ) -> Int32[np.ndarray, "N k"]:
     """The k nearest images of every image by cosine, found by faiss.
 
@@ -177,6 +182,7 @@ def search_faiss(
         k: length of the lists.
         neighbors: "faiss" (exact), or "faiss:" and faiss's description of an index, or after a
             further ":" parameters of its search as faiss writes them (nprobe is 16 if not said).
+        placement: whether processes search together; each makes the whole index.
 
     Raises:
         UserError: faiss is not installed, or does not take the index or its parameters.
@@ -197,7 +203,11 @@ def search_faiss(
     except RuntimeError as error:
         said = str(error).splitlines()[-1]
         raise UserError(f"neighbors is {neighbors!r}, but faiss says: {said}") from error
-    return index.search(unit, k)[1].astype(np.int32)
+    if not placement.together:
+        return index.search(unit, k)[1].astype(np.int32)
+    parts = [unit[i : i + _FAISS_BLOCK] for i in range(0, len(unit), _FAISS_BLOCK)]
+    found = parallel.share(parts, lambda own: [index.search(part, k)[1] for part in own])
+    return np.concatenate(found).astype(np.int32)
 
 
 def check_neighbors(neighbors: Numbers, num: int, least: int) -> Int32[np.ndarray, "N k"]:

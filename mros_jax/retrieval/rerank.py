@@ -160,7 +160,7 @@ class ECN(Rerank):
         if isinstance(self.neighbors, str) and self.neighbors == "exact":
             lists = search_neighbors(features, length, placement).indices
         else:
-            lists = _take_lists(features, length, self.neighbors)
+            lists = _take_lists(features, length, self.neighbors, placement)
         first = lists[:, 1 : t + 1]
         expanded = np.concatenate([first, lists[first, 1 : q + 1].reshape(num, t * q)], axis=1)
         chosen = make_rows(expanded, np.ones(expanded.shape, np.float32), num)
@@ -168,7 +168,7 @@ class ECN(Rerank):
 
         if self.method == "origdist":
             # The mean of 1 - x_n . x_g over n is 1 - (mean of x_n) . x_g.
-            cosines = distances.Gallery(features, "similarity", placement=placement)
+            cosines = distances.Gallery(features, "similarity", placement=placement.alone())
             host = np.asarray(features)
             scale = 1 / np.sqrt(np.einsum("nd,nd->n", host, host))
 
@@ -185,7 +185,7 @@ class ECN(Rerank):
         rank = make_rows(lists[:, :k], weights, num)
         mean = chosen @ rank
         rank_t, mean_t = rank[num_query:].T.tocsr(), mean[num_query:].T.tocsr()
-        cosine_distances = distances.Gallery(gallery, "cosine", placement=placement)
+        cosine_distances = distances.Gallery(gallery, "cosine", placement=placement.alone())
 
         def write_ranks(rows: np.ndarray, out: np.ndarray) -> None:
             total = mean[rows] @ rank_t + rank[rows] @ mean_t
@@ -239,7 +239,7 @@ class KReciprocal(Rerank):
         found = self._find(features, max(self.k1 + 1, self.k2), placement)
         encoded = encode(features, found, self.k1, self.k2)
         encoded_gallery = encoded[num_query:].tocsc()
-        cosine_distances = distances.Gallery(gallery, "cosine", placement=placement)
+        cosine_distances = distances.Gallery(gallery, "cosine", placement=placement.alone())
 
         def write(rows: np.ndarray, out: np.ndarray) -> None:
             share = 1 - self.lambda_value
@@ -254,7 +254,7 @@ class KReciprocal(Rerank):
         if isinstance(self.neighbors, str) and self.neighbors == "exact":
             return search_neighbors(features, length, placement)
         return describe_neighbors(
-            features, _take_lists(features, length, self.neighbors), placement
+            features, _take_lists(features, length, self.neighbors, placement), placement
         )
 
 
@@ -294,7 +294,7 @@ class AQE(Rerank):
             lists = search_gallery(query, gallery, self.k, placement)
         else:
             lists = self._take(len(query), len(gallery))
-        cosine_distances = distances.Gallery(gallery, "cosine", placement=placement)
+        cosine_distances = distances.Gallery(gallery, "cosine", placement=placement.alone())
 
         def write(rows: np.ndarray, out: np.ndarray) -> None:
             expanded = expand_queries(query[rows], gallery[lists[rows]], float(self.alpha))
@@ -332,10 +332,12 @@ def _check_search(neighbors: Numbers | str) -> None:
         raise UserError(f"neighbors is {neighbors!r}; expected 'exact', 'faiss...' or lists")
 
 
-def _take_lists(features: _Features, length: int, neighbors: Numbers | str) -> np.ndarray:
+def _take_lists(
+    features: _Features, length: int, neighbors: Numbers | str, placement: blocks.Placement
+) -> np.ndarray:
     """Lists that faiss finds, or those given, with each image itself first."""
     if isinstance(neighbors, str):
-        neighbors = search_faiss(features, length, neighbors)
+        neighbors = search_faiss(features, length, neighbors, placement)
     return check_neighbors(neighbors, len(features), length)[:, :length]
 
 

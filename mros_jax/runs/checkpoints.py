@@ -41,22 +41,26 @@ class State(Protocol):
 S = TypeVar("S", bound=State)
 
 
+def _work_alone(directory: pathlib.Path) -> ocp.options.MultiprocessingOptions:
+    """Let this process take part in orbax's barriers alone."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{directory.name}-{me}"
+    )
+
+
 def _make_manager(directory: pathlib.Path) -> ocp.CheckpointManager:
-    # Only process 0 writes, so only process 0 may take part in orbax's barriers.
     if jax.process_count() > 1:
-        processes = ocp.options.MultiprocessingOptions(
-            primary_host=0, active_processes={0}, barrier_sync_key_prefix=directory.name
-        )
         directory.mkdir(parents=True, exist_ok=True)
-    else:
-        processes = ocp.options.MultiprocessingOptions()
     options = ocp.CheckpointManagerOptions(
         max_to_keep=1,
         create=jax.process_count() == 1,
         cleanup_tmp_directories=True,
         # A disk that is full is met here, by the step that is being saved.
         enable_async_checkpointing=False,
-        multiprocessing_options=processes,
+        multiprocessing_options=_work_alone(directory),
     )
     return ocp.CheckpointManager(directory, options=options)
 
@@ -165,7 +169,9 @@ def load_variables(
     """
     directory = pathlib.Path(directory).absolute() / name
     if directory.is_dir():
-        options = ocp.CheckpointManagerOptions(read_only=True)
+        options = ocp.CheckpointManagerOptions(
+            read_only=True, multiprocessing_options=_work_alone(directory)
+        )
         with ocp.CheckpointManager(directory, options=options) as manager:
             step = manager.latest_step()
             if step is not None:

@@ -12,6 +12,7 @@ import numpy as np
 from mros_jax.errors import UserError
 from mros_jax.files import read_json
 from mros_jax.retrieval import descriptors, evaluate, rerank
+from mros_jax.retrieval.blocks import EVERYWHERE, Placement
 from mros_jax.runs import provenance
 
 FORMAT = 1
@@ -38,6 +39,7 @@ def evaluate_features(
     seed: int | None = None,
     step: int | None = None,
     epoch: int | None = None,
+    placement: Placement = EVERYWHERE,
 ) -> dict[str, Any]:
     """Evaluate descriptors without and with re-ranking, and those of exits without.
 
@@ -59,6 +61,7 @@ def evaluate_features(
         seed: seed of the run.
         step: completed training steps.
         epoch: completed epochs.
+        placement: devices and block size, and whether processes work together.
 
     Returns:
         The content of results.json: `format`, `run`, `dataset`, `arithmetic` and `results`, one
@@ -97,6 +100,7 @@ def evaluate_features(
         max_rank=max_rank,
         keep_junk=keep_junk,
         distractor_pid=distractor_pid,
+        placement=placement,
     )
     main = [features[array] for array in descriptors.ARRAYS]
     results = []

@@ -14,7 +14,7 @@ from mros_jax.data.splits import Dataset
 from mros_jax.files import write_json
 from mros_jax.inference import make_checkpoint_id, make_embedder
 from mros_jax.models.outputs import Network
-from mros_jax.retrieval import descriptors, labels, rerank
+from mros_jax.retrieval import Placement, descriptors, labels, rerank
 from mros_jax.runs.features import extract_features
 from mros_jax.runs.results import evaluate_features, get_scores
 from mros_jax.runs.run import Run
@@ -24,8 +24,8 @@ from mros_jax.training.state import TrainState
 class Evaluator:
     """Scores the states of a run on its data set's queries and gallery.
 
-    Images are decoded and programs compiled once. In a run of many processes each computes the
-    same, on its own devices.
+    Images are decoded and programs compiled once. In a run of many processes each computes a share
+    of the descriptors and of the rankings on its own devices; all have the whole at the end.
 
     Raises:
         UserError: images that cannot be read, or queries none of which has a match.
@@ -76,7 +76,8 @@ class Evaluator:
             As `score`.
         """
         results, features = self._evaluate(state, epoch, reranks=configs.make_reranks(self._config))
-        if parallel.is_main_process():
+
+        def write() -> None:
             fingerprints = {s: str(features[f"{s}_fingerprint"]) for s in ("query", "gallery")}
             path = run.features_file(
                 self._dataset.name,
@@ -86,6 +87,8 @@ class Evaluator:
             )
             descriptors.save_features(path, features)
             write_json(run.results_file, results)
+
+        parallel.run_on_main(write)
         return get_scores(results["results"][0])
 
     def _evaluate(
@@ -105,6 +108,7 @@ class Evaluator:
                 flip_test=config.flip_test,
                 crops=config.crops,
                 progress=parallel.is_main_process(),
+                together=True,
             ),
             self._query,
             self._gallery,
@@ -128,5 +132,6 @@ class Evaluator:
             seed=self._config.seed,
             step=int(state.step),
             epoch=epoch,
+            placement=Placement(together=True),
         )
         return results, features
