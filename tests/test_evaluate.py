@@ -76,7 +76,7 @@ class FakeModel:
         self.calls = []
         self.exits = {}  # name -> multiply-adds; sees as many numbers of each image
 
-    def embed_all(self, images, *, batch_size, flip_test, crops, progress):
+    def embed_all(self, images, *, batch_size, flip_test, crops, progress, together):
         self.calls.append((len(images), batch_size, flip_test))
         pixels = images.reshape(len(images), -1).astype(np.float32)
         exits = {name: pixels[:, :size] for name, size in self.exits.items()}

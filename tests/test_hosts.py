@@ -26,6 +26,8 @@ from mros_jax.retrieval.neighbors import search_neighbors
 from tests.runs import make_run
 from tests.training import ROOT
 
+pytestmark = pytest.mark.slow  # three processes
+
 METHODS = {
     "plain": None,
     "ecn": ECN(k=6, t=2, q=3),

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from mros_jax import compare, evaluate
+from mros_jax import compare, evaluate, parallel
 from mros_jax import config as configs
 from mros_jax.retrieval import descriptors
 
@@ -53,7 +53,10 @@ def test_commands_and_examples(tmp_path, monkeypatch, capsys):
 
 def test_every_flag_exists():
     flags = set(re.findall(r"`(--[a-z_]+)", TEXT))
-    known = set(re.findall(r'"(--[a-z_]+)"', pathlib.Path(evaluate.__file__).read_text()))
-    known |= set(re.findall(r'"(--[a-z_]+)"', pathlib.Path(compare.__file__).read_text()))
+    known = {
+        flag
+        for program in (evaluate, compare, parallel)
+        for flag in re.findall(r'"(--[a-z_]+)"', pathlib.Path(program.__file__).read_text())
+    }
     assert flags <= known, flags - known
     assert len(flags) > 15
