@@ -33,6 +33,7 @@ def bare(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)  # to import it is an ImportError
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("bare")
 def test_training_needs_no_extra(tmp_path, caplog):
     config = make_config(tmp_path / "cache", num_epochs=1, report=True)

@@ -61,6 +61,8 @@ def _count(equation: Any) -> int:
         shape = list(equation.invars[1].aval.shape)
         del shape[out_axis]
         return made * math.prod(shape)
+    if equation.primitive.name == "cond":  # of which one is taken: a platform's
+        return max(sum(map(_count, branch.jaxpr.eqns)) for branch in params["branches"])
     inner = [value.jaxpr for value in params.values() if isinstance(value, ClosedJaxpr)]
     once = sum(_count(each) for jaxpr in inner for each in jaxpr.eqns)
     return once * params.get("length", 1)
