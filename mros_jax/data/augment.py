@@ -378,7 +378,9 @@ def resize(
     width: int,
     interpolation: str = "bilinear",
 ) -> Float[Array, "B height width 3"]:
-    """Resize as PIL's `Image.resize((width, height), BILINEAR)` or `BICUBIC` does, exactly.
+    """Resize as PIL's BILINEAR or BICUBIC does, exactly: first across, then down.
+
+    Pillow since 13 may begin with the height, see `mros_jax.data.decoding.resize`.
 
     Args:
         images: (B, h, w, 3) grey levels.

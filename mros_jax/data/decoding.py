@@ -19,7 +19,7 @@ from mros_jax.data.prefetch import prefetch
 from mros_jax.errors import UserError
 
 # Part of every cache key: whatever changes decoded pixels must change it.
-VERSION = 2
+VERSION = 3
 # What PIL reads by itself; others, such as EPS, it hands to programs of the machine. Its reader of
 # JPEG takes MPO as well.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
@@ -204,11 +204,15 @@ def resize(
     width: int,
     interpolation: str = "bilinear",
 ) -> UInt8[np.ndarray, "{height} {width} 3"]:
-    """Resize an image by PIL, as the evaluation transform does."""
-    if pixels.shape[:2] == (height, width):
-        return pixels
+    """Resize an image by PIL, as the evaluation transform does.
+
+    First across, then down, which each round to whole grey levels: Pillow before 13 always did so;
+    since 13 it begins with whichever costs less, and its result may differ by a grey level.
+    """
     image = PIL.Image.fromarray(pixels)
-    return np.asarray(image.resize((width, height), PIL.Image.Resampling[interpolation.upper()]))
+    kind = PIL.Image.Resampling[interpolation.upper()]
+    across = image.resize((width, image.height), kind)
+    return np.asarray(across.resize((width, height), kind))
 
 
 def load_images(

@@ -139,7 +139,9 @@ class BatchNorm(nn.Module):
                 f"batch normalization in training got one value per channel (input {x.shape}); "
                 "use a batch of two or more images, or train=False"
             )
-        y, mean, var = normalize(x, scale, bias, running_mean.value, self.epsilon, self.axis_name)
+        y, mean, var = normalize(
+            x, scale, bias, lax.stop_gradient(running_mean.value), self.epsilon, self.axis_name
+        )
         if not self.is_initializing():
             unbiased = var * (count / (count - 1))
             running_mean.value += self.momentum * (mean - running_mean.value)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mros_jax.data import decoding
 from mros_jax.data.augment import preprocess, resize
 from mros_jax.data.resample import INTERPOLATIONS, make_taps, resample_axis
 
@@ -22,11 +23,20 @@ SIZES = [
 
 
 def pil_resize(images, height, width, interpolation="bilinear"):
-    """The definition that our resize must equal."""
+    """The definition that our resize must equal, whichever axis Pillow would begin with."""
     kind = Image.Resampling[interpolation.upper()]
-    return np.stack(
-        [np.asarray(Image.fromarray(image).resize((width, height), kind)) for image in images]
-    )
+    pictures = [Image.fromarray(image) for image in images]
+    across = [picture.resize((width, picture.height), kind) for picture in pictures]
+    return np.stack([np.asarray(picture.resize((width, height), kind)) for picture in across])
+
+
+@pytest.mark.parametrize("out", [(1, 3), (3, 1), (2, 5), (1, 4)])
+@pytest.mark.parametrize("size", [(2, 2), (5, 3), (5, 5), (3, 5)])
+def test_files_are_resized_like_arrays(size, out):
+    """Shapes for which Pillow 13 begins with the height, too."""
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    ours = resize(image[None], height=out[0], width=out[1], interpolation="bicubic")
+    np.testing.assert_array_equal(decoding.resize(image, *out, "bicubic"), ours[0])
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
