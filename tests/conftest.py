@@ -43,6 +43,13 @@ def torch():
     return pytest.importorskip("torch", reason="PyTorch is not installed; `make test-all` has it")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Compiled programs keep memory mapped, and a process may map some 65,000 pieces on Linux."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked():
     """Without jaxtyping's run-time checks, as users run: our own errors must speak."""

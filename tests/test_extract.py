@@ -84,8 +84,10 @@ def test_embeds_arrays_of_any_size_and_files_alike(model, images, tmp_path):
     np.testing.assert_array_equal(model.embed(files), features)
     np.testing.assert_array_equal(model.embed([str(f) for f in files]), features)
     np.testing.assert_array_equal(model.embed([files[0], *images[1:]]), features)
-    # Each is resized for itself, as PIL does.
-    resized = [Image.fromarray(i).resize((32, 96), Image.Resampling.BILINEAR) for i in images]
+    # Each is resized for itself, as PIL does: across, then down.
+    kind = Image.Resampling.BILINEAR
+    across = [Image.fromarray(image).resize((32, len(image)), kind) for image in images]
+    resized = [image.resize((32, 96), kind) for image in across]
     np.testing.assert_array_equal(model.embed(np.stack([np.asarray(i) for i in resized])), features)
     same_size = np.stack([images[0], images[4], images[8]])
     np.testing.assert_allclose(model.embed(same_size), features[[0, 4, 8]], rtol=0.1, atol=0.02)
