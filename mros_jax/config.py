@@ -420,11 +420,12 @@ def _find(path: pathlib.Path) -> pathlib.Path:
         return path
     package = pathlib.Path(__file__).parent
     # Installed they lie in the package; in a clone beside it.
-    own = next(x for x in (package / "configs", package.parent / "configs") if x.is_dir())
+    inside = package / "configs"
+    own = inside if inside.is_dir() else package.parent / "configs"
     if path.parent == pathlib.Path("configs") and (own / path.name).is_file():
         return own / path.name
     names = ", ".join(sorted(f"configs/{file.name}" for file in own.glob("*.py")))
-    raise NotFoundError(f"config {path} does not exist; there are {names}")
+    raise NotFoundError(f"config {path} does not exist; there are {names or 'none'}")
 
 
 def parse_config(argv: Sequence[str]) -> tuple[ConfigDict | None, list[str]]:

@@ -141,9 +141,7 @@ class Embedder:
 
         def embed_batch(start: int) -> dict[str, np.ndarray]:
             batch = images[start : start + batch_size]
-            if not isinstance(batch, np.ndarray):
-                arrays = [_to_array(image) for image in batch]
-                batch = decoding.load_images(arrays, **self._resize)
+            batch = self._load(batch)
             padding = batch_size - len(batch)
             padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
             out = self._embed(self._placed, parallel.split(padded), flip_test, crops)
@@ -180,10 +178,16 @@ class Embedder:
         """
         return count_multiply_adds(self.network, *self._input_size)
 
-    def outputs(self, images: np.ndarray) -> Outputs:
-        """All named outputs of the network for a few uint8 images (N, H, W, 3)."""
-        inputs = augment.preprocess(images, **self._resize)
+    def outputs(self, images: np.ndarray | Sequence[Image]) -> Outputs:
+        """All named outputs of the network for a few images, given as to `embed`."""
+        inputs = augment.preprocess(self._load(images), **self._resize)
         return self.network.apply(self.variables, inputs, train=False)
+
+    def _load(self, images: np.ndarray | jax.Array | Sequence[Image]) -> np.ndarray:
+        """Bring images that are not in one array to the input's size."""
+        if isinstance(images, np.ndarray):
+            return images
+        return decoding.load_images([_to_array(image) for image in images], **self._resize)
 
 
 def _to_array(image: Image) -> np.ndarray | str | os.PathLike:

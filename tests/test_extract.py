@@ -84,6 +84,8 @@ def test_embeds_arrays_of_any_size_and_files_alike(model, images, tmp_path):
     np.testing.assert_array_equal(model.embed(files), features)
     np.testing.assert_array_equal(model.embed([str(f) for f in files]), features)
     np.testing.assert_array_equal(model.embed([files[0], *images[1:]]), features)
+    outputs = model.outputs([files[0], *images[1:]])
+    np.testing.assert_allclose(outputs.descriptor, features, rtol=1e-4, atol=1e-5)
     # Each is resized for itself, as PIL does: across, then down.
     kind = Image.Resampling.BILINEAR
     across = [Image.fromarray(image).resize((32, len(image)), kind) for image in images]

@@ -209,6 +209,8 @@ def resize(
     First across, then down, which each round to whole grey levels: Pillow before 13 always did so;
     since 13 it begins with whichever costs less, and its result may differ by a grey level.
     """
+    if pixels.shape[:2] == (height, width):
+        return pixels
     image = PIL.Image.fromarray(pixels)
     kind = PIL.Image.Resampling[interpolation.upper()]
     across = image.resize((width, image.height), kind)

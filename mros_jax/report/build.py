@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 from mros_jax import config as configs
 from mros_jax import console
-from mros_jax.data.decoding import load_images
 from mros_jax.data.images import Picture
 from mros_jax.data.splits import Split
 from mros_jax.errors import UserError
@@ -428,8 +427,7 @@ def _draw_views(
         notes.append(f"What the network looks at cannot be shown: {error}")
         return {}
     pixels = [picture.require() for picture in pictures.map(lambda picture: picture)]
-    images = load_images(pixels, height=height, width=width)
-    outputs = model.outputs(images)
+    outputs = model.outputs(pixels)
     drawings = draw_maps({name: np.asarray(outputs.maps[name]) for name in names})
     return {
         "views": [

@@ -7,6 +7,7 @@ A method is a value that holds its parameters: `ECN(k=20)`. `evaluate(..., reran
 with it block by block and never holds all distances; `ECN().distances(query, gallery)` makes them.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -37,22 +38,22 @@ _Features = Float[np.ndarray | Array, "_ D"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rerank:
+class Rerank(abc.ABC):
     """What all methods have in common: a name, parameters that are checked, and `distances`."""
 
     name: ClassVar[str]
 
+    @abc.abstractmethod
     def check(self, num_query: int, num_gallery: int) -> None:
         """Refuse parameters that ask for more images than there are.
 
         Raises:
             UserError: names the parameter, and the most that it may be.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _prepare(self, query: _Features, gallery: _Features, placement: blocks.Placement) -> Rows:
         """`prepare` of checked features."""
-        raise NotImplementedError
 
     def prepare(
         self,

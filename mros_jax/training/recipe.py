@@ -252,9 +252,8 @@ def init_variables(network: Network, config: ConfigDict) -> dict[str, Any]:
     """
     images = jnp.zeros((1, config.input.height, config.input.width, 3), jnp.float32)
     init = jax.jit(functools.partial(network.init, train=False))
-    key = jax.random.key(config.seed)
-    _check_weights(config, network, jax.eval_shape(init, key, images)["params"])
-    variables = init(key, images)
+    variables = init(jax.random.key(config.seed), images)
+    _check_weights(config, network, variables["params"])
     weights = config.weights
     if weights == "auto":
         trunk = config.network.trunk
