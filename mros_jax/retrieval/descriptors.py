@@ -29,9 +29,16 @@ _PARTS = ("features", "pids", "camids")
 
 
 def save_features(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
-    """Write arrays to a `.npz` file, atomically."""
+    """Write arrays to a `.npz` file, atomically.
+
+    Raises:
+        ValueError: an array of Python objects, which could only be pickled.
+    """
+    for name, array in arrays.items():
+        if np.asarray(array).dtype.hasobject:
+            raise ValueError(f"{name} is an array of Python objects; expected numbers or texts")
     with write_atomically(path, "wb") as file:
-        np.savez(file, allow_pickle=False, **dict(arrays))
+        np.savez(file, **arrays)
 
 
 def load_arrays(path: str | os.PathLike, required: Iterable[str]) -> dict[str, np.ndarray]:
