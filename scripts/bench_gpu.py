@@ -165,10 +165,12 @@ def time_rounds(
 
 
 def measure_memory(who: int = resource.RUSAGE_SELF) -> Row:
-    """Cell of the host's memory at its peak; where JAX has a GPU, also of the GPU's."""
+    """Cells of memory at its peak: the host's, and of this process the device's if it tells."""
     cells = {"host_gb": resource.getrusage(who).ru_maxrss * 1024 / 1e9}
-    if who == resource.RUSAGE_SELF and (stats := jax.local_devices()[0].memory_stats()):
-        cells["device_gb"] = stats["peak_bytes_in_use"] / 1e9
+    if who == resource.RUSAGE_SELF:
+        told = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in told:
+            cells["device_gb"] = told["peak_bytes_in_use"] / 1e9
     return cells
 
 

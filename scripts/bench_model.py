@@ -147,13 +147,13 @@ def find_torch_device(platform: str) -> str:
         UserError: PyTorch is not installed, or does not see the device.
     """
     if importlib.util.find_spec("torch") is None:
-        raise UserError("PyTorch is not installed")
+        raise UserError("PyTorch is not installed (pip install torch)")
     import torch
 
     if platform == "cpu":
         return "cpu"
     if platform != "gpu" or not torch.cuda.is_available():
-        raise UserError(f"PyTorch {torch.__version__} does not see the {platform.upper()}")
+        raise UserError(f"PyTorch {torch.__version__} does not see JAX's {platform}")
     return "cuda"
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -371,7 +372,7 @@ def test_gpu_benchmark_of_the_peer(tmp_path):
         assert len(peers) == 2 * len(bench_gpu.LAYOUTS)
         assert all(row["images_per_second"] > 0 for row in peers)
     else:
-        assert [row["remark"] for row in peers] == ["PyTorch is not installed"]
+        assert [row["remark"] for row in peers] == ["PyTorch is not installed (pip install torch)"]
 
 
 @pytest.mark.slow
@@ -387,7 +388,7 @@ def test_gpu_benchmark_counts_the_flops_of_a_step():
 class Process:
     """What the processes of `bench_gpu` would answer on a machine with an H100."""
 
-    answers: dict
+    answers: ClassVar[dict] = {}
 
     def __init__(self, words):
         self.words = list(words)
@@ -418,7 +419,7 @@ KIND = "NVIDIA H100 80GB HBM3"
 def test_gpu_benchmark_on_a_gpu(monkeypatch, tmp_path, capsys):
     """One measurement fails, says why, and the others go on."""
     file = tmp_path / "gpu.json"
-    monkeypatch.setattr(Process, "answers", {"1": {"failed": "RESOURCE_EXHAUSTED"}}, raising=False)
+    monkeypatch.setattr(Process, "answers", {"1": {"failed": "RESOURCE_EXHAUSTED"}})
     monkeypatch.setattr(bench_gpu, "Runner", Process)
     assert bench_gpu.main([f"--json={file}"]) == 1
     written = json.loads(file.read_text())
@@ -441,7 +442,7 @@ def test_gpu_benchmark_on_a_gpu(monkeypatch, tmp_path, capsys):
 def test_gpu_benchmark_of_another_gpu_without_pytorch(monkeypatch, tmp_path):
     device = {"platform": "gpu", "kind": "another", "products": "TF32", "text": ""}
     answers = {"device": {"found": device}, "torch": {"failed": "PyTorch is not installed"}}
-    monkeypatch.setattr(Process, "answers", answers, raising=False)
+    monkeypatch.setattr(Process, "answers", answers)
     monkeypatch.setattr(bench_gpu, "Runner", Process)
     shares = []
     for option in ([], ["--peak_tflops=1000,500"]):
@@ -460,7 +461,7 @@ def test_gpu_benchmark_of_another_gpu_without_pytorch(monkeypatch, tmp_path):
 
 def test_gpu_benchmark_in_full_size_needs_a_gpu(monkeypatch, capsys):
     device = {"platform": "cpu", "kind": "cpu", "products": "float32", "text": ""}
-    monkeypatch.setattr(Process, "answers", {"device": {"found": device}}, raising=False)
+    monkeypatch.setattr(Process, "answers", {"device": {"found": device}})
     monkeypatch.setattr(bench_gpu, "Runner", Process)
     assert console.run(bench_gpu.main, ["--part=step"]) == console.MISUSE
     assert "no accelerator here" in capsys.readouterr().err
@@ -476,6 +477,33 @@ def test_gpu_benchmark_itself_leaves_the_gpu_alone():
         command = [sys.executable, "-c", code.replace("; print", f"{more}; print")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert ("through" in done.stdout) == through, done.stderr
+
+
+def test_pytorch_without_the_device_that_jax_has(monkeypatch, torch):
+    assert bench_model.find_torch_device("cpu") == "cpu"
+    for platform, sees, expected in (
+        ("gpu", True, "cuda"),
+        ("gpu", False, UserError),
+        ("tpu", True, UserError),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda sees=sees: sees)
+        if expected is UserError:
+            with pytest.raises(UserError, match=f"does not see JAX's {platform}"):
+                bench_model.find_torch_device(platform)
+        else:
+            assert bench_model.find_torch_device(platform) == expected
+    monkeypatch.setattr(bench_model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="PyTorch is not installed"):
+        bench_model.find_torch_device("cpu")
+
+
+def test_memory_of_a_device_that_tells_it(monkeypatch):
+    for told, expected in (({"peak_bytes_in_use": 3e9}, {"device_gb": 3.0}), (None, {}), ({}, {})):
+        device = types.SimpleNamespace(memory_stats=lambda told=told: told)
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        cells = bench_gpu.measure_memory()
+        assert cells.pop("host_gb") > 0.1
+        assert cells == expected
 
 
 @pytest.mark.parametrize(
