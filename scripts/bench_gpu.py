@@ -476,15 +476,17 @@ def measure(args: argparse.Namespace, runner: Runner) -> tuple[dict[str, str], l
         print(f"{named['part']}: {named['what']}", file=sys.stderr)
         answer = runner(str(number), case.environment)
         if "failed" in answer:
-            rows.append({**named, "failed": answer["failed"], "remark": answer["failed"]})
-            continue
-        for cells in answer["found"]:
+            found: list[Row] = [{"failed": answer["failed"], "remark": answer["failed"]}]
+        else:
+            found = answer["found"]
+        for cells in found:
             row = {**named, **cells}
-            if products:
+            if products and "seconds" in row:
                 row["products"] = products
                 if flops:
                     compare_with_peak(row, flops, peaks)
             rows.append(row)
+            print("    " + " | ".join(make_cells(row)[1:]), file=sys.stderr)  # should it be stopped
     return device, sorted(rows, key=lambda row: PARTS.index(row["part"]))
 
 

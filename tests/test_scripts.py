@@ -474,6 +474,37 @@ def test_gpu_benchmark_in_full_size_needs_a_gpu(monkeypatch, capsys):
         bench_gpu.main(["--peak_tflops=1,2,3,4"])
 
 
+def test_gpu_benchmark_tells_why_a_process_failed(monkeypatch, capsys):
+    """It was killed; or JAX or what a user can mend raised an error."""
+    started = []
+
+    def kill(command, env, **options):
+        started.append((command, env["CUDA_VISIBLE_DEVICES"], env["JAX_PLATFORMS"]))
+        return subprocess.CompletedProcess(command, -9, stdout="")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_gpu.subprocess, "run", kill)
+        answer = bench_gpu.Runner(["--small"])("flops", bench_gpu.ON_CPU)
+    assert answer == {"failed": "its process ended with -9"}
+    [(command, visible, platform)] = started
+    assert command[1:] == ["-m", "scripts.bench_gpu", "--small", "--child=flops"]
+    assert (visible, platform) == ("2", "cpu")
+    for error, why in (
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand a table"), "RESOURCE_EXHAUSTED: o"),
+        (UserError("the training stopped:\nmessages\nerror: no room"), "error: no room"),
+    ):
+        monkeypatch.setitem(bench_gpu.PROBES, "flops", lambda args, error=error: raise_it(error))
+        assert bench_gpu.main(["--child=flops"]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["failed"].startswith(why)
+        assert str(error) in printed.err
+
+
+def raise_it(error):
+    raise error
+
+
 def test_gpu_benchmark_itself_leaves_the_gpu_alone():
     """JAX would take most of its memory. Where it has no such platform, it must not be started."""
     code = "from scripts import bench_gpu; bench_gpu.list_cases(); print('through')"
