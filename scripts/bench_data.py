@@ -209,7 +209,7 @@ def bench_step(config: ConfigDict, files: list[bytes], repeats: int) -> Rows:
 
     plain = "training step, pictures ready"
     runs: dict[str, Callable[[], object]] = {
-        plain: common.make_step(
+        plain: common.Step(
             config,
             num_classes,
             None,
@@ -217,7 +217,7 @@ def bench_step(config: ConfigDict, files: list[bytes], repeats: int) -> Rows:
             augment_batch=common.keep_images,
             devices=devices,
         ),
-        "the same with look-up, resize and augmentation": common.make_step(
+        "the same with look-up, resize and augmentation": common.Step(
             config, num_classes, data, looked_up, devices=devices
         ),
         "look-up, resize and augmentation alone": lambda: look_up(data["images"], indices),
@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=common.ROOT / "tests" / "data" / "pedestrians",
         help="directory in Market-1501's layout (default: that of the tests)",
     )
-    parser.add_argument("--part", default=",".join(PARTS), help="any of %(default)s")
+    common.add_part(parser, PARTS)
     parser.add_argument("--images", type=console.count, default=12_936, help="images to decode")
     parser.add_argument(
         "--workers", type=console.count, default=os.cpu_count() or 1, help="threads and processes"
@@ -253,16 +253,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     common.add_repeats(parser, 5)
     common.add_markdown(parser)
     config, args = common.parse_with_config(parser, argv)
-    parts = args.part.split(",")
-    if unknown := [part for part in parts if part not in PARTS]:
-        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     size = batches.make_sampler(config.batch.to_dict()).size
     num_step = max(256, 4 * size)
     files = read_jpegs(args.root, max(args.images, num_step))
     per_image: tuple[str, ...] = ("", "images/s", "time")
     what = common.describe_config(config)
     sections = [f"{what}; {common.describe_machine('pillow')}"]
-    for part in parts:
+    for part in args.part:
         print(part, file=sys.stderr)
         if part == "decode":
             rows = bench_decode(config, files[: args.images], args.workers, args.repeats)

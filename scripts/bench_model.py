@@ -9,6 +9,7 @@ config's loss terms and optimizer; eagerly with both memory layouts and, on a GP
 `--compile`, compiled. Frameworks take turns; a row is the median of its repeats.
 """
 
+import importlib.util
 import os
 import statistics
 import sys
@@ -27,7 +28,7 @@ from mros_jax.errors import UserError
 from mros_jax.training import recipe
 from scripts import common
 
-Step = Callable[[], object]
+Step = Callable[[], Any]
 Steps = Mapping[str, Step]
 HEADER = ("framework", "what", "images/s", "range", "CPU s/image")
 
@@ -54,7 +55,7 @@ def make_jax_steps(config: ConfigDict, num_classes: int) -> Steps:
     def forward(variables: Any, images: jax.Array) -> jax.Array:
         return network.apply(variables, images, train=False).descriptor
 
-    train = common.make_step(
+    train = common.Step(
         config,
         num_classes,
         None,
@@ -136,13 +137,40 @@ def make_torch_loss(config: ConfigDict, centers: Mapping[str, Any], name_vectors
     return loss
 
 
-def make_torch_steps(
-    config: ConfigDict, num_classes: int, *, channels_last: bool, compiled: bool
-) -> Steps:
-    """Forward pass and training step of the same network in PyTorch."""
+def find_torch_device(platform: str) -> str:
+    """PyTorch's name of the device that JAX has, "cpu" or "cuda".
+
+    Args:
+        platform: JAX's name of its kind.
+
+    Raises:
+        UserError: PyTorch is not installed, or does not see the device.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("PyTorch is not installed (pip install torch)")
     import torch
 
-    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+    if platform == "cpu":
+        return "cpu"
+    if platform != "gpu" or not torch.cuda.is_available():
+        raise UserError(f"PyTorch {torch.__version__} does not see JAX's {platform}")
+    return "cuda"
+
+
+def make_torch_steps(
+    config: ConfigDict, num_classes: int, device: str, *, channels_last: bool, compiled: bool
+) -> tuple[Steps, Step]:
+    """Forward pass and training step of the same network in PyTorch; and what waits for their end.
+
+    Args:
+        config: what is trained; in bfloat16 by automatic casts.
+        num_classes: training identities.
+        device: "cpu" or "cuda".
+        channels_last: memory layout of network and images.
+        compiled: the network by `torch.compile`.
+    """
+    import torch
+
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network, name_vectors = TORCH_NETWORKS[config.network.name](config, num_classes)
     network = network.to(device, memory_format=layout)
@@ -166,10 +194,6 @@ def make_torch_steps(
     optimizers = make_torch_optimizers(config, network, centers)
     call = torch.compile(network) if compiled else network
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
     def run() -> Any:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             return call(images)
@@ -178,7 +202,6 @@ def make_torch_steps(
         network.eval()
         with torch.inference_mode():
             run()
-        wait()
 
     def train() -> None:
         network.train()
@@ -191,9 +214,22 @@ def make_torch_steps(
                 center.grad /= config.objective[name].weight  # they see the term unweighted
         for optimizer in optimizers:
             optimizer.step()
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return {"forward": forward, "training step": train}, wait
+
+
+def make_waiting(start: Step, wait: Step) -> Step:
+    """A step that is over when it returns."""
+
+    def step() -> None:
+        start()
         wait()
 
-    return {"forward": forward, "training step": train}
+    return step
 
 
 def make_torch_optimizers(
@@ -286,6 +322,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     common.add_markdown(parser)
     config, args = common.parse_with_config(parser, argv)
     config.weights = "none"  # they take no other time
+    # Else JAX takes three quarters of a GPU's memory at once, and PyTorch has to do with the rest.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with_torch = not args.no_torch and config.network.name in TORCH_NETWORKS
     if not args.no_torch and not with_torch:
         print(f"tests/parity has no {config.network.name}: JAX alone", file=sys.stderr)
@@ -295,10 +333,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         variants = {"PyTorch": (False, False), "PyTorch, channels last": (True, False)}
         if args.compile or jax.default_backend() == "gpu":
             variants["PyTorch, channels last, compiled"] = (True, True)
+        device = find_torch_device(jax.default_backend())
         for name, (channels_last, compiled) in variants.items():
-            steps[name] = make_torch_steps(
-                config, args.classes, channels_last=channels_last, compiled=compiled
+            started, wait = make_torch_steps(
+                config, args.classes, device, channels_last=channels_last, compiled=compiled
             )
+            steps[name] = {what: make_waiting(start, wait) for what, start in started.items()}
     measured = measure(steps, args.repeats, args.calls)
     table = common.format_table(
         HEADER, make_rows(measured, make_sampler(config.batch.to_dict()).size)

@@ -336,7 +336,13 @@ def measure(case: Case, quick: bool) -> dict[str, Any]:
         check = case.run(data)
         times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": min(times), "first": times[0], "peak_gb": peak, "check": check}
+    return {
+        "seconds": min(times),
+        "first": times[0],
+        "peak_gb": peak,
+        "check": check,
+        "gallery": len(data["gallery_pids"]),
+    }
 
 
 def spawn(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any] | None:

@@ -7,11 +7,9 @@ with an empty and with a filled compilation cache. Steps are timed in one proces
 them, and on images that are augmented already.
 """
 
-import os
 import pathlib
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,24 +37,8 @@ def time_to_first_step(
     Raises:
         UserError: the training ended before.
     """
-    command = [sys.executable, "-m", "mros_jax.train", *config_words, f"--workdir={workdir}"]
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    log = workdir / "metrics.jsonl"
-    with tempfile.TemporaryFile("w+") as messages:
-        since = time.perf_counter()
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=messages
-        )
-        try:
-            while not (log.exists() and log.stat().st_size):
-                if process.poll() is not None:
-                    messages.seek(0)
-                    raise UserError(f"the training stopped:\n{messages.read()}")
-                time.sleep(0.01)
-            return time.perf_counter() - since
-        finally:
-            process.kill()
-            process.wait()
+    with common.Training(config_words, workdir, cache) as training:
+        return training.wait_for(workdir / "metrics.jsonl")
 
 
 def time_steps(config: ConfigDict, dataset: Dataset, repeats: int, *, with_data: bool) -> float:
@@ -74,7 +56,7 @@ def time_steps(config: ConfigDict, dataset: Dataset, repeats: int, *, with_data:
         stored = np.asarray(jax.device_get(data["images"]))
         ready = augment.preprocess(stored, **config.input.to_dict())
         data = {"images": parallel.replicate(ready), "labels": data["labels"]}
-    step = common.make_step(config, dataset.num_classes, data, batch, augment_batch=augment_batch)
+    step = common.Step(config, dataset.num_classes, data, batch, augment_batch=augment_batch)
     seconds = []
     for _ in range(repeats + 2):  # the first compiles, the second warms up
         since = time.perf_counter()

@@ -5,7 +5,11 @@ import importlib.metadata
 import os
 import pathlib
 import platform
-from collections.abc import Callable, Iterable, Sequence
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +18,7 @@ from ml_collections import ConfigDict
 from mros_jax import console, parallel
 from mros_jax.config import parse_config
 from mros_jax.data.batches import make_sampler
+from mros_jax.errors import UserError
 from mros_jax.files import write_atomically
 from mros_jax.training import recipe
 from mros_jax.training.step import Augment
@@ -59,6 +64,20 @@ def parse_with_config(
 def add_repeats(parser: argparse.ArgumentParser, default: int) -> None:
     """Add `--repeats`, the timed runs of everything that is measured."""
     parser.add_argument("--repeats", type=console.count, default=default, help="timed runs of each")
+
+
+def add_part(parser: argparse.ArgumentParser, parts: Sequence[str]) -> None:
+    """Add `--part`, a list with commas of what is measured; all of it by default."""
+
+    def read(text: str) -> list[str]:
+        chosen = text.split(",")
+        if unknown := [part for part in chosen if part not in parts]:
+            raise argparse.ArgumentTypeError(
+                f"no part {', '.join(unknown)}; there are {', '.join(parts)}"
+            )
+        return chosen
+
+    parser.add_argument("--part", type=read, default=",".join(parts), help="any of %(default)s")
 
 
 def add_markdown(parser: argparse.ArgumentParser) -> None:
@@ -120,15 +139,7 @@ def keep_images(images: jax.Array, keys: jax.Array) -> jax.Array:
     return images
 
 
-def make_step(
-    config: ConfigDict,
-    num_classes: int,
-    data: Any,
-    batch: Any,
-    *,
-    augment_batch: Augment | None = None,
-    devices: Sequence[jax.Device] | None = None,
-) -> Callable[[], dict[str, jax.Array]]:
+class Step:
     """The step that training runs, from random weights, on one batch over and over.
 
     Args:
@@ -138,20 +149,89 @@ def make_step(
         batch: of the step, on the devices; see `mros_jax.training.step.make_train_step`.
         augment_batch: see `mros_jax.training.recipe.build`.
         devices: to run on; None: all.
-
-    Returns:
-        A function that takes one step, waits for its end and returns its metrics.
     """
-    config = config.copy_and_resolve_references()
-    config.weights = "none"
-    parts = recipe.build(config, num_classes, steps_per_epoch=100, augment_batch=augment_batch)
-    mapped_step = parallel.MappedStep(parts.step, devices)
-    state = parallel.replicate(parts.state, devices)
 
-    def step() -> dict[str, jax.Array]:
-        nonlocal state
-        state, metrics = mapped_step(state, data, batch)
-        jax.block_until_ready((state, metrics))
-        return metrics
+    def __init__(
+        self,
+        config: ConfigDict,
+        num_classes: int,
+        data: Any,
+        batch: Any,
+        *,
+        augment_batch: Augment | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        config = config.copy_and_resolve_references()
+        config.weights = "none"
+        parts = recipe.build(config, num_classes, steps_per_epoch=100, augment_batch=augment_batch)
+        self._mapped_step = parallel.MappedStep(parts.step, devices)
+        self._state = parallel.replicate(parts.state, devices)
+        self._data, self._batch = data, batch
 
-    return step
+    def start(self, batch: Any = None) -> tuple[Any, dict[str, jax.Array]]:
+        """Begin one step, on another batch where one is given; state and metrics to wait for."""
+        batch = self._batch if batch is None else batch
+        self._state, metrics = self._mapped_step(self._state, self._data, batch)
+        return self._state, metrics
+
+    def __call__(self) -> dict[str, jax.Array]:
+        """Take one step, wait for its end and return its metrics."""
+        return jax.block_until_ready(self.start())[1]
+
+
+class Training:
+    """The training command in a process of its own, watched from outside; a context manager.
+
+    Args:
+        words: its arguments.
+        workdir: of the run.
+        cache: where it keeps compiled programs.
+    """
+
+    def __init__(self, words: Sequence[str], workdir: pathlib.Path, cache: pathlib.Path):
+        self._command = [sys.executable, "-m", "mros_jax.train", *words, f"--workdir={workdir}"]
+        self._environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+
+    def __enter__(self) -> "Training":
+        self._messages = tempfile.TemporaryFile("w+")
+        self._since = time.perf_counter()
+        self._process = subprocess.Popen(
+            self._command,
+            env=self._environment,
+            stdout=subprocess.DEVNULL,
+            stderr=self._messages,
+        )
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._messages.close()
+
+    def wait_for(self, file: pathlib.Path) -> float:
+        """Seconds from the start until a file has content.
+
+        Raises:
+            UserError: the training ended before.
+        """
+        while True:
+            ended = self._process.poll() is not None
+            if file.exists() and file.stat().st_size:
+                return time.perf_counter() - self._since
+            if ended:
+                raise self._explain()
+            time.sleep(0.01)
+
+    def wait(self) -> float:
+        """Seconds from the start to the end.
+
+        Raises:
+            UserError: it ended with an error.
+        """
+        if self._process.wait():
+            raise self._explain()
+        return time.perf_counter() - self._since
+
+    def _explain(self) -> UserError:
+        self._messages.seek(0)
+        return UserError(f"the training stopped:\n{self._messages.read()}")

@@ -1,5 +1,6 @@
 """Without the packages of an extra, its purpose alone is missed, and says what to install."""
 
+import importlib.metadata
 import importlib.util
 import logging
 import subprocess
@@ -97,3 +98,11 @@ def test_wheel_works_from_any_directory(tmp_path):
     assert (elsewhere / "run" / "report.html").is_file()
     assert "mAP" in run("-m", "mros_jax.compare", "run", **place)
     assert "resnet50_v1" in run("-m", "mros_jax.fetch_weights", "--list", **place)
+
+
+def test_jax_has_the_extras_that_ours_ask_for():
+    """Where it does not, pip warns and installs JAX for a CPU."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {name: project["optional-dependencies"][name] for name in ("cuda", "tpu")}
+    assert asked == {name: [f"jax[{name}]"] for name in asked}
+    assert set(asked) <= set(importlib.metadata.metadata("jax").get_all("Provides-Extra"))

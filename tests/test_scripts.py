@@ -4,8 +4,11 @@ import csv
 import functools
 import importlib
 import json
+import os
 import subprocess
 import sys
+import types
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -15,11 +18,21 @@ from PIL import Image
 from mros_jax import config as configs
 from mros_jax import console, parallel
 from mros_jax.errors import UserError
+from mros_jax.models.counting import count_multiply_adds
 from mros_jax.models.torch_weights import to_torch_state_dict
 from mros_jax.training import recipe
 from mros_jax.training.feed import Feed
-from scripts import ablation, bench_model, bench_train, common, plot_schedule, show_batch
+from scripts import (
+    ablation,
+    bench_gpu,
+    bench_model,
+    bench_train,
+    common,
+    plot_schedule,
+    show_batch,
+)
 from tests.least import write_config
+from tests.recorded import TORCH
 from tests.training import ROOT, TINY
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -276,9 +289,7 @@ def test_a_step_is_taken_each_time(least):
     config, _ = configs.parse_config(least)
     devices = jax.devices()[:1]
     batch = parallel.split(bench_model.make_batch(config, 12), devices)
-    step = common.make_step(
-        config, 12, None, batch, augment_batch=common.keep_images, devices=devices
-    )
+    step = common.Step(config, 12, None, batch, augment_batch=common.keep_images, devices=devices)
     first, second = step(), step()
     assert float(first["loss"]) != float(second["loss"])
 
@@ -308,3 +319,257 @@ def test_model_benchmark_in_turns():
     ]
     [row] = bench_model.make_rows([("a", "forward", [0.5, 0.25, 1.0], [0.8, 0.4, 1.6])], 8)
     assert row == ("a", "forward", "16.0", "8.0-32.0", "0.100")
+
+
+def run_small(part, directory):
+    """The rows that `bench_gpu --small` writes, and what it prints."""
+    command = [sys.executable, "-m", "scripts.bench_gpu", "--small", f"--part={part}"]
+    file = directory / "gpu.json"
+    done = subprocess.run([*command, f"--json={file}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text())["rows"], done.stdout
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_of_steps_and_retrieval(tmp_path):
+    rows, printed = run_small("retrieval,step", tmp_path)
+    assert [row["what"] for row in rows] == [
+        "training step, bfloat16",
+        *2 * ["training step, float32 (float32 products)"],
+        "CMC, mAP, mINP",
+        "with ECN",
+        "with k-reciprocal",
+    ]
+    for row in rows[:3]:
+        assert row["images_per_second"] == pytest.approx(8 / row["seconds"])
+        assert row["tflops"] > 0
+        assert "peak_share" not in row
+    for row in rows:
+        assert row["seconds"] > 0
+        assert 0.1 < row["host_gb"] < 8
+        assert f"| {row['part']} | {row['what']} | {row['seconds']:.4g} |" in printed
+    assert f"jax {jax.__version__}" in printed
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_of_training(tmp_path):
+    rows, _ = run_small("feed,recipe", tmp_path)
+    device, host, *recipe = rows
+    assert "on the device" in device["remark"]
+    assert "in host memory" in host["remark"]
+    *parts, whole = recipe
+    assert whole["what"] == "all of 1 epochs"
+    assert sum(row["seconds"] for row in parts) == pytest.approx(whole["seconds"])
+    assert all(row["seconds"] > 0 for row in parts)
+    assert "Rank-1" in whole["remark"]
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_of_the_peer(tmp_path):
+    rows, _ = run_small("peer", tmp_path)
+    assert sum(row["what"].startswith("JAX") for row in rows) == 2
+    assert all("tflops" in row for row in rows if row["what"].startswith("JAX"))
+    peers = [row for row in rows if row["what"].startswith("PyTorch")]
+    if TORCH:
+        assert len(peers) == 2 * len(bench_gpu.LAYOUTS)
+        assert all(row["images_per_second"] > 0 for row in peers)
+    else:
+        assert [row["remark"] for row in peers] == ["PyTorch is not installed (pip install torch)"]
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_counts_the_flops_of_a_step(monkeypatch):
+    """Forward, and backward by images and by kernels: each has the network's multiply-adds.
+
+    But for the first convolution, whose images need no gradient. XLA leaves out the padding.
+    """
+    size = ("--config.input.height=384", "--config.input.width=128")
+    monkeypatch.setattr(bench_gpu, "SMALL", (*bench_gpu.SMALL, *size))
+    args = types.SimpleNamespace(small=True)
+    config = bench_gpu.make_config(args)
+    whole = count_multiply_adds(configs.make_network(config, 12), 384, 128)["descriptor"]
+    first = 7 * 7 * 3 * 16 * 192 * 64
+    assert bench_gpu.count_flops(args) == pytest.approx(2 * 8 * (3 * whole - first), rel=0.05)
+
+
+class Process:
+    """What the processes of `bench_gpu` would answer on a machine with an H100."""
+
+    answers: ClassVar[dict] = {}
+
+    def __init__(self, words):
+        self.words = list(words)
+
+    def add(self, word):
+        self.words.append(word)
+
+    def __call__(self, name, environment):
+        answers = {
+            "device": {"platform": "gpu", "kind": KIND, "products": "TF32", "text": KIND},
+            "flops": 5e12,
+            "torch": "cuda",
+        }
+        cells = {"seconds": 0.02, "images_per_second": 6400.0, "range": [6000.0, 6500.0]}
+        case = None if name in answers else bench_gpu.list_cases()[int(name)]
+        if name != "device":
+            assert "--platform=gpu" in self.words
+        if name == "flops" or name == "torch" or (case and case.what.startswith("PyTorch")):
+            assert environment == {"JAX_PLATFORMS": "cpu"}  # it leaves the GPU alone
+        else:
+            assert environment == {}
+        return self.answers.get(name, {"found": answers.get(name, [cells])})
+
+
+KIND = "NVIDIA H100 80GB HBM3"
+
+
+def test_gpu_benchmark_on_a_gpu(monkeypatch, tmp_path, capsys):
+    """One measurement fails, says why, and the others go on."""
+    file = tmp_path / "gpu.json"
+    monkeypatch.setattr(Process, "answers", {"1": {"failed": "RESOURCE_EXHAUSTED"}})
+    monkeypatch.setattr(bench_gpu, "Runner", Process)
+    assert bench_gpu.main([f"--json={file}"]) == 1
+    written = json.loads(file.read_text())
+    assert written["device"]["kind"] == KIND
+    rows = written["rows"]
+    assert sorted({row["part"] for row in rows}) == sorted(bench_gpu.PARTS)
+    assert len(rows) == len(bench_gpu.list_cases())
+    fast, failed, exact = rows[:3]
+    assert failed["what"] == "training step, float32 (TF32 products)"
+    assert failed["remark"] == "RESOURCE_EXHAUSTED"
+    assert exact["what"] == "training step, float32 (float32 products)"
+    assert fast["tflops"] == exact["tflops"] == pytest.approx(250)
+    assert fast["peak_share"] == pytest.approx(250 / 989.4)
+    assert exact["peak_share"] == pytest.approx(250 / 66.9)
+    printed = capsys.readouterr().out
+    assert "| 0.02 | 6,400 | 6,000-6,500 | 250 | 25.3 | - | - |  |" in printed
+    assert printed.count("| RESOURCE_EXHAUSTED |") == 1
+
+
+def test_gpu_benchmark_of_another_gpu_without_pytorch(monkeypatch, tmp_path):
+    device = {"platform": "gpu", "kind": "another", "products": "TF32", "text": ""}
+    answers = {"device": {"found": device}, "torch": {"failed": "PyTorch is not installed"}}
+    monkeypatch.setattr(Process, "answers", answers)
+    monkeypatch.setattr(bench_gpu, "Runner", Process)
+    shares = []
+    for option in ([], ["--peak_tflops=1000,500"]):
+        file = tmp_path / "gpu.json"
+        assert bench_gpu.main(["--part=peer", f"--json={file}", *option]) == 0
+        rows = json.loads(file.read_text())["rows"]
+        assert [row["what"] for row in rows] == [
+            "PyTorch",
+            "JAX, bfloat16",
+            "JAX, float32 (TF32 products)",
+        ]
+        assert rows[0]["remark"] == "PyTorch is not installed"
+        shares.append([row.get("peak_share") for row in rows])
+    assert shares == [[None, None, None], [None, pytest.approx(0.25), pytest.approx(0.5)]]
+
+
+def test_gpu_benchmark_in_full_size_needs_a_gpu(monkeypatch, capsys):
+    device = {"platform": "cpu", "kind": "cpu", "products": "float32", "text": ""}
+    monkeypatch.setattr(Process, "answers", {"device": {"found": device}})
+    monkeypatch.setattr(bench_gpu, "Runner", Process)
+    assert console.run(bench_gpu.main, ["--part=step"]) == console.MISUSE
+    assert "no accelerator here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench_gpu.main(["--peak_tflops=1,2,3,4"])
+
+
+def test_gpu_benchmark_tells_why_a_process_failed(monkeypatch, capsys):
+    """It was killed; or JAX or what a user can mend raised an error."""
+    started = []
+
+    def kill(command, env, **options):
+        started.append((command, env["CUDA_VISIBLE_DEVICES"], env["JAX_PLATFORMS"]))
+        return subprocess.CompletedProcess(command, -9, stdout="")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_gpu.subprocess, "run", kill)
+        answer = bench_gpu.Runner(["--small"])("flops", bench_gpu.ON_CPU)
+    assert answer == {"failed": "its process ended with -9"}
+    [(command, visible, platform)] = started
+    assert command[1:] == ["-m", "scripts.bench_gpu", "--small", "--child=flops"]
+    assert (visible, platform) == ("2", "cpu")
+    for error, why in (
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory\nand a table"), "RESOURCE_EXHAUSTED: o"),
+        (UserError("the training stopped:\nmessages\nerror: no room"), "error: no room"),
+    ):
+        monkeypatch.setitem(bench_gpu.PROBES, "flops", lambda args, error=error: raise_it(error))
+        assert bench_gpu.main(["--child=flops"]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["failed"].startswith(why)
+        assert str(error) in printed.err
+
+
+def raise_it(error):
+    raise error
+
+
+def test_gpu_benchmark_itself_leaves_the_gpu_alone():
+    """JAX would take most of its memory. Where it has no such platform, it must not be started."""
+    code = "from scripts import bench_gpu; bench_gpu.list_cases(); print('through')"
+    environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}
+    for more, through in (("", True), ("; bench_gpu.jax.devices()", False)):
+        command = [sys.executable, "-c", code.replace("; print", f"{more}; print")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ("through" in done.stdout) == through, done.stderr
+
+
+def test_pytorch_without_the_device_that_jax_has(monkeypatch, torch):
+    assert bench_model.find_torch_device("cpu") == "cpu"
+    for platform, sees, expected in (
+        ("gpu", True, "cuda"),
+        ("gpu", False, UserError),
+        ("tpu", True, UserError),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda sees=sees: sees)
+        if expected is UserError:
+            with pytest.raises(UserError, match=f"does not see JAX's {platform}"):
+                bench_model.find_torch_device(platform)
+        else:
+            assert bench_model.find_torch_device(platform) == expected
+    monkeypatch.setattr(bench_model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="PyTorch is not installed"):
+        bench_model.find_torch_device("cpu")
+
+
+def test_memory_of_a_device_that_tells_it(monkeypatch):
+    for told, expected in (({"peak_bytes_in_use": 3e9}, {"device_gb": 3.0}), (None, {}), ({}, {})):
+        device = types.SimpleNamespace(memory_stats=lambda told=told: told)
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        cells = bench_gpu.measure_memory()
+        assert cells.pop("host_gb") > 0.1
+        assert cells == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "products"),
+    [
+        ({"platform": "cpu"}, "float32"),
+        ({"platform": "tpu"}, "bfloat16"),
+        ({"platform": "gpu", "compute_capability": "9.0"}, "TF32"),
+        ({"platform": "gpu", "compute_capability": "12.0"}, "TF32"),
+        ({"platform": "gpu", "compute_capability": "7.5"}, "float32"),
+        ({"platform": "gpu", "compute_capability": "gfx942"}, "float32"),
+    ],
+)
+def test_how_devices_make_products_of_float32(device, products):
+    assert bench_gpu.name_products(types.SimpleNamespace(**device)) == products
+
+
+def test_rounds_are_waited_for_at_their_end():
+    log = []
+    clock = iter(range(100))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_gpu.time, "perf_counter", lambda: float(next(clock)))
+        cells = bench_gpu.time_rounds(
+            lambda: log.append("start"),
+            lambda _: log.append("wait"),
+            images=8,
+            args=types.SimpleNamespace(steps=2, repeats=3),
+        )
+    assert log == ["start", "wait", *4 * ["start", "start", "wait"]]
+    assert cells["seconds"] == 0.5
+    assert cells["images_per_second"] == 16

@@ -285,8 +285,8 @@ def place(
     Args:
         store: a training store, with labels.
         fraction: the images may take up to this share of the memory of a device. 0 keeps them in
-            host memory. A device that does not tell its memory (a CPU) is taken to have an equal
-            part of the machine's.
+            host memory. A CPU does not tell its memory, and is taken to have an equal part of the
+            machine's; of an accelerator that does not tell it, nothing is taken.
         replicate: puts a tree of arrays whole on each device, such as `parallel.replicate`.
 
     Raises:
@@ -321,8 +321,10 @@ def labels_of(store: ImageStore) -> np.ndarray:
 
 
 def _memory(device: jax.Device, count: int) -> float:
-    """Return the bytes of a device's memory."""
+    """Return the bytes of a device's memory, 0 where an accelerator does not tell them."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return float(stats["bytes_limit"])
+    if device.platform != "cpu":
+        return 0.0
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / count

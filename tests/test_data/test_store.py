@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 
 import jax
 import numpy as np
@@ -361,6 +362,24 @@ def test_device_and_host_give_the_same_batches(load, jpegs):
         np.testing.assert_array_equal(labels, other["labels"])
         keys = example_keys(0, step, np.arange(4))
         np.testing.assert_array_equal(augment(images, keys), augment(other["images"], keys))
+
+
+@pytest.mark.parametrize(
+    ("platform", "stats", "kind"),
+    [
+        ("gpu", {"bytes_limit": 2 * 5 * 16 * 8 * 3}, "device"),
+        ("gpu", {"bytes_limit": 2 * 5 * 16 * 8 * 3 - 1}, "host"),
+        ("gpu", {"bytes_in_use": 0}, "host"),
+        ("gpu", None, "host"),
+        ("cpu", None, "device"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_a_device_tells_of_its_memory(load, jpegs, monkeypatch, platform, stats, kind):
+    device = types.SimpleNamespace(platform=platform, memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    placed = place(load(make_split(*jpegs)), fraction=0.5, replicate=lambda data: data)
+    assert placed.kind == kind
 
 
 def test_place_errors(load, jpegs):

@@ -301,6 +301,19 @@ def test_a_selection_shows_the_same_pictures(dataset, query_pixels):
     assert len(digests | {dataset.query.select(np.array([2, 7])).images.digest()}) == 3
 
 
+def test_products_are_float32_on_accelerators_too():
+    """By default a GPU takes 11 bits of each number, and a TPU 8: other pictures."""
+    rows = np.zeros(1, np.int32)
+    people = pedestrians.draw_people(0, rows, lookalikes=2)
+    pictures = pedestrians.draw_pictures(0, 0, rows, rows, rows + 1, rows)
+    cameras = pedestrians.draw_cameras(0, rows + 1)
+    render = jax.jit(lambda: rendering.render(people, pictures, cameras, rows))
+    text = render.lower().as_text().splitlines()
+    products = [line for line in text if "stablehlo.dot_general" in line]
+    assert products
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 @pytest.mark.slow
 def test_other_sizes():
     assert small(height=64, width=32, num_test_pids=2).query.images.render().shape == (6, 64, 32, 3)

@@ -13,6 +13,9 @@ from jaxtyping import Array, Float, UInt8
 
 from mros_jax.data.synthetic.pedestrians import Camera, Picture
 
+# Accelerators round float32 to fewer bits for a product unless they are told not to.
+_einsum = functools.partial(jnp.einsum, precision="highest")
+
 # Quantisation tables of the JPEG standard (ITU-T T.81, Annex K), for luminance and colour.
 _LUMA = np.array(
     [
@@ -58,17 +61,17 @@ def _sensor(size: int, resolution: Array, blur: Array) -> Float[Array, "n n"]:
     collect = collect / jnp.maximum(collect.sum(1, keepdims=True), 1e-6)
     at = jnp.clip((i + 0.5) * m / size - 0.5, 0.0, m - 1.0)
     spread = jnp.clip(1.0 - jnp.abs(at[:, None] - i[None, :]), 0.0, 1.0)
-    return spread @ collect @ gauss
+    return _einsum("ik,kj->ij", _einsum("ik,kj->ij", spread, collect), gauss)
 
 
 def _quantise(plane: Float[Array, "H W"], table: Float[Array, "8 8"]) -> Float[Array, "H W"]:
     """Rounds the plane's 8 x 8 DCT coefficients to whole multiples of the table."""
     height, width = plane.shape
     blocks = plane.reshape(height // 8, 8, width // 8, 8)  # block row, y, block column, x
-    coefficients = jnp.einsum("uy,iyjx,vx->iujv", _DCT, blocks, _DCT)
+    coefficients = _einsum("uy,iyjx,vx->iujv", _DCT, blocks, _DCT)
     step = table[None, :, None, :]
     coefficients = jnp.round(coefficients / step) * step
-    return jnp.einsum("uy,iujv,vx->iyjx", _DCT, coefficients, _DCT).reshape(height, width)
+    return _einsum("uy,iujv,vx->iyjx", _DCT, coefficients, _DCT).reshape(height, width)
 
 
 def jpeg(image: Float[Array, "3 H W"], quality: Float[Array, ""]) -> Float[Array, "3 H W"]:
@@ -80,14 +83,14 @@ def jpeg(image: Float[Array, "3 H W"], quality: Float[Array, ""]) -> Float[Array
     scale = jnp.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100
     luma_table = jnp.clip(jnp.round(_LUMA * scale), 1, 255)
     chroma_table = jnp.clip(jnp.round(_CHROMA * scale), 1, 255)
-    luma, *chroma = jnp.einsum("ij,jhw->ihw", _YCC, image)
+    luma, *chroma = _einsum("ij,jhw->ihw", _YCC, image)
     planes = [_quantise(luma - 128.0, luma_table) + 128.0]
     for plane in chroma:
         height, width = plane.shape
         half = plane.reshape(height // 2, 2, width // 2, 2).mean((1, 3))
         half = _quantise(half, chroma_table)
         planes.append(jnp.repeat(jnp.repeat(half, 2, 0), 2, 1))
-    return jnp.einsum("ij,jhw->ihw", _RGB, jnp.stack(planes))
+    return _einsum("ij,jhw->ihw", _RGB, jnp.stack(planes))
 
 
 def make_sensors(
@@ -122,7 +125,7 @@ def expose(
 ) -> UInt8[Array, "H W 3"]:
     """Takes the picture of a scene in 0..1 with a camera and its matrices from `make_sensors`."""
     _, height, width = image.shape
-    image = jnp.einsum("yh,chw,xw->cyx", vertical, image, horizontal)
+    image = _einsum("yh,chw,xw->cyx", vertical, image, horizontal)
     image = image * (camera.cast * picture.exposure)[:, None, None]
     image = jnp.exp(camera.gamma * jnp.log(jnp.clip(image, 1e-4, 1.0)))
     image = 0.5 + (image - 0.5) * camera.contrast
