@@ -150,6 +150,7 @@ def make_step(
 
     def step() -> dict[str, jax.Array]:
         nonlocal state
+        metrics: dict[str, jax.Array]
         state, metrics = mapped_step(state, data, batch)
         jax.block_until_ready((state, metrics))
         return metrics
