@@ -39,6 +39,7 @@ def test_training_needs_no_extra(tmp_path, caplog):
     config = make_config(tmp_path / "cache", num_epochs=1, report=True)
     with caplog.at_level(logging.INFO):
         results = train.train(config, tmp_path / "run")
+    assert results is not None
     assert results["results"]
     assert (
         "The report at the end needs jinja2 and matplotlib, which are not installed" in caplog.text

@@ -83,7 +83,7 @@ def run(tmp_path_factory):
 
 def test_report_shows_each_region_and_attention(run, tmp_path):
     text = write_report(run, tmp_path / "page.html", queries=1, top=2).read_text()
-    section = re.search(r'<section id="views">.*?</section>', text, re.DOTALL)[0]
+    [section] = re.findall(r'<section id="views">.*?</section>', text, re.DOTALL)
     assert 'href="#views"' in text
     assert section.count("<article") == 3  # a best, a worst and a random query
     assert section.count('class="region"') == 3 * 3 * 4

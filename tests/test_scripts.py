@@ -1,6 +1,7 @@
 """The scripts: by their `main`, and in a process of their own where they start others."""
 
 import csv
+import dataclasses
 import functools
 import importlib
 import json
@@ -8,8 +9,10 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mros_jax import config as configs
@@ -20,7 +23,7 @@ from mros_jax.training import recipe
 from mros_jax.training.feed import Feed
 from scripts import ablation, bench_model, bench_train, common, plot_schedule, show_batch
 from tests.least import write_config
-from tests.training import ROOT, TINY
+from tests.training import JAX_CONFIG, ROOT, TINY
 
 WORDS = ["--config=configs/demo.py", *(f"--config.{name}={value}" for name, value in TINY.items())]
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if "__main__" in p.read_text())
@@ -28,7 +31,7 @@ SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if "__main__" i
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", JAX_CONFIG.jax_compilation_cache_dir)
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.chdir(ROOT)
 
@@ -118,15 +121,14 @@ def test_ablation_of_a_system_that_the_paper_does_not_have(tmp_path):
 
 
 def test_schedule_has_a_line_for_each_group(tmp_path, words, monkeypatch):
-    labels = []
-    figure = plot_schedule.Figure
+    labels: list[str] = []
+    save = Figure.savefig
 
-    class Spy(figure):
-        def savefig(self, *arguments, **options):
-            labels.extend(line.get_label() for line in self.axes[0].lines)
-            super().savefig(*arguments, **options)
+    def savefig(self, *arguments, **options):
+        labels.extend(line.get_label() for line in self.axes[0].lines)
+        save(self, *arguments, **options)
 
-    monkeypatch.setattr(plot_schedule, "Figure", Spy)
+    monkeypatch.setattr(Figure, "savefig", savefig)
     out = tmp_path / "schedule.png"
     assert plot_schedule.main([*words, "--steps_per_epoch=3", f"--out={out}"]) == 0
     assert sorted(labels) == ["centers", "network"]
@@ -137,14 +139,13 @@ def test_schedule_has_a_line_for_each_group(tmp_path, words, monkeypatch):
 def test_schedule_of_a_run_in_stages(tmp_path, monkeypatch):
     """A line has a gap where its group is frozen."""
     lines = {}
-    figure = plot_schedule.Figure
+    save = Figure.savefig
 
-    class Spy(figure):
-        def savefig(self, *arguments, **options):
-            lines.update({line.get_label(): line.get_ydata() for line in self.axes[0].lines})
-            super().savefig(*arguments, **options)
+    def savefig(self, *arguments, **options):
+        lines.update({line.get_label(): line.get_ydata() for line in self.axes[0].lines})
+        save(self, *arguments, **options)
 
-    monkeypatch.setattr(plot_schedule, "Figure", Spy)
+    monkeypatch.setattr(Figure, "savefig", savefig)
     words = ["--config=configs/pcb_rpp.py", "--steps_per_epoch=2", f"--out={tmp_path / 'a.png'}"]
     assert plot_schedule.main(words) == 0
     steps = [0, 78, 80, 119, 120, 129, 130, 149]
@@ -181,7 +182,7 @@ def see_batch(config, number):
     """The images that the network of a run sees in a step, by the run's own feed and step."""
     dataset = configs.load_dataset(config)
     feed = Feed(config, dataset)
-    seen = []
+    seen: list[np.ndarray] = []
     augment_batch = recipe.make_augment(config)
 
     def spy(images, keys):
@@ -193,7 +194,7 @@ def see_batch(config, number):
     parts = recipe.build(config, dataset.num_classes, steps, augment_batch=spy)
     indices = np.asarray(next(feed.epoch(*divmod(number, steps)))["indices"]).reshape(-1)
     devices = jax.devices()[:1]
-    state = parallel.replicate(parts.state.replace(step=np.int32(number)), devices)
+    state = parallel.replicate(dataclasses.replace(parts.state, step=jnp.int32(number)), devices)
     data = parallel.replicate(jax.device_get(feed.data), devices)
     batch = parallel.split({"indices": indices}, devices)
     jax.block_until_ready(parallel.MappedStep(parts.step, devices)(state, data, batch))
@@ -291,7 +292,7 @@ def test_a_network_without_a_pytorch_network(least, capsys):
 
 def test_model_benchmark_in_turns():
     """Every framework takes the first turn of every repeat before the next repeat."""
-    order = []
+    order: list[str] = []
     steps = {
         name: {what: functools.partial(order.append, name) for what in ("forward", "training step")}
         for name in ("a", "b")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from mros_jax.runs.run import Run
 from mros_jax.training import validation
 from mros_jax.training.loop import Stop
 from tests.training import (
+    JAX_CONFIG,
     ROOT,
     TINY,
     assert_close,
@@ -208,7 +210,7 @@ def test_loop_runs_under_a_transfer_guard(tmp_path, cache_dir, monkeypatch):
     call = parallel.MappedStep.__call__
 
     def spy(self, *args):
-        guards.append(jax.config.jax_transfer_guard_device_to_host)
+        guards.append(JAX_CONFIG.jax_transfer_guard_device_to_host)
         return call(self, *args)
 
     monkeypatch.setattr(parallel.MappedStep, "__call__", spy)
@@ -306,6 +308,7 @@ def test_a_run_that_ends_within_an_epoch(tmp_path, cache_dir, uninterrupted):
     # On four devices, where the longer run had one.
     config = make_config(cache_dir, num_steps=length, batch_norm="synchronised")
     results = train.train(config, workdir)
+    assert results is not None
     assert (results["run"]["step"], results["run"]["epoch"]) == (length, 2)
     ours, theirs = (read_jsonl(w / "metrics.jsonl") for w in (workdir, longer))
     assert [(r["step"], r["epoch"]) for r in ours if r["kind"] == "eval"] == [
@@ -579,7 +582,7 @@ def test_a_disk_that_is_really_full(tmp_path, cache_dir, kilobytes):
 
 
 def test_training_in_a_thread(copy, cache_dir):
-    found = []
+    found: list[Any] = []
     config = make_config(cache_dir)
     thread = threading.Thread(target=lambda: found.append(train.train(config, copy)))
     thread.start()
