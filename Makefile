@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# A file of tests stays on one worker: what it shares is made once.
+PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
 .PHONY: demo test test-all test-newest test-oldest fuzz lint format docs wheel clean
 
 demo: $(VENV)/.runtime
@@ -12,10 +15,11 @@ demo: $(VENV)/.runtime
 
 # Without PyTorch, in minutes; `make test-all` has all tests. CONTRIBUTING.md says what is slow.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses auto -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.test-all
-	$(BIN)/python -m pytest --numprocesses auto
+# Then what that leaves out, and with PyTorch what it compared with recorded numbers.
+test-all: test $(VENV)/.test-all
+	$(BIN)/python $(PYTEST) -m "slow or pytorch"
 
 # On the newest released packages, under a newer Python where there is one: see .ci/newest.
 test-newest:
@@ -23,12 +27,12 @@ test-newest:
 
 # On the lower bounds of pyproject.toml. What old packages warn of is nothing to us.
 test-oldest: $(VENV)-oldest/.test
-	$(VENV)-oldest/bin/python -m pytest --numprocesses auto -m "not slow" \
+	$(VENV)-oldest/bin/python $(PYTEST) -m "not slow" \
 		-p no:cacheprovider -W default
 
 # Damaged files of every kind for a minute; `make test` tries each for some seconds.
 fuzz: $(VENV)/.test
-	MROS_FUZZ_SECONDS=60 $(BIN)/python -m pytest --numprocesses auto \
+	MROS_FUZZ_SECONDS=60 $(BIN)/python $(PYTEST) \
 		tests/test_fuzz.py tests/test_data/test_fuzz.py
 
 lint: $(VENV)/.dev

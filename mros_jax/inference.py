@@ -28,6 +28,7 @@ from mros_jax.runs.run import Run
 
 CROPS = ("none", "ten")
 Image = np.ndarray | jax.Array | PIL.Image.Image | str | os.PathLike[str]
+Preprocess = Callable[[Any], jax.Array]  # images as they are stored -> the network's input
 
 
 class Embedder:
@@ -72,8 +73,9 @@ class Embedder:
         }
         self._placed = parallel.replicate(variables)
         self._input_size = crop or (height, width)
-        preprocess = functools.partial(augment.preprocess, **self._resize)
+        preprocess: Preprocess = functools.partial(augment.preprocess, **self._resize)
         self._embed = make_embed(network, preprocess, self._input_size)
+        self._apply = jax.jit(lambda v, x: network.apply(v, preprocess(x), train=False))
 
     def replace_variables(self, variables: dict[str, Any]) -> None:
         """Use other variables of the same shapes, without compiling again."""
@@ -181,8 +183,7 @@ class Embedder:
 
     def outputs(self, images: np.ndarray | Sequence[Image]) -> Outputs:
         """All named outputs of the network for a few images, given as to `embed`."""
-        inputs = augment.preprocess(self._load(images), **self._resize)
-        outputs: Outputs = self.network.apply(self.variables, inputs, train=False)
+        outputs: Outputs = self._apply(self.variables, self._load(images))
         return outputs
 
     def _load(self, images: np.ndarray | jax.Array | Sequence[Image]) -> np.ndarray:
@@ -201,7 +202,7 @@ def _to_array(image: Image) -> np.ndarray | str | os.PathLike[str]:
 
 def make_embed(
     network: Network,
-    preprocess: Callable[[Any], jax.Array],
+    preprocess: Preprocess,
     crop: tuple[int, int],
     devices: Sequence[jax.Device] | None = None,
 ) -> Any:

@@ -19,7 +19,7 @@ from tests.recorded import TORCH, look_up
 jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla")
 )
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # An int is good enough for a float.
 jaxtyping.install_import_hook(
@@ -27,8 +27,19 @@ jaxtyping.install_import_hook(
 )
 
 
+# A file is one worker's, see Makefile; with these first, none has a long one left at the end.
+LONGEST = ("test_train.py", "test_stages.py", "test_contract.py", "test_recorded.py")
+
+
 def pytest_report_header():
     return None if TORCH else "without PyTorch: against what it gave before; no tests/parity"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if {"recorded", "torch"} & set(item.fixturenames):
+            item.add_marker("pytorch")
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture
@@ -48,6 +59,19 @@ def few_programs():
     """Compiled programs keep memory mapped, and a process may map some 65,000 pieces on Linux."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For tests of what programs do, not of their numbers: compiled in half the time, unoptimized.
+
+    So are those of processes that are started.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -40,6 +40,8 @@ from mros_jax.training import optimizers, recipe
 from mros_jax.training.state import make_state
 from mros_jax.training.step import make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = {
     path.stem: importlib.import_module(f"configs.{path.stem}")
@@ -138,12 +140,15 @@ def find_distinct():
 
 
 # They take long to compile: variants that are not a system's default are slow.
+LONG = {"hacnn", "dare", "mgn"}
 each_distinct_system = pytest.mark.parametrize(
     "system",
     [
         pytest.param(
             (name, variant),
-            marks=() if variant == CONFIGS[name].VARIANTS[0] else pytest.mark.slow,
+            marks=()
+            if variant == CONFIGS[name].VARIANTS[0] and name not in LONG
+            else pytest.mark.slow,
             id="-".join(filter(None, (name, variant))),
         )
         for name, variant in find_distinct()
@@ -301,15 +306,6 @@ def take_gradients(tiny, num_devices):
     return jax.device_get(parallel.MappedStep(step, devices)(state, None, batch))
 
 
-@pytest.fixture
-def quick_compilation():
-    """What runs once is compiled without optimization."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 @each_distinct_system
 def test_one_training_step(system):
     """Every parameter has a gradient or is frozen; all that moves is finite. As users train."""
@@ -330,7 +326,6 @@ def test_one_training_step(system):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @each_distinct_system
 def test_two_devices_do_as_one_does(system):
     # In float64, and therefore far closer than float32 could be. There, of many inputs of ReLUs and
@@ -359,7 +354,6 @@ STAGED = [pair for pair in SYSTEMS if get_config(*pair).stages]
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("pair", STAGED, ids="-".join)
 def test_every_stage(pair):
     """Each begins with a new optimizer and its own rates; what is frozen keeps every bit."""

@@ -16,6 +16,8 @@ from mros_jax.errors import UserError
 from mros_jax.inference import Embedder, load_model
 from tests.runs import make_run
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

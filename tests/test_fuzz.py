@@ -18,6 +18,8 @@ from mros_jax.runs.run import Run
 from tests.runs import make_run
 from tests.test_data.test_fuzz import SECONDS, SLOWEST, mutate
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def try_for_a_while(read, path, share, seed):
     """Damages a file again and again, until some reads were refused."""

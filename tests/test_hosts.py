@@ -26,7 +26,10 @@ from mros_jax.retrieval.neighbors import search_neighbors
 from tests.runs import make_run
 from tests.training import JAX_CONFIG, ROOT
 
-pytestmark = pytest.mark.slow  # three processes
+pytestmark = [  # three processes
+    pytest.mark.slow,
+    pytest.mark.usefixtures("quick_compilation"),
+]
 
 METHODS = {
     "plain": None,

@@ -15,6 +15,8 @@ from mros_jax.training import recipe
 from mros_jax.training.feed import Feed
 from tests.training import assert_close, make_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS = 10
 
 
@@ -61,7 +63,8 @@ def one_device(synchronised):
     return _train(synchronised, 1, float64=True)
 
 
-@pytest.mark.parametrize("num_devices", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_devices", [2, 4])
 def test_synchronised_devices_equal_one(synchronised, one_device, num_devices):
     state, history = _train(synchronised, num_devices, float64=True)
     for here, there in zip(history, one_device[1], strict=True):

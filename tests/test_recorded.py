@@ -25,6 +25,8 @@ from tests.parity.common import (
 )
 from tests.recorded import SYSTEMS, compare, digest, draw, load_system
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS = 3
 RECORDED = sorted(path.stem for path in SYSTEMS.glob("*.npz"))
 

@@ -20,6 +20,8 @@ from scripts import chromium, shoot_report
 from tests import browser
 from tests.runs import make_run
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 needs_chromium = pytest.mark.skipif(
     chromium.find_chromium() is None,
     reason="no chromium, chromium-browser or google-chrome on the PATH",

@@ -10,11 +10,13 @@ import PIL.Image
 import pytest
 from ml_collections import ConfigDict
 
-from configs import hacnn
+from configs import hacnn, pcb_rpp
 from mros_jax.report import write_report
 from mros_jax.report.maps import color_heat, draw_maps, explain, is_drawn
 from mros_jax.runs.run import Run
 from tests.runs import make_run
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def read_alpha(uri):
@@ -70,22 +72,47 @@ def test_what_is_drawn_goes_by_name():
     assert len(explain(["attention_x1", "attention_x2", "regions_x1"])) == 2
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    network = {**hacnn.get_config().network, "stem": 4, "widths": (16, 16, 16), "embedded": 8}
+def make_run_of(system, tmp_path_factory, **fields):
+    config = system.get_config()
     return make_run(
-        tmp_path_factory.mktemp("runs") / "hacnn",
+        tmp_path_factory.mktemp("runs") / config.name,
         tmp_path_factory.mktemp("cache"),
-        network=ConfigDict(network),
-        objective=hacnn.get_config().objective,
+        network=ConfigDict({**config.network, **fields}),
+        objective=config.objective,
     )
 
 
-def test_report_shows_each_region_and_attention(run, tmp_path):
-    text = write_report(run, tmp_path / "page.html", queries=1, top=2).read_text()
-    [section] = re.findall(r'<section id="views">.*?</section>', text, re.DOTALL)
+@pytest.fixture(scope="module")
+def run_with_parts(tmp_path_factory):
+    return make_run_of(pcb_rpp, tmp_path_factory, trunk="tiny")
+
+
+@pytest.fixture(scope="module")
+def run_with_regions(tmp_path_factory):
+    return make_run_of(hacnn, tmp_path_factory, stem=4, widths=(16, 16, 16), embedded=8)
+
+
+def read_views(run, page):
+    """The section of three queries: a best, a worst and a random one."""
+    text = write_report(run, page, queries=1, top=2).read_text()
     assert 'href="#views"' in text
-    assert section.count("<article") == 3  # a best, a worst and a random query
+    [section] = re.findall(r'<section id="views">.*?</section>', text, re.DOTALL)
+    assert section.count("<article") == 3
+    return section
+
+
+def test_report_shows_each_part(run_with_parts, tmp_path):
+    section = read_views(run_with_parts, tmp_path / "page.html")
+    assert section.count('class="over"') == 3 * 6
+    shares = [int(x) for x in re.findall(r"part \d: (\d+) % of the image", section)]
+    assert len(shares) in (3 * 6, 2 * 3 * 6)  # once as text, once as a label
+    for of_an_image in np.reshape(shares, (-1, 6)):
+        assert sum(of_an_image) == pytest.approx(100, abs=3)  # whole numbers
+
+
+@pytest.mark.slow
+def test_report_shows_each_region_and_attention(run_with_regions, tmp_path):
+    section = read_views(run_with_regions, tmp_path / "page.html")
     assert section.count('class="region"') == 3 * 3 * 4
     assert section.count('class="over"') == 3 * 3
     assert len(set(re.findall(r'aria-label="(.*?)"', section))) == 3 * 3 * 4
@@ -96,9 +123,9 @@ def test_report_shows_each_region_and_attention(run, tmp_path):
     assert tops[2::4] == pytest.approx([top] * 9, abs=0.01)
 
 
-def test_says_why_there_are_no_views(run, tmp_path):
-    copy = shutil.copytree(run, tmp_path / "copy")
+def test_says_why_there_are_no_views(run_with_parts, tmp_path):
+    copy = shutil.copytree(run_with_parts, tmp_path / "copy")
     shutil.rmtree(Run.open(copy).checkpoints)
     text = write_report(copy, queries=1, top=2).read_text()
     assert "What the network looks at cannot be shown" in text
-    assert 'class="region"' not in text
+    assert 'class="over"' not in text

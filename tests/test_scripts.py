@@ -25,6 +25,8 @@ from scripts import ablation, bench_model, bench_train, common, plot_schedule, s
 from tests.least import write_config
 from tests.training import JAX_CONFIG, ROOT, TINY
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 WORDS = ["--config=configs/demo.py", *(f"--config.{name}={value}" for name, value in TINY.items())]
 SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if "__main__" in p.read_text())
 

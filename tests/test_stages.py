@@ -32,6 +32,8 @@ from tests.training import (
     wait_until,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 WORDS = [
     "--config=configs/pcb_rpp.py:synthetic",
     "--config.network.trunk=tiny",
@@ -83,6 +85,7 @@ def per_epoch(uninterrupted):
     return len(read_logged_steps(uninterrupted[0])) // 3
 
 
+@pytest.mark.slow
 def test_a_stage_is_compiled_once(uninterrupted):
     assert uninterrupted[1] == [1, 1, 1]
 
@@ -152,6 +155,7 @@ def test_kill_after_an_edge(tmp_path, words, uninterrupted, per_epoch):
     assert_same_run(workdir, uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_the_log_has_the_same_keys_in_all_stages(uninterrupted, per_epoch):
     records = Run(uninterrupted[0]).train_records
     assert {tuple(record) for record in records} == {tuple(records[0])}
@@ -166,6 +170,7 @@ def test_the_log_has_the_same_keys_in_all_stages(uninterrupted, per_epoch):
     }
 
 
+@pytest.mark.slow
 def test_the_report_draws_no_rate_where_a_group_is_frozen(uninterrupted):
     [chart] = [
         c for c in build._plot_training(Run(uninterrupted[0])) if c["title"] == "Learning rate"
@@ -281,6 +286,7 @@ def test_a_run_with_nothing_in_common():
         Source("runs/x", "last-1-a", there).fill({"params": {"trunk": np.zeros((2, 4))}})
 
 
+@pytest.mark.slow
 def test_a_run_that_has_saved_nothing(tmp_path, words, uninterrupted):
     copy = shutil.copytree(uninterrupted[0], tmp_path / "run")
     shutil.rmtree(copy / "checkpoints")
@@ -290,6 +296,7 @@ def test_a_run_that_has_saved_nothing(tmp_path, words, uninterrupted):
         load_source(config.init)
 
 
+@pytest.mark.slow
 def test_a_start_that_is_another_now(tmp_path, words, uninterrupted):
     """A run that was killed before its first checkpoint begins anew, from the same weights only."""
     config, _ = configs.parse_config(words)

@@ -27,6 +27,7 @@ from mros_jax.runs.logs import Writer
 from mros_jax.runs.run import Run
 from mros_jax.training import validation
 from mros_jax.training.loop import Stop
+from mros_jax.training.state import TrainState
 from tests.training import (
     JAX_CONFIG,
     ROOT,
@@ -42,6 +43,8 @@ from tests.training import (
     start,
     wait_until,
 )
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +208,30 @@ def test_two_processes_equal_one(tmp_path, cache_dir):
 
 
 @pytest.mark.slow
+def test_resumed_on_other_numbers_of_devices(tmp_path, cache_dir):
+    """From four devices to one to two: the run of one device, but for rounding."""
+    # A low rate, as training amplifies rounding.
+    values = {"batch_norm": "synchronised", "optimizer.network.lr": 1e-5, "log_every_steps": 1}
+    finish(start(tmp_path / "one", cache_dir, devices=1, **values))
+    reference = read_logged_steps(tmp_path / "one")
+    workdir, before = tmp_path / "several", 0
+    for devices in (4, 1):
+        process = start(workdir, cache_dir, devices=devices, **values)
+        wait_until(lambda n=before + 2: len(read_logged_steps(workdir)) >= n, process)
+        process.terminate()
+        assert "Stopped after step" in finish(process)
+        before = len(read_logged_steps(workdir))
+    assert 2 < before < len(reference)
+    finish(start(workdir, cache_dir, devices=2, **values))
+    ours, theirs = (read_jsonl(tmp_path / x / "metrics.jsonl") for x in ("several", "one"))
+    a, b = ([r["loss"] for r in x if r["kind"] == "train"] for x in (ours, theirs))
+    np.testing.assert_allclose(a, b, rtol=1e-4)
+    assert [r["epoch"] for r in Run(workdir).eval_records] == [2, 3]
+    a, b = (read_training_state(tmp_path / x)["params"] for x in ("several", "one"))
+    assert_close(a, b, 1e-4)
+
+
+@pytest.mark.slow
 def test_loop_runs_under_a_transfer_guard(tmp_path, cache_dir, monkeypatch):
     guards = []
     call = parallel.MappedStep.__call__
@@ -300,6 +327,7 @@ def test_ten_crops_of_images_that_are_smaller(tmp_path, cache_dir, size):
         train.train(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_within_an_epoch(tmp_path, cache_dir, uninterrupted):
     """Its steps are those of a longer run; it is evaluated by epochs and at its end."""
     longer, _ = uninterrupted
@@ -362,6 +390,7 @@ def untrained(monkeypatch):
     monkeypatch.setattr(parallel.MappedStep, "__call__", refuse)
 
 
+@pytest.mark.slow
 def test_a_failing_evaluation_loses_nothing(tmp_path, cache_dir, uninterrupted, monkeypatch):
     """The state is saved before it is evaluated; the next start evaluates it and goes on."""
     reference = uninterrupted[0]
@@ -551,6 +580,32 @@ def test_a_full_disk_ends_with_one_line(tmp_path, cache_dir, where, monkeypatch,
     left = [path.name for path in (tmp_path / "run").rglob("*") if "tmp" in path.name]
     assert left == []
     Run(tmp_path / "run").check_free(make_config(cache_dir))
+
+
+@pytest.mark.parametrize(
+    ("free", "raised", "expected"),
+    [
+        (0, ValueError("NOT_FOUND: Error writing d/b10f"), OSError),
+        (10**9, ValueError("NOT_FOUND: Error writing d/b10f"), ValueError),
+        (0, PermissionError(errno.EACCES, "no", "x"), PermissionError),
+    ],
+)
+def test_a_save_that_fails_for_want_of_room_says_so(tmp_path, monkeypatch, free, raised, expected):
+    """Whichever of its writes' errors orbax raises; any other failure stays what it is."""
+    saved = checkpoints.Checkpoints(tmp_path)
+    state = TrainState(jax.numpy.int32(1), {"network": {"w": np.ones(100, np.float32)}}, {}, ())
+
+    def fail(*args, **options):
+        raise raised
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(expected) as caught:
+        saved.save(state)
+    assert caught.type is expected
+    if expected is OSError:
+        assert caught.value.errno == errno.ENOSPC
 
 
 @pytest.mark.slow

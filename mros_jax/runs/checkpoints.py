@@ -5,6 +5,7 @@ arrays); the last one also has `training` (the whole state). Arrays are saved wi
 by process 0.
 """
 
+import errno
 import hashlib
 import os
 import pathlib
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mros_jax import parallel
+from mros_jax import console, parallel
 from mros_jax.errors import NotFoundError, UserError
 
 NAMES = ("last", "best")
@@ -101,8 +102,15 @@ class Checkpoints:
                 args=ocp.args.Composite(**arguments, extra=ocp.args.JsonSave(digests)),
                 force=True,
             )
-        except Exception:
+        except Exception as error:
             self._remove_torn(name, step)
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items))
+            free = shutil.disk_usage(self._directory).free
+            # Of writes side by side orbax raises any one's error: on a full disk at times that a
+            # file, which went with the write that failed first, is not there.
+            if free < needed and console.explain(error) is None:
+                number = errno.ENOSPC
+                raise OSError(number, os.strerror(number), str(self._directory)) from error
             raise
 
     def _remove_torn(self, name: str, step: int) -> None:

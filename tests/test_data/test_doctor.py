@@ -10,6 +10,8 @@ from mros_jax.data.datasets.records import DATASETS, Counts
 from mros_jax.data.datasets.sources import load_dataset
 from mros_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def examine(market, identities=2, images=2):
     data = load_dataset("folder", market.root)

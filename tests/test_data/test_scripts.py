@@ -5,6 +5,8 @@ import pytest
 from scripts import bench_data
 from tests.least import write_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):

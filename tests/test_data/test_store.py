@@ -24,6 +24,8 @@ from mros_jax.data.prefetch import prefetch
 from mros_jax.data.splits import Split
 from mros_jax.data.store import load_store, place
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def make_split(*images: bytes, name: str = "train", **changes) -> Split:
     count = len(images)
