@@ -6,6 +6,8 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from sphinx.application import Sphinx  # noqa: E402
+
 import mros_jax  # noqa: E402
 
 project = "mros_jax"
@@ -59,12 +61,12 @@ api
 """
 
 
-def _add_contents(app, docname, source):
+def _add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
     """Give the first page a sidebar of all pages, which a reader of the file has no use for."""
     if docname == root_doc:
         source[0] += _CONTENTS
 
 
-def setup(app):
+def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", _add_contents)

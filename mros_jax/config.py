@@ -8,6 +8,7 @@ import argparse
 import difflib
 import functools
 import importlib.util
+import inspect
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -326,7 +327,7 @@ def make_network(config: ConfigDict, num_classes: int) -> Network:
     name = fields.pop("name", None)
     if name not in NETWORKS:
         raise UserError(f"network.name is {name!r}; expected one of {', '.join(NETWORKS)}")
-    known = set(NETWORKS[name].__dataclass_fields__) - {"parent", "name"}
+    known = set(inspect.signature(NETWORKS[name]).parameters) - {"parent", "name"}
     if unknown := sorted(set(fields) - known):
         raise UserError(
             f"network has no field {', '.join(unknown)}; {name} has {', '.join(sorted(known))}"

@@ -38,7 +38,7 @@ _BATCH = 128
 _MADE_WITH = ("checkpoint", "flip_test", "crops")
 
 
-def list_images(source: str | os.PathLike) -> tuple[pathlib.Path, list[str]]:
+def list_images(source: str | os.PathLike[str]) -> tuple[pathlib.Path, list[str]]:
     """List the names of the images that a directory or a list holds.
 
     Args:
@@ -80,7 +80,7 @@ class _Batch(NamedTuple):
 
 def extract(
     embed: Callable[[list[np.ndarray]], np.ndarray],
-    root: str | os.PathLike,
+    root: str | os.PathLike[str],
     names: Sequence[str],
     *,
     on_bad_image: Literal["error", "skip"] = "error",
@@ -164,9 +164,9 @@ def search(
 
 
 def draw_search(
-    query: str | os.PathLike,
-    found: Sequence[tuple[str | os.PathLike, float]],
-    out: str | os.PathLike,
+    query: str | os.PathLike[str],
+    found: Sequence[tuple[str | os.PathLike[str], float]],
+    out: str | os.PathLike[str],
 ) -> None:
     """Draw a query and what was found as a PNG, nearest first.
 
@@ -197,7 +197,7 @@ def draw_search(
 
 
 def _load_features(
-    path: str | os.PathLike, checkpoint_id: str, flip_test: bool, crops: str
+    path: str | os.PathLike[str], checkpoint_id: str, flip_test: bool, crops: str
 ) -> tuple[np.ndarray, list[str], pathlib.Path]:
     arrays = descriptors.load_arrays(path, ("names", "features", "root", *_MADE_WITH))
     found = (str(arrays["checkpoint"]), bool(arrays["flip_test"]), str(arrays["crops"]))

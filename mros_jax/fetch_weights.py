@@ -34,7 +34,8 @@ class FetchError(UserError):
 
 def load_assets(path: pathlib.Path = ASSETS) -> dict[str, dict[str, Any]]:
     """What can be had, by name: description, url, sha256_prefix, license, citation."""
-    return tomllib.loads(path.read_text())["weights"]
+    assets: dict[str, dict[str, Any]] = tomllib.loads(path.read_text())["weights"]
+    return assets
 
 
 def fetch(

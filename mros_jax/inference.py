@@ -27,7 +27,7 @@ from mros_jax.runs.checkpoints import describe_difference, load_variables
 from mros_jax.runs.run import Run
 
 CROPS = ("none", "ten")
-Image = np.ndarray | jax.Array | PIL.Image.Image | str | os.PathLike
+Image = np.ndarray | jax.Array | PIL.Image.Image | str | os.PathLike[str]
 Preprocess = Callable[[Any], jax.Array]  # images as they are stored -> the network's input
 
 
@@ -166,7 +166,8 @@ class Embedder:
         """Numbers in each descriptor by name: those of the network's exits, and "descriptor"."""
         image = jax.ShapeDtypeStruct((1, *self._input_size, 3), jnp.float32)
 
-        def describe(key, image):
+        def describe(key: jax.Array, image: jax.Array) -> dict[str, jax.Array]:
+            outputs: Outputs
             outputs, _ = self.network.init_with_output(key, image, train=False)
             return outputs.descriptors()
 
@@ -182,7 +183,8 @@ class Embedder:
 
     def outputs(self, images: np.ndarray | Sequence[Image]) -> Outputs:
         """All named outputs of the network for a few images, given as to `embed`."""
-        return self._apply(self.variables, self._load(images))
+        outputs: Outputs = self._apply(self.variables, self._load(images))
+        return outputs
 
     def _load(self, images: np.ndarray | jax.Array | Sequence[Image]) -> np.ndarray:
         """Bring images that are not in one array to the input's size."""
@@ -191,7 +193,7 @@ class Embedder:
         return decoding.load_images([_to_array(image) for image in images], **self._resize)
 
 
-def _to_array(image: Image) -> np.ndarray | str | os.PathLike:
+def _to_array(image: Image) -> np.ndarray | str | os.PathLike[str]:
     """PIL and JAX images as arrays; arrays and paths as they are."""
     if isinstance(image, PIL.Image.Image):
         return np.asarray(image.convert("RGB"))
@@ -221,24 +223,28 @@ def make_embed(
         static_broadcasted_argnums=(2, 3),
         devices=devices or jax.local_devices(),
     )
-    def embed(variables, images, flip_test, crops):
-        def describe(inputs):
-            return network.apply(variables, inputs, train=False).descriptors()
+    def embed(
+        variables: dict[str, Any], images: jax.Array, flip_test: bool, crops: str
+    ) -> dict[str, jax.Array]:
+        def describe(inputs: jax.Array) -> dict[str, jax.Array]:
+            outputs: Outputs = network.apply(variables, inputs, train=False)
+            return outputs.descriptors()
 
         inputs = preprocess(images)
         if crops == "ten":
             # One after another: ten times the batch would not fit where the batch just does.
             views = augment.ten_crops(inputs, height=crop[0], width=crop[1])
-            return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(describe, views))
+            each: dict[str, jax.Array] = jax.lax.map(describe, views)
+            return {name: jnp.mean(x, axis=0) for name, x in each.items()}
         if not flip_test:
             return describe(inputs)
-        both = describe(inputs), describe(inputs[:, :, ::-1])
-        return jax.tree.map(lambda one, mirrored: (one + mirrored) / 2, *both)
+        plain, mirrored = describe(inputs), describe(inputs[:, :, ::-1])
+        return {name: (x + mirrored[name]) / 2 for name, x in plain.items()}
 
     return embed
 
 
-def load_model(run: str | os.PathLike, checkpoint: str = "last") -> Embedder:
+def load_model(run: str | os.PathLike[str], checkpoint: str = "last") -> Embedder:
     """The model of a run.
 
     Args:

@@ -10,7 +10,7 @@ import logging
 import os
 import pickle
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,9 @@ class MappedStep:
         RuntimeError: on a call, where it would need a second compilation: a shape or type changed.
     """
 
-    def __init__(self, step: Callable, devices: Sequence[jax.Device] | None = None):
+    def __init__(
+        self, step: Callable[[Any, Any, Any], Any], devices: Sequence[jax.Device] | None = None
+    ):
         self._compiled = False
 
         def compiled_once(state: Any, data: Any, batch: Any) -> Any:
@@ -159,11 +161,13 @@ class MappedStep:
 
     def __call__(self, state: Any, data: Any, batch: Any) -> tuple[Any, Any]:
         """One step on all devices; returns without waiting for it."""
-        return self._step(state, data, batch)
+        result: tuple[Any, Any] = self._step(state, data, batch)
+        return result
 
     def lower(self, state: Any, data: Any, batch: Any) -> jax.stages.Lowered:
         """The step's program for its devices, which need not be there; arguments may be shapes."""
-        return self._step.lower(state, data, batch)
+        lowered: jax.stages.Lowered = self._step.lower(state, data, batch)
+        return lowered
 
 
 def _sharding(devices: Sequence[jax.Device] | None, *axes: str | None) -> NamedSharding:
@@ -196,7 +200,8 @@ def split(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
                 "choose identities x images as a multiple of all devices"
             )
         parts = array.reshape(count, array.shape[0] // count, *array.shape[1:])
-        return jax.device_put(parts, sharding)
+        placed: jax.Array = jax.device_put(parts, sharding)
+        return placed
 
     return jax.tree.map(put, tree)
 
@@ -259,8 +264,7 @@ def gather(compute: Callable[[], T]) -> list[T]:
 
 def from_main(compute: Callable[[], T]) -> T:
     """Value of `compute()` in process 0, in every process; the others wait, and fail with it."""
-    value: Any = gather(lambda: compute() if is_main_process() else None)[0]
-    return value
+    return cast(T, gather(lambda: compute() if is_main_process() else None)[0])
 
 
 def share(items: Sequence[S], work: Callable[[Sequence[S]], Sequence[T]]) -> list[T]:
@@ -288,14 +292,16 @@ def _gather_array(array: np.ndarray) -> np.ndarray:
     """Arrays of one shape and type from all processes, stacked in their order."""
     if jax.process_count() == 1:
         return array[None]
-    return multihost_utils.process_allgather(array)
+    gathered: np.ndarray = multihost_utils.process_allgather(array)
+    return gathered
 
 
-def broadcast(tree: Any) -> Any:
+def broadcast(tree: T) -> T:
     """Process 0's arrays, on every process, as NumPy arrays."""
     if jax.process_count() == 1:
         return tree
-    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+    sent: T = jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+    return sent
 
 
 def use_compilation_cache() -> None:

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from multiprocessing import shared_memory
 
 import jax
@@ -95,7 +95,7 @@ def bench_decode(config: ConfigDict, files: list[bytes], workers: int, repeats: 
     return rows
 
 
-def speed(items: list | np.ndarray, seconds: float) -> tuple[str, str]:
+def speed(items: Sized, seconds: float) -> tuple[str, str]:
     return f"{len(items) / seconds:,.0f}", f"{1e3 * seconds:,.0f} ms for {len(items):,}"
 
 

@@ -432,7 +432,8 @@ class Runner:
         lines = done.stdout.strip().splitlines()
         if done.returncode or not lines:
             return {"failed": f"its process ended with {done.returncode}"}
-        return json.loads(lines[-1])
+        answer: Row = json.loads(lines[-1])
+        return answer
 
 
 def compare_with_peak(row: Row, flops: float, peaks: Sequence[float]) -> None:

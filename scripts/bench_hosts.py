@@ -94,7 +94,8 @@ def spawn(count: int, words: Sequence[str]) -> dict[str, dict[str, float]]:
     for process in processes:
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, process.args)
-    return json.loads(outputs[0].strip().splitlines()[-1])
+    measured: dict[str, dict[str, float]] = json.loads(outputs[0].strip().splitlines()[-1])
+    return measured
 
 
 def best(turns: Sequence[dict[str, dict[str, float]]], name: str, field: str) -> float:

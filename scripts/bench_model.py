@@ -25,6 +25,7 @@ from mros_jax import config as configs
 from mros_jax import console, parallel
 from mros_jax.data.batches import make_sampler
 from mros_jax.errors import UserError
+from mros_jax.models.outputs import Outputs
 from mros_jax.training import recipe
 from scripts import common
 
@@ -53,7 +54,8 @@ def make_jax_steps(config: ConfigDict, num_classes: int) -> Steps:
 
     @jax.jit
     def forward(variables: Any, images: jax.Array) -> jax.Array:
-        return network.apply(variables, images, train=False).descriptor
+        outputs: Outputs = network.apply(variables, images, train=False)
+        return outputs.descriptor
 
     train = common.Step(
         config,

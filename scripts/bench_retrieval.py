@@ -59,7 +59,8 @@ def make_data(num_query: int, num_gallery: int, size: int, seed: int = 0) -> dic
 
 
 def normalize(features: np.ndarray) -> np.ndarray:
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
+    unit: np.ndarray = features / np.linalg.norm(features, axis=1, keepdims=True)
+    return unit
 
 
 def add_distance(data: dict[str, np.ndarray]) -> None:
@@ -181,7 +182,8 @@ def dense_k_reciprocal(
 
     def reciprocal(i: int, length: int) -> np.ndarray:
         forward = order[i, :length]
-        return forward[(order[forward, :length] == i).any(1)]
+        mutual: np.ndarray = forward[(order[forward, :length] == i).any(1)]
+        return mutual
 
     encoded = np.zeros((num, num), np.float32)
     for i in range(num):
@@ -235,7 +237,8 @@ def torchreid_k_reciprocal(data: dict[str, np.ndarray]) -> float:
     query, gallery = normalize(data["query_features"]), normalize(data["gallery_features"])
 
     def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.sqrt(np.maximum(2 - 2 * (a @ b.T), 0))
+        distances: np.ndarray = np.sqrt(np.maximum(2 - 2 * (a @ b.T), 0))
+        return distances
 
     result = rerank.re_ranking(
         distance(query, gallery), distance(query, query), distance(gallery, gallery)
@@ -354,7 +357,8 @@ def spawn(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any] | N
         last = done.stderr.strip().splitlines()[-1:]
         print(f"{name} failed: {' '.join(last)}", file=sys.stderr)
         return None
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return measured
 
 
 def format_table(results: dict[str, dict[str, Any]], cases: dict[str, Case]) -> str:

@@ -176,7 +176,9 @@ class Step:
 
     def __call__(self) -> dict[str, jax.Array]:
         """Take one step, wait for its end and return its metrics."""
-        return jax.block_until_ready(self.start())[1]
+        state, metrics = self.start()
+        jax.block_until_ready((state, metrics))
+        return metrics
 
 
 class Training:

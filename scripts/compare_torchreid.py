@@ -74,17 +74,16 @@ def draw_variables(network: HACNN, images: np.ndarray, seed: int) -> Any:
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> np.ndarray:
-        # Numbers that float32 holds: PyTorch's network is made in it before it is widened.
-        return draw_wide(path, leaf).astype(np.float32)
-
-    def draw_wide(path: Any, leaf: Any) -> np.ndarray:
-        name = path[-1].key
+        name, shape = path[-1].key, leaf.shape
+        values: np.ndarray
         if name in ("scale", "var"):
-            return rng.uniform(0.5, 1.5, leaf.shape)
-        if name != "kernel":
-            return rng.uniform(-0.3, 0.3, leaf.shape)
-        inputs = np.prod(leaf.shape[:-1])
-        return rng.standard_normal(leaf.shape) * (2 / inputs) ** 0.5
+            values = rng.uniform(0.5, 1.5, shape)
+        elif name == "kernel":
+            values = rng.standard_normal(shape) * (2 / np.prod(shape[:-1])) ** 0.5
+        else:
+            values = rng.uniform(-0.3, 0.3, shape)
+        # Numbers that float32 holds: PyTorch's network is made in it before it is widened.
+        return values.astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 

@@ -213,7 +213,9 @@ def make_extraction(
 
     def lower(images: int) -> jax.stages.Lowered:
         stored = jax.ShapeDtypeStruct((len(devices), images, *STORED, 3), jnp.uint8)
-        return embed.lower(variables, stored, config.eval.flip_test, config.eval.crops)
+        options = config.eval.flip_test, config.eval.crops
+        lowered: jax.stages.Lowered = embed.lower(variables, stored, *options)
+        return lowered
 
     return Job("extract", lower, batch or -(-config.eval.batch_size // len(devices)), len(devices))
 
@@ -232,7 +234,9 @@ def make_searches(
     def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    def job(name: str, function: Callable, rows: Sequence[Any], shared: Sequence[Any] = ()) -> Job:
+    def job(
+        name: str, function: Callable[..., Any], rows: Sequence[Any], shared: Sequence[Any] = ()
+    ) -> Job:
         return Job(name, lambda _: blocks.lower(function, rows, shared, devices), 0, len(devices))
 
     def block(columns: int) -> int:

@@ -30,7 +30,8 @@ _GAP = 4  # pixels
 def to_levels(images: np.ndarray) -> np.ndarray:
     """Undo the normalization."""
     levels = images * np.array(augment.IMAGENET_STD) + np.array(augment.IMAGENET_MEAN)
-    return np.clip(np.rint(255 * levels), 0, 255).astype(np.uint8)
+    clipped: np.ndarray = np.clip(np.rint(255 * levels), 0, 255)
+    return clipped.astype(np.uint8)
 
 
 def make_sheet(images: np.ndarray) -> np.ndarray:

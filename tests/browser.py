@@ -4,6 +4,7 @@ import html
 import json
 import pathlib
 import re
+from typing import Any
 
 from scripts.chromium import FRAME, run_chromium
 
@@ -40,7 +41,9 @@ _LISTENER = """<script>addEventListener("message", (e) => {
 });</script>"""
 
 
-def inspect(page: pathlib.Path, directory: pathlib.Path, *, width: int, dark: bool = False) -> dict:
+def inspect(
+    page: pathlib.Path, directory: pathlib.Path, *, width: int, dark: bool = False
+) -> dict[str, Any]:
     """Loads a page in a window of some width, and presses the first picture of a ranked list.
 
     Returns:
@@ -56,6 +59,6 @@ def inspect(page: pathlib.Path, directory: pathlib.Path, *, width: int, dark: bo
     done = run_chromium(frame, "--dump-dom", f"--window-size={width + 50},1000", dark=dark)
     found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, f"the page did not finish loading:\n{done.stdout[:2000]}\n{done.stderr}"
-    seen = json.loads(html.unescape(found.group(1)))
+    seen: dict[str, Any] = json.loads(html.unescape(found.group(1)))
     seen["errors"] += [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     return seen

@@ -5,11 +5,13 @@ and `NUM_PARAMETERS` of each, for 751 identities.
 """
 
 import copy
+import dataclasses
 import functools
 import importlib
 import json
 import math
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,7 @@ from mros_jax.data.batches import make_sampler
 from mros_jax.errors import UserError
 from mros_jax.losses import make_objective
 from mros_jax.models import torch_weights
-from mros_jax.models.trunks import TRUNKS
+from mros_jax.models.trunks import find_resnet
 from mros_jax.training import optimizers, recipe
 from mros_jax.training.state import make_state
 from mros_jax.training.step import make_train_step
@@ -89,12 +91,13 @@ class Tiny:
     def __init__(self, config):
         config.batch_norm = "synchronised"
         self.groups = optimizers.make_groups(config.optimizer.to_dict())
-        self.network = make_network(config, num_classes=4)
+        network: Any = make_network(config, num_classes=4)
+        self.network = network
         self.objective = make_objective(config.objective.to_dict())
         rng = np.random.default_rng(2)
         size = (BATCH, config.input.height, config.input.width, 3)
         self.images = rng.standard_normal(size, np.float32)
-        unsynchronised = self.network.clone(bn_axis_name=None)
+        unsynchronised = network.clone(bn_axis_name=None)
         init = functools.partial(unsynchronised.init_with_output, train=False)
         outputs, shapes = jax.eval_shape(init, jax.random.key(0), self.images)
         own = jax.eval_shape(
@@ -128,7 +131,7 @@ def get_system(name, variant):
 
 def find_distinct():
     """Systems that are trained in another way than those before them."""
-    sections = {}
+    sections: dict[tuple[str, ...], tuple[str, str]] = {}
     for name, variant in SYSTEMS:
         config = get_config(name, variant)
         parts = (config.network.to_json(), config.objective.to_json(), config.optimizer.to_json())
@@ -193,7 +196,9 @@ def test_number_of_parameters(system):
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
     assert count == CONFIGS[system.name].NUM_PARAMETERS[system.variant]
     if system.variant == CONFIGS[system.name].VARIANTS[0]:
-        assert f"{count:,} numbers to learn" in CONFIGS[system.name].__doc__
+        text = CONFIGS[system.name].__doc__
+        assert text is not None
+        assert f"{count:,} numbers to learn" in text
 
 
 def torchvision_state(stage_sizes, width, bottleneck):
@@ -227,7 +232,7 @@ def torchvision_state(stage_sizes, width, bottleneck):
 
 def densenet_state(layers=(6, 12, 48, 32), growth=32, channels=64):
     """Name -> shape of torchvision's DenseNet-201."""
-    shapes = {"features.conv0.weight": (channels, 3, 7, 7)}
+    shapes: dict[str, tuple[int, ...]] = {"features.conv0.weight": (channels, 3, 7, 7)}
 
     def add_norm(name, size):
         shapes.update({f"{name}.{x}": (size,) for x in ("weight", "bias")})
@@ -277,8 +282,8 @@ def test_torchvision_weights(system, monkeypatch):
         assert isinstance(value, np.ndarray) == (module is not None), path
         if module is not None:
             used.add(value.flat[0])
-    left_out = ("fc.weight", "fc.bias", "classifier.weight", "classifier.bias")
-    left_out = {n for n in shapes if n in left_out or n.endswith("num_batches_tracked")}
+    last = ("fc.weight", "fc.bias", "classifier.weight", "classifier.bias")
+    left_out = {n for n in shapes if n in last or n.endswith("num_batches_tracked")}
     assert used == {number for name, number in numbers.items() if name not in left_out}
 
 
@@ -369,7 +374,7 @@ def test_every_stage(pair):
         assert (stage.start, stage.end) == (end, end + 2 * section.num_epochs)
         assert parts.stage_at(stage.start) is stage is parts.stage_at(stage.end - 1)
         end = stage.end
-        before = stage.begin(state.replace(step=np.int32(stage.start)))
+        before = stage.begin(dataclasses.replace(state, step=jnp.int32(stage.start)))
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(before.opt_state))
         step = parallel.MappedStep(stage.step, devices)
         state, metrics = step(parallel.replicate(before, devices), None, batch)
@@ -422,6 +427,7 @@ def test_unknown_word_after_the_colon(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_data_set_after_the_colon(name):
     config, _ = parse_config([f"--config={ROOT / 'configs' / name}.py:duke"])
+    assert config is not None
     assert config.dataset.name == "dukemtmc"
 
 
@@ -441,7 +447,7 @@ def build(*overrides, file="pcb", variant=""):
 
 
 def save_torchvision_file(path, trunk):
-    spec = TRUNKS[trunk]
+    spec = find_resnet(trunk)
     shapes = torchvision_state(spec.stage_sizes, spec.width, spec.block == "bottleneck")
     save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, path)
 

@@ -11,12 +11,11 @@ import re
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from scripts import chromium
 from tests.runs import make_run
-from tests.training import TINY
+from tests.training import JAX_CONFIG, TINY
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,7 +77,7 @@ def run(command, directory):
         "PYTHONPATH": str(ROOT),
         "XDG_CACHE_HOME": str(directory / "cache"),
         "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_COMPILATION_CACHE_DIR": JAX_CONFIG.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
     done = subprocess.run(

@@ -8,6 +8,7 @@ import json
 import pathlib
 import re
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -204,7 +205,7 @@ def test_a_network_without_exits_has_no_table_of_them(run, capsys):
 )
 def test_files_with_damaged_exits(tmp_path, capsys, change, message):
     ids = np.arange(1, 6)
-    arrays = {
+    arrays: dict[str, Any] = {
         f"{split}_{name}": ids for split in ("query", "gallery") for name in ("pids", "camids")
     }
     arrays |= {f"{split}_features": np.ones((5, 4)) for split in ("query", "gallery")}

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,8 +189,8 @@ def test_skipping_must_leave_something(model, tmp_path):
 
 def test_refuses_descriptors_of_another_checkpoint(run, folder, tmp_path, capsys):
     other = tmp_path / "other.npz"
-    arrays = {"names": ["a"], "features": np.ones((1, 4)), "root": ".", "checkpoint": "best-1-abc"}
-    arrays |= {"flip_test": False, "crops": "none"}
+    arrays: dict[str, Any] = {"names": ["a"], "features": np.ones((1, 4)), "root": "."}
+    arrays |= {"checkpoint": "best-1-abc", "flip_test": False, "crops": "none"}
     np.savez(other, **arrays)
     assert _extract(run, "--features", other, "--search", folder / "0.png") == 2
     assert "cannot be compared" in capsys.readouterr().err

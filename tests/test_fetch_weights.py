@@ -8,13 +8,28 @@ import threading
 import pytest
 
 from mros_jax import console, fetch_weights
+from mros_jax.files import cache_directory
 from mros_jax.training import recipe
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA = hashlib.sha256(CONTENT).hexdigest()
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """What was asked for, and what shall go wrong: the next statuses, and where answers end."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: list[str | None] = []
+        self.statuses: list[int] = []
+        self.cuts: list[int | None] = []
+        self.ranges = True
+        self.url = f"http://127.0.0.1:{self.server_port}/weights.pth"
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
     def do_GET(self):
         server = self.server
         start = self.headers.get("Range")
@@ -43,9 +58,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.requests, server.statuses, server.cuts, server.ranges = [], [], [], True
-        server.url = f"http://127.0.0.1:{server.server_port}/weights.pth"
+    with Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -152,7 +165,7 @@ def test_training_finds_what_was_fetched_v1_first(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert recipe.find_weights("resnet50") is None
     names = {n: a["url"].rsplit("/", 1)[-1] for n, a in fetch_weights.load_assets().items()}
-    directory = recipe.cache_directory("weights")
+    directory = cache_directory("weights")
     directory.mkdir(parents=True)
     (directory / "resnet50-00000000.pth").touch()  # of somebody else
     (directory / f"{names['resnet50_v1']}.part").touch()  # not yet whole

@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import tempfile
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as caught:
         files.write_json(tmp_path / "a.json", {})
     assert caught.value.filename == str(tmp_path / "a.json")
@@ -69,6 +70,6 @@ def test_a_user_without_a_home(monkeypatch, tmp_path):
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pathlib.Path, "home", no_home)
-    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     expected = tmp_path / f"cache-{os.getuid()}" / "mros_jax" / "images"
     assert files.cache_directory("images") == expected

@@ -24,7 +24,7 @@ from mros_jax.retrieval import AQE, ECN, KReciprocal, Placement
 from mros_jax.retrieval import evaluate as rank
 from mros_jax.retrieval.neighbors import search_neighbors
 from tests.runs import make_run
-from tests.training import ROOT
+from tests.training import JAX_CONFIG, ROOT
 
 pytestmark = [  # three processes
     pytest.mark.slow,
@@ -98,17 +98,24 @@ def _read_images(folder: pathlib.Path) -> dict[str, object]:
     me = jax.process_index()
     decoded: list[str] = []
     decode = store.decode_split
-    store.decode_split = lambda split, *size, **options: (
-        decoded.append(split.name) or decode(split, *size, **options)
-    )
+
+    def decode_noted(split, *size, **options):
+        decoded.append(split.name)
+        return decode(split, *size, **options)
+
+    store.decode_split = decode_noted
     digest = EncodedImages.digest
     checked: list[int] = []
-    EncodedImages.digest = lambda self, **options: checked.append(1) or digest(self, **options)
+
+    def digest_noted(self, **options):
+        checked.append(1)
+        return digest(self, **options)
+
+    EncodedImages.digest = digest_noted  # type: ignore[method-assign]
     split = load_dataset("market1501", folder.parent / "people").gallery
 
     def load(split, cache_dir):
-        options = {"height": 8, "width": 4, "progress": False}
-        return store.load_store(split, cache_dir=cache_dir, **options)
+        return store.load_store(split, height=8, width=4, cache_dir=cache_dir, progress=False)
 
     shared, again = (load(split, folder / "shared") for _ in range(2))
     reads = (len(decoded), len(checked), isinstance(shared.images, np.memmap))
@@ -160,7 +167,7 @@ def start(folder, out, words):
     environment = {
         **os.environ,
         "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_COMPILATION_CACHE_DIR": JAX_CONFIG.jax_compilation_cache_dir,
     }
     return subprocess.Popen(
         [sys.executable, "-m", "tests.test_hosts", str(folder), str(out), *words],

@@ -1,6 +1,7 @@
 """Losses against formulas written out in NumPy, under jit, grad and vmap; devices; bad input."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -249,6 +250,7 @@ def test_labels_out_of_range_give_nan_and_a_clear_error_on_the_host(bad):
 
 def test_bad_shapes(unchecked):
     x, labels = jnp.zeros((4, 3)), jnp.zeros(4, jnp.int32)
+    other: Any = "max"
     cases = {
         r"labels have shape \(3,\); expected \(4,\)": lambda: losses.batch_hard_triplet(
             x, labels[:3]
@@ -257,7 +259,7 @@ def test_bad_shapes(unchecked):
         r"mask has shape \(2,\)": lambda: losses.batch_hard_triplet(
             x, labels, mask=jnp.ones(2, bool)
         ),
-        "reduction is 'max'": lambda: losses.center_loss(x, labels, x, reduction="max"),
+        "reduction is 'max'": lambda: losses.center_loss(x, labels, x, reduction=other),
         r"expected \(N, 3\)": lambda: losses.center_loss(x, labels, jnp.zeros((4, 2))),
         "smoothing is 2": lambda: losses.smoothed_cross_entropy(x, labels, smoothing=2),
     }

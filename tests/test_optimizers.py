@@ -1,5 +1,7 @@
 """Schedules against tables; groups of parameters against PyTorch's optimizers; bad input."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +92,7 @@ def test_bad_schedules(options, message, unchecked):
         make_schedule(**{"steps_per_epoch": 5, **options})
 
 
-PARAMS = {
+PARAMS: dict[str, Any] = {
     "network": {
         "trunk": {"conv": {"kernel": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)}},
         "bn": {"scale": np.ones(3, np.float32), "bias": np.full(3, 0.5, np.float32)},
@@ -218,7 +220,7 @@ def test_a_group_for_each_part_and_the_longest_path_wins(recorded):
     }
     optimizer, schedules = make(sections)
     assert schedules.keys() == {"rest", "trunk"}
-    groups = [
+    groups: list[Any] = [
         ("SGD", {}, lambda step: 0.1, ("network/bn/bias",)),
         ("SGD", {}, lambda step: 0.01, ("network/trunk/conv/kernel",)),
     ]
@@ -264,8 +266,10 @@ def test_a_change_of_b1_is_pytorchs(every, amsgrad, recorded):
         {"all": {**group, "scheduled": False, "b1_changes": changes}}, accumulate_steps=every
     )
 
-    def make_changing(optim):
-        class Changing(optim.Adam):
+    def make_changing(_):
+        from torch.optim import Adam
+
+        class Changing(Adam):
             updates = 0
 
             def step(self):

@@ -154,7 +154,9 @@ def test_pictures_of_the_report(report, tmp_path):
     shoot_report.shoot(report, out, width=1000, height=700)
     with Image.open(out) as image:
         assert image.size == (1000, 700)
-        assert len(image.convert("RGB").getcolors(700_000)) > 200
+        colors = image.convert("RGB").getcolors(700_000)
+        assert colors is not None
+        assert len(colors) > 200
     one, two = tmp_path / "one.png", tmp_path / "two.png"
     shoot_report.shoot(report, one, lists=[0])
     shoot_report.shoot(report, two, lists=[0, 3])
@@ -166,6 +168,7 @@ def test_pictures_of_the_report(report, tmp_path):
 def test_ranked_lists_agree_with_the_evaluation(run):
     loaded = Run.open(run)
     arrays = loaded.features
+    assert arrays is not None
     for result in loaded.rankings:
         ranked = ranking.Ranking(arrays, result)
         scan = ranked.scan()
@@ -189,6 +192,7 @@ def test_ranked_lists_agree_with_the_evaluation(run):
 
 def test_lists_stop_at_top_and_limit_junk(run):
     loaded = Run.open(run)
+    assert loaded.features is not None
     ranked = ranking.Ranking(loaded.features, loaded.rankings[0])
     row = ranked.rows(np.array([0]))[0]
     entries = ranked.list_top(0, row, 4, most_junk=1)
@@ -274,6 +278,7 @@ def test_scan_samples_many_distances(monkeypatch):
 @pytest.mark.parametrize(("metric", "normalize"), [("euclidean", True), ("euclidean", False)])
 def test_shows_the_distances_of_the_metric(run, metric, normalize):
     loaded = Run.open(run)
+    assert loaded.features is not None
     result = {**loaded.rankings[0]}
     result["protocol"] = {**result["protocol"], "metric": metric, "normalize": normalize}
     rows = ranking.Ranking(loaded.features, result).rows(np.arange(2))

@@ -1,18 +1,24 @@
 """The scripts: by their `main`, and in a process of their own where they start others."""
 
+import argparse
 import csv
+import dataclasses
 import functools
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import time
 import types
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mros_jax import config as configs
@@ -33,7 +39,7 @@ from scripts import (
 )
 from tests.least import write_config
 from tests.recorded import TORCH
-from tests.training import ROOT, TINY
+from tests.training import JAX_CONFIG, ROOT, TINY
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -43,7 +49,7 @@ SCRIPTS = sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if "__main__" i
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", JAX_CONFIG.jax_compilation_cache_dir)
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.chdir(ROOT)
 
@@ -133,15 +139,14 @@ def test_ablation_of_a_system_that_the_paper_does_not_have(tmp_path):
 
 
 def test_schedule_has_a_line_for_each_group(tmp_path, words, monkeypatch):
-    labels = []
-    figure = plot_schedule.Figure
+    labels: list[str] = []
+    save = Figure.savefig
 
-    class Spy(figure):
-        def savefig(self, *arguments, **options):
-            labels.extend(line.get_label() for line in self.axes[0].lines)
-            super().savefig(*arguments, **options)
+    def savefig(self, *arguments, **options):
+        labels.extend(line.get_label() for line in self.axes[0].lines)
+        save(self, *arguments, **options)
 
-    monkeypatch.setattr(plot_schedule, "Figure", Spy)
+    monkeypatch.setattr(Figure, "savefig", savefig)
     out = tmp_path / "schedule.png"
     assert plot_schedule.main([*words, "--steps_per_epoch=3", f"--out={out}"]) == 0
     assert sorted(labels) == ["centers", "network"]
@@ -152,14 +157,13 @@ def test_schedule_has_a_line_for_each_group(tmp_path, words, monkeypatch):
 def test_schedule_of_a_run_in_stages(tmp_path, monkeypatch):
     """A line has a gap where its group is frozen."""
     lines = {}
-    figure = plot_schedule.Figure
+    save = Figure.savefig
 
-    class Spy(figure):
-        def savefig(self, *arguments, **options):
-            lines.update({line.get_label(): line.get_ydata() for line in self.axes[0].lines})
-            super().savefig(*arguments, **options)
+    def savefig(self, *arguments, **options):
+        lines.update({line.get_label(): line.get_ydata() for line in self.axes[0].lines})
+        save(self, *arguments, **options)
 
-    monkeypatch.setattr(plot_schedule, "Figure", Spy)
+    monkeypatch.setattr(Figure, "savefig", savefig)
     words = ["--config=configs/pcb_rpp.py", "--steps_per_epoch=2", f"--out={tmp_path / 'a.png'}"]
     assert plot_schedule.main(words) == 0
     steps = [0, 78, 80, 119, 120, 129, 130, 149]
@@ -196,7 +200,7 @@ def see_batch(config, number):
     """The images that the network of a run sees in a step, by the run's own feed and step."""
     dataset = configs.load_dataset(config)
     feed = Feed(config, dataset)
-    seen = []
+    seen: list[np.ndarray] = []
     augment_batch = recipe.make_augment(config)
 
     def spy(images, keys):
@@ -208,7 +212,7 @@ def see_batch(config, number):
     parts = recipe.build(config, dataset.num_classes, steps, augment_batch=spy)
     indices = np.asarray(next(feed.epoch(*divmod(number, steps)))["indices"]).reshape(-1)
     devices = jax.devices()[:1]
-    state = parallel.replicate(parts.state.replace(step=np.int32(number)), devices)
+    state = parallel.replicate(dataclasses.replace(parts.state, step=jnp.int32(number)), devices)
     data = parallel.replicate(jax.device_get(feed.data), devices)
     batch = parallel.split({"indices": indices}, devices)
     jax.block_until_ready(parallel.MappedStep(parts.step, devices)(state, data, batch))
@@ -304,7 +308,7 @@ def test_a_network_without_a_pytorch_network(least, capsys):
 
 def test_model_benchmark_in_turns():
     """Every framework takes the first turn of every repeat before the next repeat."""
-    order = []
+    order: list[str] = []
     steps = {
         name: {what: functools.partial(order.append, name) for what in ("forward", "training step")}
         for name in ("a", "b")
@@ -385,7 +389,7 @@ def test_gpu_benchmark_counts_the_flops_of_a_step(monkeypatch):
     """
     size = ("--config.input.height=384", "--config.input.width=128")
     monkeypatch.setattr(bench_gpu, "SMALL", (*bench_gpu.SMALL, *size))
-    args = types.SimpleNamespace(small=True)
+    args = argparse.Namespace(small=True)
     config = bench_gpu.make_config(args)
     whole = count_multiply_adds(configs.make_network(config, 12), 384, 128)["descriptor"]
     first = 7 * 7 * 3 * 16 * 192 * 64
@@ -395,7 +399,7 @@ def test_gpu_benchmark_counts_the_flops_of_a_step(monkeypatch):
 class Process:
     """What the processes of `bench_gpu` would answer on a machine with an H100."""
 
-    answers: ClassVar[dict] = {}
+    answers: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, words):
         self.words = list(words)
@@ -486,7 +490,7 @@ def test_gpu_benchmark_tells_why_a_process_failed(monkeypatch, capsys):
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     with monkeypatch.context() as patch:
-        patch.setattr(bench_gpu.subprocess, "run", kill)
+        patch.setattr(subprocess, "run", kill)
         answer = bench_gpu.Runner(["--small"])("flops", bench_gpu.ON_CPU)
     assert answer == {"failed": "its process ended with -9"}
     [(command, visible, platform)] = started
@@ -530,7 +534,7 @@ def test_pytorch_without_the_device_that_jax_has(monkeypatch, torch):
                 bench_model.find_torch_device(platform)
         else:
             assert bench_model.find_torch_device(platform) == expected
-    monkeypatch.setattr(bench_model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="PyTorch is not installed"):
         bench_model.find_torch_device("cpu")
 
@@ -563,12 +567,12 @@ def test_rounds_are_waited_for_at_their_end():
     log = []
     clock = iter(range(100))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_gpu.time, "perf_counter", lambda: float(next(clock)))
+        patch.setattr(time, "perf_counter", lambda: float(next(clock)))
         cells = bench_gpu.time_rounds(
             lambda: log.append("start"),
             lambda _: log.append("wait"),
             images=8,
-            args=types.SimpleNamespace(steps=2, repeats=3),
+            args=argparse.Namespace(steps=2, repeats=3),
         )
     assert log == ["start", "wait", *4 * ["start", "start", "wait"]]
     assert cells["seconds"] == 0.5

@@ -1,10 +1,12 @@
 """Training in stages, and the start from another run: exact, compiled once, and what is refused."""
 
+import dataclasses
 import json
 import re
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -18,6 +20,7 @@ from mros_jax.runs.run import Run
 from mros_jax.training import recipe
 from mros_jax.training.loop import Stop
 from mros_jax.training.source import Source, load_source
+from mros_jax.training.step import make_train_step
 from tests.training import (
     TINY,
     assert_equal,
@@ -58,8 +61,8 @@ def run(words, workdir, *more):
 def uninterrupted(tmp_path_factory, words):
     """A run of three stages, and how often the step of each was traced for compilation."""
     workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    traced = []
-    make = recipe.make_train_step
+    traced: list[int] = []
+    make = make_train_step
 
     def count(*args, **options):
         step, number = make(*args, **options), len(traced)
@@ -213,14 +216,14 @@ def test_what_a_stage_begins_anew(words):
     ones = jax.tree.map(np.ones_like, parts.state.params)
     _, opt_state = jax.jit(first.optimizer.update)(ones, opt_state, parts.state.params)
     assert int(opt_state.mini_step) == 1
-    begun = second.begin(parts.state.replace(opt_state=opt_state, step=np.int32(3)))
+    begun = second.begin(dataclasses.replace(parts.state, opt_state=opt_state, step=jnp.int32(3)))
     assert not any(map(np.any, jax.tree.leaves(begun.opt_state)))
     assert begun.ema_params is parts.state.ema_params
     # The rates of the second stage are asked for its own steps: its first update is in step 2.
     update = jax.jit(second.optimizer.update)
     for _ in range(2):
         updates, opt_state = update(ones, begun.opt_state, begun.params)
-        begun = begun.replace(opt_state=opt_state)
+        begun = dataclasses.replace(begun, opt_state=opt_state)
     moved = {
         path[0] for path, x in traverse_util.flatten_dict(updates["network"]).items() if np.any(x)
     }
@@ -242,7 +245,10 @@ def test_part_pooling_from_a_trained_run(tmp_path, words, uninterrupted, caplog)
     ]
     workdir = tmp_path / "run"
     results = run(words, workdir, *more)
-    source = load_source(configs.parse_config([*words, *more])[0].init)
+    config, _ = configs.parse_config([*words, *more])
+    assert config is not None
+    source = load_source(config.init)
+    assert source is not None
     model, _ = checkpoints.load_variables(workdir / "checkpoints")
     ours, theirs = (dict(x["params"]) for x in (model, source.variables))
     assert ours.pop("part_classifier").keys() == {"kernel", "bias"}
@@ -285,6 +291,7 @@ def test_a_run_that_has_saved_nothing(tmp_path, words, uninterrupted):
     copy = shutil.copytree(uninterrupted[0], tmp_path / "run")
     shutil.rmtree(copy / "checkpoints")
     config, _ = configs.parse_config([*words, f"--config.init.run={copy}"])
+    assert config is not None
     with pytest.raises(NotFoundError, match=r"config\.init\.run: no complete checkpoint below"):
         load_source(config.init)
 

@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from mros_jax import console
@@ -125,7 +126,7 @@ def test_a_topology_that_is_none(monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise RuntimeError("Invalid TPU external name")
 
-    monkeypatch.setattr(compile_for_tpu.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
     words = ["--config=configs/demo.py", "--topology=v0:1x1"]
     monkeypatch.chdir(ROOT)
     assert console.run(compile_for_tpu.main, words) == console.MISUSE

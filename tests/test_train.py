@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ from mros_jax.training import validation
 from mros_jax.training.loop import Stop
 from mros_jax.training.state import TrainState
 from tests.training import (
+    JAX_CONFIG,
     ROOT,
     TINY,
     assert_close,
@@ -222,8 +224,8 @@ def test_resumed_on_other_numbers_of_devices(tmp_path, cache_dir):
     assert 2 < before < len(reference)
     finish(start(workdir, cache_dir, devices=2, **values))
     ours, theirs = (read_jsonl(tmp_path / x / "metrics.jsonl") for x in ("several", "one"))
-    losses = [[r["loss"] for r in x if r["kind"] == "train"] for x in (ours, theirs)]
-    np.testing.assert_allclose(*losses, rtol=1e-4)
+    a, b = ([r["loss"] for r in x if r["kind"] == "train"] for x in (ours, theirs))
+    np.testing.assert_allclose(a, b, rtol=1e-4)
     assert [r["epoch"] for r in Run(workdir).eval_records] == [2, 3]
     a, b = (read_training_state(tmp_path / x)["params"] for x in ("several", "one"))
     assert_close(a, b, 1e-4)
@@ -235,7 +237,7 @@ def test_loop_runs_under_a_transfer_guard(tmp_path, cache_dir, monkeypatch):
     call = parallel.MappedStep.__call__
 
     def spy(self, *args):
-        guards.append(jax.config.jax_transfer_guard_device_to_host)
+        guards.append(JAX_CONFIG.jax_transfer_guard_device_to_host)
         return call(self, *args)
 
     monkeypatch.setattr(parallel.MappedStep, "__call__", spy)
@@ -334,6 +336,7 @@ def test_a_run_that_ends_within_an_epoch(tmp_path, cache_dir, uninterrupted):
     # On four devices, where the longer run had one.
     config = make_config(cache_dir, num_steps=length, batch_norm="synchronised")
     results = train.train(config, workdir)
+    assert results is not None
     assert (results["run"]["step"], results["run"]["epoch"]) == (length, 2)
     ours, theirs = (read_jsonl(w / "metrics.jsonl") for w in (workdir, longer))
     assert [(r["step"], r["epoch"]) for r in ours if r["kind"] == "eval"] == [
@@ -590,7 +593,7 @@ def test_a_full_disk_ends_with_one_line(tmp_path, cache_dir, where, monkeypatch,
 def test_a_save_that_fails_for_want_of_room_says_so(tmp_path, monkeypatch, free, raised, expected):
     """Whichever of its writes' errors orbax raises; any other failure stays what it is."""
     saved = checkpoints.Checkpoints(tmp_path)
-    state = TrainState(np.int32(1), {"network": {"w": np.ones(100, np.float32)}}, {}, ())
+    state = TrainState(jax.numpy.int32(1), {"network": {"w": np.ones(100, np.float32)}}, {}, ())
 
     def fail(*args, **options):
         raise raised
@@ -634,7 +637,7 @@ def test_a_disk_that_is_really_full(tmp_path, cache_dir, kilobytes):
 
 
 def test_training_in_a_thread(copy, cache_dir):
-    found = []
+    found: list[Any] = []
     config = make_config(cache_dir)
     thread = threading.Thread(target=lambda: found.append(train.train(config, copy)))
     thread.start()

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from configs import demo
 from mros_jax.files import read_jsonl
 from mros_jax.runs import checkpoints
 
+JAX_CONFIG: Any = jax.config  # whose fields are made at run time
 ROOT = pathlib.Path(__file__).parents[1]
 
 # The tiny config as command-line overrides of configs/demo.py, and as a dict.
@@ -59,7 +61,7 @@ def start_words(workdir, *words, devices=1):
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_COMPILATION_CACHE_DIR": JAX_CONFIG.jax_compilation_cache_dir,
     }
     return subprocess.Popen(
         command,
@@ -80,7 +82,8 @@ def finish(process):
 
 def assert_equal(a, b):
     """Asserts that two pytrees are bitwise equal."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
+    structure: Any = jax.tree.structure(a)
+    assert structure == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 

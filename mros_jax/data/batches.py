@@ -126,7 +126,8 @@ def _look_up(
     shuffled = rng.permutation(len(label))
     order = shuffled[np.argsort(label[shuffled], kind="stable")]
     starts = np.cumsum(counts) - counts
-    return order[place % counts[owner][:, None] + starts[owner][:, None]]
+    chosen: np.ndarray = order[place % counts[owner][:, None] + starts[owner][:, None]]
+    return chosen
 
 
 def _count_groups(
@@ -137,12 +138,13 @@ def _count_groups(
     rng: np.random.Generator,
 ) -> Int[np.ndarray, "C"]:
     """Return how many groups of K each identity gives; at most one a step, `wanted` in all."""
-    full = np.clip(counts // images, 1, steps)
+    full: np.ndarray = np.clip(counts // images, 1, steps)
     surplus = int(full.sum()) - wanted
     if surplus > 0:
         dropped = rng.choice(int(full.sum()), surplus, replace=False, shuffle=False)
         owner = np.repeat(np.arange(len(full)), full)
-        return full - np.bincount(owner[dropped], minlength=len(full))
+        full -= np.bincount(owner[dropped], minlength=len(full))
+        return full
     # First the groups that complete an identity's remaining images, then whole turns again.
     candidates = np.flatnonzero((counts > images) & (counts % images > 0) & (full < steps))
     missing = -surplus
@@ -306,7 +308,7 @@ class Shuffled:
 
 Sampler = Identities | Shuffled
 # What `config.batch.sampler` may say. The rest of the section are the fields.
-SAMPLERS: dict[str, Any] = {
+SAMPLERS: dict[str, type[Sampler]] = {
     "identities": Identities,
     "identities_once": IdentitiesOnce,
     "shuffled": Shuffled,

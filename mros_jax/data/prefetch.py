@@ -2,7 +2,7 @@
 
 import collections
 import concurrent.futures
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
 from mros_jax.errors import UserError
@@ -17,7 +17,7 @@ def prefetch(
     *,
     depth: int = 2,
     num_threads: int = 1,
-) -> Iterator[Made]:
+) -> Generator[Made, None, None]:
     """Yield `make(item)` for every item, in order, made ahead in threads.
 
     The threads end when the items do, when `make` raises (the exception comes out here), and when
@@ -39,7 +39,7 @@ def prefetch(
 
 def _prefetch(
     items: Iterable[Item], make: Callable[[Item], Made], depth: int, num_threads: int
-) -> Iterator[Made]:
+) -> Generator[Made, None, None]:
     ahead: collections.deque[concurrent.futures.Future[Made]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(num_threads, "prefetch") as pool:
         try:

@@ -56,12 +56,14 @@ class Split:
     @property
     def junk(self) -> np.ndarray:
         """(N,) bool: images that count neither as a match nor as a place in a ranking."""
-        return self.pids == JUNK_PID
+        junk: np.ndarray = self.pids == JUNK_PID
+        return junk
 
     @property
     def distractors(self) -> np.ndarray:
         """(N,) bool: images that stay in the gallery and never match."""
-        return self.pids == DISTRACTOR_PID
+        distractors: np.ndarray = self.pids == DISTRACTOR_PID
+        return distractors
 
     def select(self, indices: np.ndarray) -> Split:
         """Return the split with only these images, in this order; labels keep their numbers."""

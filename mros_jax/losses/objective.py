@@ -7,8 +7,9 @@ it with its fields as keyword arguments.
 
 import dataclasses
 import functools
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -212,7 +213,7 @@ def _mean_over_vectors(loss: Any, vectors: list[Any], centers: list[Any] | None 
 
 
 # What `config.objective.NAME.loss` may say. The rest of the section are the term's fields.
-TERMS: dict[str, Any] = {
+TERMS: dict[str, Callable[..., Term]] = {
     "center": Center,
     "cross_entropy": CrossEntropy,
     "triplet": Triplet,
@@ -295,7 +296,7 @@ def make_objective(sections: Mapping[str, Mapping[str, Any]]) -> Objective:
             )
         if fields.get("weight") == 0:
             continue
-        known = [field.name for field in dataclasses.fields(TERMS[kind])]
+        known = list(inspect.signature(TERMS[kind]).parameters)
         if unknown := sorted(set(fields) - set(known)):
             raise UserError(
                 f"objective.{name} has no field {', '.join(unknown)}; {kind} has {', '.join(known)}"

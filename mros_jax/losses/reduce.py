@@ -67,7 +67,10 @@ def gather(
     """The global batch of all devices of the axis, on each of them."""
     if axis_name is None:
         return arrays
-    return jax.tree.map(lambda x: lax.all_gather(x, axis_name, axis=0, tiled=True), arrays)
+    whole: tuple[Array, Array, Array | None] = jax.tree.map(
+        lambda x: lax.all_gather(x, axis_name, axis=0, tiled=True), arrays
+    )
+    return whole
 
 
 def check_batch(

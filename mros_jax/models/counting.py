@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from mros_jax.models.outputs import Network
+from mros_jax.models.outputs import Network, Outputs
 
 
 def count_multiply_adds(network: Network, height: int, width: int) -> dict[str, int]:
@@ -30,7 +30,8 @@ def count_multiply_adds(network: Network, height: int, width: int) -> dict[str, 
     variables = jax.eval_shape(init, jax.random.key(0), image)
 
     def describe(variables: Any, image: jax.Array) -> dict[str, jax.Array]:
-        return network.apply(variables, image, train=False).descriptors()
+        outputs: Outputs = network.apply(variables, image, train=False)
+        return outputs.descriptors()
 
     closed, shapes = jax.make_jaxpr(describe, return_shape=True)(variables, image)
     # A dict is flattened in the order of its sorted keys.
@@ -51,18 +52,19 @@ def _count_back(jaxpr: Jaxpr, result: Any) -> int:
 def _count(equation: Any) -> int:
     """Multiply-adds of one equation."""
     params = equation.params
-    made = math.prod(equation.outvars[0].aval.shape)
+    made: int = math.prod(equation.outvars[0].aval.shape)
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        shape = equation.invars[0].aval.shape
-        return made * math.prod(shape[axis] for axis in contracted)
+        shape: tuple[int, ...] = equation.invars[0].aval.shape
+        summed: int = math.prod(shape[axis] for axis in contracted)
+        return made * summed
     if equation.primitive.name == "conv_general_dilated":
-        out_axis = params["dimension_numbers"].rhs_spec[0]
-        shape = list(equation.invars[1].aval.shape)
-        del shape[out_axis]
-        return made * math.prod(shape)
+        out_axis: int = params["dimension_numbers"].rhs_spec[0]
+        kernel: tuple[int, ...] = equation.invars[1].aval.shape
+        return made * math.prod(kernel[:out_axis] + kernel[out_axis + 1 :])
     if equation.primitive.name == "cond":  # of which one is taken: a platform's
         return max(sum(map(_count, branch.jaxpr.eqns)) for branch in params["branches"])
     inner = [value.jaxpr for value in params.values() if isinstance(value, ClosedJaxpr)]
     once = sum(_count(each) for jaxpr in inner for each in jaxpr.eqns)
-    return once * params.get("length", 1)
+    times: int = params.get("length", 1)
+    return once * times

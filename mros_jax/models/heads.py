@@ -1,5 +1,6 @@
 """What networks put on pooled features: classifiers, reductions, dropout, unit length."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -106,12 +107,13 @@ class Reduction(nn.Module):
         return nn.relu(norm(y, train=train))
 
 
-def _each(init: Any) -> Any:
+def _each(init: Callable[..., Array]) -> Callable[..., Array]:
     """An initializer of S stacked layers from that of one: its fans are those of one layer."""
 
     def stacked(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         keys = jax.random.split(key, shape[0])
-        return jax.vmap(lambda k: init(k, shape[1:], dtype))(keys)
+        layers: Array = jax.vmap(lambda k: init(k, shape[1:], dtype))(keys)
+        return layers
 
     return stacked
 

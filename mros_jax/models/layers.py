@@ -17,7 +17,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
-def _by_platform(cpu: Callable[..., Array], accelerator: Callable[..., Array]) -> Callable:
+def _by_platform(
+    cpu: Callable[..., Array], accelerator: Callable[..., Array]
+) -> Callable[..., Array]:
     """A function that is `cpu` on a CPU and `accelerator` elsewhere, its gradient as well.
 
     The choice is made outside of differentiation: JAX would keep what both of them save.
@@ -25,7 +27,8 @@ def _by_platform(cpu: Callable[..., Array], accelerator: Callable[..., Array]) -
 
     @jax.custom_vjp
     def chosen(*args: Array) -> Array:
-        return lax.platform_dependent(*args, cpu=cpu, default=accelerator)
+        result: Array = lax.platform_dependent(*args, cpu=cpu, default=accelerator)
+        return result
 
     def forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
         return chosen(*args), args
@@ -34,12 +37,13 @@ def _by_platform(cpu: Callable[..., Array], accelerator: Callable[..., Array]) -
         def pull(function: Callable[..., Array], dy: Array, *args: Array) -> Any:
             return jax.vjp(function, *args)[1](dy)
 
-        return lax.platform_dependent(
+        gradients: tuple[Array, ...] = lax.platform_dependent(
             dy,
             *args,
             cpu=functools.partial(pull, cpu),
             default=functools.partial(pull, accelerator),
         )
+        return gradients
 
     chosen.defvjp(forward, backward)
     return chosen
@@ -116,7 +120,8 @@ def max_pool_plainly(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
     """`max_pool`, as XLA does it."""
     pad = ((0, 0), (1, 1), (1, 1), (0, 0))
     lowest = np.array(-np.inf, x.dtype)
-    return lax.reduce_window(x, lowest, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pad)
+    largest: Array = lax.reduce_window(x, lowest, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), pad)
+    return largest
 
 
 @jax.custom_vjp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -95,9 +96,14 @@ class Network(Protocol):
     statistics are shared; None: every device its own).
     """
 
-    init: Any
-    init_with_output: Any
-    apply: Any
+    @property
+    def init(self) -> Callable[..., Any]: ...  # noqa: D102
+
+    @property
+    def init_with_output(self) -> Callable[..., Any]: ...  # noqa: D102
+
+    @property
+    def apply(self) -> Callable[..., Any]: ...  # noqa: D102
 
     def __call__(self, images: Any, *, train: bool, keys: Any = None) -> Outputs:
         """Compute all outputs.

@@ -35,7 +35,8 @@ class TrunkSpec(NamedTuple):
 
     def channels(self, level: str) -> int:
         """Channels of stage "t1" to "t4"."""
-        return self.width * 2 ** (int(level[1]) - 1) * (4 if self.block == "bottleneck" else 1)
+        inner: int = self.width * 2 ** (int(level[1]) - 1)
+        return 4 * inner if self.block == "bottleneck" else inner
 
     def stride(self, level: str, last_stride: int = 1) -> int:
         """Pixels of the image for one of a stage's map."""

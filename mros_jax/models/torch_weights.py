@@ -230,7 +230,8 @@ def _fill(
         unexpected.append(f"{name} {state[name].shape}")
     if missing or unexpected or misshapen:
         raise WeightsError(_explain(source, missing, unexpected, misshapen))
-    return traverse_util.unflatten_dict(filled)
+    whole: dict[str, Any] = traverse_util.unflatten_dict(filled)
+    return whole
 
 
 def _explain(source: str, missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:
@@ -251,7 +252,8 @@ def _flatten(variables: Mapping[str, Any]) -> dict[_Path, Any]:
         raise WeightsError(
             f"variables have the collections {sorted(variables)}; expected params and batch_stats"
         )
-    return traverse_util.flatten_dict({k: dict(v) for k, v in variables.items()})
+    flat: dict[_Path, Any] = traverse_util.flatten_dict({k: dict(v) for k, v in variables.items()})
+    return flat
 
 
 def _to_torch(path: _Path, value: np.ndarray) -> list[tuple[str, np.ndarray]]:

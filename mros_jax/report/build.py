@@ -39,8 +39,8 @@ _NAMES = {"plain": "Plain", "ecn": "ECN", "k_reciprocal": "k-reciprocal", "aqe":
 
 
 def write_report(
-    workdir: str | os.PathLike,
-    out: str | os.PathLike | None = None,
+    workdir: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
     *,
     queries: int = 4,
     top: int = 10,

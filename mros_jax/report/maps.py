@@ -74,10 +74,11 @@ def _draw_image(maps: Mapping[str, np.ndarray]) -> list[Drawing]:
 def _place(boxes: Float[np.ndarray, "R 4"]) -> tuple[tuple[float, float, float, float], ...]:
     """Rectangles as the page wants them, cut at the edges of the image."""
     top, left, bottom, right = 100 * np.clip(boxes.T, 0, 1)
-    return tuple(
-        tuple(round(float(value), 2) for value in box)  # type: ignore[misc]
-        for box in zip(top, left, bottom - top, right - left, strict=True)
+    tops, lefts, heights, widths = (
+        [round(float(value), 2) for value in edge]
+        for edge in (top, left, bottom - top, right - left)
     )
+    return tuple(zip(tops, lefts, heights, widths, strict=True))
 
 
 def color_heat(heat: Float[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W 4"]:

@@ -95,8 +95,8 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if len(x) <= _POINTS:
         return x, y
     edges = np.linspace(0, len(x), _POINTS + 1).astype(int)
-    sizes = np.diff(edges)
-    return tuple(np.add.reduceat(values, edges[:-1]) / sizes for values in (x, y))  # type: ignore
+    starts, sizes = edges[:-1], np.diff(edges)
+    return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
 
 
 def plot_lines(

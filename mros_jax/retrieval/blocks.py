@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
@@ -89,7 +90,8 @@ def choose_block(
 def place_everywhere(array: Any, placement: Placement = EVERYWHERE) -> jax.Array:
     """Copy an array to every device."""
     mesh = Mesh(np.asarray(placement.list_devices()), (_AXIS,))
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
+    placed: jax.Array = jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
+    return placed
 
 
 def empty_aligned(shape: tuple[int, int]) -> Float32[np.ndarray, "N D"]:
@@ -130,10 +132,10 @@ class BlockMap:
 
     def __init__(
         self,
-        function: Callable,
+        function: Callable[..., Any],
         shared: Sequence[Any] = (),
         *,
-        look: Callable | None = None,
+        look: Callable[..., Any] | None = None,
         placement: Placement = EVERYWHERE,
     ):
         devices = placement.list_devices()
@@ -216,7 +218,9 @@ class BlockMap:
 
 
 @functools.cache
-def _compile(function: Callable, num_shared: int, devices: tuple) -> Any:
+def _compile(
+    function: Callable[..., Any], num_shared: int, devices: tuple[jax.Device, ...]
+) -> jax.stages.Wrapped:
     mesh = Mesh(np.asarray(devices), (_AXIS,))
 
     def call(*arrays: Any) -> Any:
@@ -231,7 +235,7 @@ def _compile(function: Callable, num_shared: int, devices: tuple) -> Any:
 
 
 def lower(
-    function: Callable,
+    function: Callable[..., Any],
     rows: Sequence[jax.ShapeDtypeStruct],
     shared: Sequence[jax.ShapeDtypeStruct],
     devices: Sequence[jax.Device],
@@ -259,5 +263,6 @@ def _pad_rows(array: np.ndarray | jax.Array, rows: int) -> np.ndarray | jax.Arra
     missing = rows - len(array)
     if missing == 0:
         return array
-    xp = jax.numpy if isinstance(array, jax.Array) else np
-    return xp.concatenate([array, xp.repeat(array[-1:], missing, axis=0)])
+    if isinstance(array, jax.Array):
+        return jnp.concatenate([array, jnp.repeat(array[-1:], missing, axis=0)])
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])

@@ -28,7 +28,7 @@ ARRAYS = (
 _PARTS = ("features", "pids", "camids")
 
 
-def save_features(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
+def save_features(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     """Write arrays to a `.npz` file, atomically.
 
     Raises:
@@ -41,7 +41,7 @@ def save_features(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
         np.savez(file, **arrays)
 
 
-def load_arrays(path: str | os.PathLike, required: Iterable[str]) -> dict[str, np.ndarray]:
+def load_arrays(path: str | os.PathLike[str], required: Iterable[str]) -> dict[str, np.ndarray]:
     """Read all arrays of a `.npz` file.
 
     Args:
@@ -99,7 +99,7 @@ def _read_array(file: Any, name: str, path: pathlib.Path) -> np.ndarray:
     return array
 
 
-def load_features(path: str | os.PathLike) -> dict[str, np.ndarray]:
+def load_features(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Read one file with all six arrays of `ARRAYS`, and whatever else it holds.
 
     Raises:
@@ -141,7 +141,7 @@ def choose_descriptor(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, 
 
 
 def load_feature_pair(
-    query_path: str | os.PathLike, gallery_path: str | os.PathLike
+    query_path: str | os.PathLike[str], gallery_path: str | os.PathLike[str]
 ) -> dict[str, np.ndarray]:
     """Read two files, each with `features`, `pids` and `camids`, as one dict named as in `ARRAYS`.
 
@@ -156,7 +156,7 @@ def load_feature_pair(
     return result
 
 
-def _check_exits(arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
+def _check_exits(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
     named = np.asarray(arrays.get("exits", np.zeros(0, np.str_)))
     if named.ndim != 1 or named.dtype.kind != "U":
         raise UserError(
@@ -179,7 +179,7 @@ def _check_exits(arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> N
         )
 
 
-def _check_split(arrays: dict[str, np.ndarray], prefix: str, path: str | os.PathLike) -> None:
+def _check_split(arrays: dict[str, np.ndarray], prefix: str, path: str | os.PathLike[str]) -> None:
     """Check the arrays of one split against each other; labels become int64."""
     name = f"{prefix}features"
     features = arrays[name]
@@ -205,7 +205,7 @@ def _check_split(arrays: dict[str, np.ndarray], prefix: str, path: str | os.Path
         )
 
 
-def _check_features(features: np.ndarray, name: str, path: str | os.PathLike) -> None:
+def _check_features(features: np.ndarray, name: str, path: str | os.PathLike[str]) -> None:
     if features.dtype.kind == "V":
         raise UserError(
             f"{path}: {name} has type {features.dtype}, {features.dtype.itemsize} bytes without a "

@@ -103,7 +103,7 @@ class Gallery:
         features: Float32[np.ndarray | Array, "G D"],
         kind: str,
         *,
-        look: Callable | None = None,
+        look: Callable[..., Any] | None = None,
         placement: blocks.Placement = blocks.EVERYWHERE,
     ):
         placed = blocks.place_everywhere(features, placement)

@@ -97,7 +97,8 @@ def _find_exponents(array: np.ndarray | jax.Array, name: str) -> tuple[np.ndarra
 def _scale(wide: np.ndarray, shift: Any) -> Float32[np.ndarray, "N D"]:
     """Multiply by 2**shift, exactly but for numbers that vanish beside their row's largest."""
     with np.errstate(under="ignore"):
-        return np.ldexp(wide, shift).astype(np.float32)
+        scaled: np.ndarray = np.ldexp(wide, shift).astype(np.float32)
+    return scaled
 
 
 def check_pair(query_features: Numbers, gallery_features: Numbers, *, normalize: bool) -> Pair:
@@ -190,7 +191,8 @@ def squared_norms(features: Float32[np.ndarray | jax.Array, "N D"]) -> Float32[n
     if isinstance(features, jax.Array):
         return np.asarray(jnp.einsum("nd,nd->n", features, features, precision="highest"))
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        return np.einsum("nd,nd->n", features, features)
+        norms: np.ndarray = np.einsum("nd,nd->n", features, features)
+    return norms
 
 
 def check_ids(ids: Numbers, name: str, length: int) -> Int64[np.ndarray, "N"]:
@@ -214,9 +216,9 @@ def check_ids(ids: Numbers, name: str, length: int) -> Int64[np.ndarray, "N"]:
     if kind == "u":
         bad = array > np.uint64(2**63 - 1)
     elif jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(np.longdouble if array.dtype.itemsize > 8 else np.float64)
         # From here on neighbouring whole numbers are the same float.
-        most = 2.0 ** (min(jnp.finfo(ids.dtype).nmant, 52) + 1)  # type: ignore[union-attr]
+        most = 2.0 ** (min(jnp.finfo(array.dtype).nmant, 52) + 1)
+        array = array.astype(np.longdouble if array.dtype.itemsize > 8 else np.float64)
         with np.errstate(invalid="ignore"):
             bad = ~((np.abs(array) < most) & (array == np.round(array)))
     else:

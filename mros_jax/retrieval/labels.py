@@ -33,11 +33,12 @@ def make_sides(data: tuple[Side | Numbers, ...]) -> tuple[Side, Side]:
     Raises:
         TypeError: neither.
     """
-    if len(data) == 2 and all(isinstance(side, Side) for side in data):
-        return data  # type: ignore[return-value]
-    if len(data) == 6 and not any(isinstance(array, Side) for array in data):
-        query, gallery = data[::2], data[1::2]
-        return Side(*query), Side(*gallery)  # type: ignore[arg-type]
+    sides = [side for side in data if isinstance(side, Side)]
+    arrays = [array for array in data if not isinstance(array, Side)]
+    if len(sides) == len(data) == 2:
+        return sides[0], sides[1]
+    if len(arrays) == len(data) == 6:
+        return Side(*arrays[::2]), Side(*arrays[1::2])
     raise TypeError(
         f"got {len(data)} positional arguments; expected two Side, or six arrays: query_features, "
         "gallery_features, query_pids, gallery_pids, query_camids, gallery_camids"
@@ -64,7 +65,8 @@ class Lists:
     def places(self, rows: Int[np.ndarray, "B"]) -> Int64[np.ndarray, "K"]:
         """Where in `indices` the lists of `rows` are, one after the other."""
         row, position = ragged_positions(self.lengths[rows])
-        return self.starts[rows][row] + position
+        places: np.ndarray = self.starts[rows][row] + position
+        return places
 
     def cells(
         self, rows: Int[np.ndarray, "B"]

@@ -127,11 +127,13 @@ def count_ranks(
             return ranks.at[:, i].set(rank)
 
         most = (match >= 0).sum(1).max()
-        return jax.lax.fori_loop(0, most, count_one, jnp.zeros(match.shape, jnp.int32))
+        ranks: Array = jax.lax.fori_loop(0, most, count_one, jnp.zeros(match.shape, jnp.int32))
+        return ranks
 
     # A few rows at a time stay in a core's cache while their matches are counted one by one.
     cut = [x.reshape(-1, blocks.MULTIPLE, x.shape[1]) for x in (distance, matches, removed)]
-    return jax.lax.map(count_rows, tuple(cut)).reshape(matches.shape)
+    ranks: Array = jax.lax.map(count_rows, tuple(cut))
+    return ranks.reshape(matches.shape)
 
 
 def _find_bad(distance: Shaped[Array, "B G"]) -> Bool[Array, "B"]:
@@ -140,7 +142,8 @@ def _find_bad(distance: Shaped[Array, "B G"]) -> Bool[Array, "B"]:
     bits = jax.lax.bitcast_convert_type(distance, jnp.dtype(f"int{info.bits}"))
     size = bits & jnp.iinfo(bits.dtype).max
     lowest, infinite = 1 << info.nmant, ((1 << info.nexp) - 1) << info.nmant
-    return ((size >= infinite) | ((size > 0) & (size < lowest))).any(1)
+    bad: Array = (size >= infinite) | ((size > 0) & (size < lowest))
+    return bad.any(1)
 
 
 def count_given(
@@ -265,7 +268,8 @@ def average_precisions(
         before = np.where(ranks == 1, 1.0, (i - 1) / np.maximum(ranks - 1, 1))
         precision = (precision + before) / 2
     sums = np.bincount(lists, precision, minlength=num_lists)
-    return np.divide(sums, lengths, out=np.full(num_lists, np.nan), where=lengths > 0)
+    means: np.ndarray = np.divide(sums, lengths, out=np.full(num_lists, np.nan), where=lengths > 0)
+    return means
 
 
 def _summarize(

@@ -57,7 +57,7 @@ def select_top(
 
 
 @functools.cache
-def make_look(k: int) -> Callable:
+def make_look(k: int) -> Callable[[Array, Array], tuple[Array, Array, Array]]:
     """What finds the k nearest images in a block of similarities, and the farthest."""
 
     def look(similarity: Float[Array, "B N"], index: Int[Array, "B"]) -> tuple[Array, Array, Array]:
@@ -86,7 +86,7 @@ def search_neighbors(
 
 
 @functools.cache
-def _make_select(k: int) -> Callable:
+def _make_select(k: int) -> Callable[[Array], Array]:
     return lambda similarity: select_top(similarity, k)[1]
 
 
@@ -97,8 +97,9 @@ def search_gallery(
     placement: blocks.Placement = blocks.EVERYWHERE,
 ) -> Int32[np.ndarray, "Q k"]:
     """The k gallery images nearest to each query by cosine, nearest first."""
-    look = _make_select(k)
-    return distances.Gallery(gallery, "similarity", look=look, placement=placement)(query)
+    search = distances.Gallery(gallery, "similarity", look=_make_select(k), placement=placement)
+    nearest: np.ndarray = search(query)
+    return nearest
 
 
 def _smallest(similarity: Float[Array, "B N"]) -> Float[Array, "B"]:
@@ -204,9 +205,10 @@ def search_faiss(
         said = str(error).splitlines()[-1]
         raise UserError(f"neighbors is {neighbors!r}, but faiss says: {said}") from error
     if not placement.together:
-        return index.search(unit, k)[1].astype(np.int32)
-    parts = [unit[i : i + _FAISS_BLOCK] for i in range(0, len(unit), _FAISS_BLOCK)]
-    found = parallel.share(parts, lambda own: [index.search(part, k)[1] for part in own])
+        found = [index.search(unit, k)[1]]
+    else:
+        parts = [unit[i : i + _FAISS_BLOCK] for i in range(0, len(unit), _FAISS_BLOCK)]
+        found = parallel.share(parts, lambda own: [index.search(part, k)[1] for part in own])
     return np.concatenate(found).astype(np.int32)
 
 

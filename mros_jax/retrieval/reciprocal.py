@@ -70,7 +70,7 @@ def _pair_cosines(
     keys, known = keys.ravel()[order], neighbors.similarity.ravel()[order]
     wanted = row.astype(np.int64) * num + column
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    result = known[place].astype(np.float64)
+    result: np.ndarray = known[place].astype(np.float64)
     missing = np.flatnonzero(keys[place] != wanted)
     result[missing] = compute_cosines(features, row[missing], column[missing])
     return result
@@ -100,7 +100,7 @@ def encode(features: Any, neighbors: Neighbors, k1: int, k2: int) -> scipy.spars
 def scale_distances(cosine_distance: np.ndarray, smallest: np.ndarray) -> np.ndarray:
     """Divide by the distance of the farthest image; 0 where all images are alike."""
     farthest = np.maximum(1.0 - smallest, np.finfo(np.float32).tiny)
-    scaled = np.maximum(cosine_distance, 0)
+    scaled: np.ndarray = np.maximum(cosine_distance, 0)
     scaled /= farthest
     return scaled
 

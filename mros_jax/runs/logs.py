@@ -11,7 +11,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from mros_jax import extras
 from mros_jax.files import write_atomically
@@ -35,7 +35,8 @@ class Writer:
     def __init__(self, run: Run, start_step: int = 0, *, keep_evaluation: bool = True):
         def keep(record: Mapping[str, Any]) -> bool:
             again = record.get("kind") == "eval" and not keep_evaluation
-            return record["step"] < start_step + (not again)
+            step: int = record["step"]
+            return step < start_step + (not again)
 
         self._files = {
             "metrics": _reopen(run.metrics_file, keep),
@@ -108,7 +109,9 @@ class _Events:
         self._add(step, summary=self._make_scalar(name, value))
 
 
-def _reopen(path: pathlib.Path, keep: Callable[[Mapping[str, Any]], bool], *, kind: bool = True):
+def _reopen(
+    path: pathlib.Path, keep: Callable[[Mapping[str, Any]], bool], *, kind: bool = True
+) -> TextIO:
     kept = [record for record in read_records(path, kind=kind) if keep(record)]
     with write_atomically(path) as file:
         file.write("".join(json.dumps(record) + "\n" for record in kept))

@@ -185,22 +185,26 @@ class Run:
     @property
     def num_classes(self) -> int:
         """Training identities."""
-        return self.record["dataset"]["num_classes"]
+        num_classes: int = self.record["dataset"]["num_classes"]
+        return num_classes
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """Split -> fingerprint of the data that the run was started with."""
-        return self.record["dataset"]["fingerprints"]
+        fingerprints: dict[str, str] = self.record["dataset"]["fingerprints"]
+        return fingerprints
 
     @property
     def dataset(self) -> str:
         """Name of the data set."""
-        return self.record["dataset"]["name"]
+        name: str = self.record["dataset"]["name"]
+        return name
 
     @property
     def system(self) -> str:
         """The method that was trained, as the paper's tables know it."""
-        return self.config["name"]
+        name: str = self.config["name"]
+        return name
 
     @functools.cached_property
     def results(self) -> dict[str, Any]:
@@ -221,7 +225,8 @@ class Run:
     @property
     def rankings(self) -> list[dict[str, Any]]:
         """The evaluated rankings, the plain one first."""
-        return self.results["results"]
+        rankings: list[dict[str, Any]] = self.results["results"]
+        return rankings
 
     @functools.cached_property
     def _metrics(self) -> list[dict[str, Any]]:
@@ -391,7 +396,8 @@ def _is_stray(name: str) -> bool:
 
 
 def _resolve(config: ConfigDict) -> dict[str, Any]:
-    return json.loads(config.to_json())
+    resolved: dict[str, Any] = json.loads(config.to_json())
+    return resolved
 
 
 def _compare(there: Any, here: Any) -> dict[str, str]:

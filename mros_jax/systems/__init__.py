@@ -1,7 +1,8 @@
 """One file for each paper's network, and the one dict of them."""
 
-from typing import Any
+from collections.abc import Callable
 
+from mros_jax.models.outputs import Network
 from mros_jax.systems.dare import DaRe
 from mros_jax.systems.hacnn import HACNN
 from mros_jax.systems.mgn import MGN
@@ -13,7 +14,7 @@ from mros_jax.systems.strong import StrongBaseline
 from mros_jax.systems.trinet import TriNet
 
 # What `config.network.name` may say. The rest of the section are the module's fields.
-NETWORKS: dict[str, Any] = {
+NETWORKS: dict[str, Callable[..., Network]] = {
     "dare": DaRe,
     "hacnn": HACNN,
     "mgn": MGN,

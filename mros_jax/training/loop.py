@@ -24,7 +24,7 @@ class Stop:
         agreed: all processes know that they stop after the same step.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._requested = False
         self._former: dict[int, Any] = {}
         self.agreed = False

@@ -99,8 +99,10 @@ def make_schedule(
         done = epoch if warmup_per == "epoch" else step / steps_per_epoch
         progress = jnp.minimum(done / warmup_epochs, 1.0).astype(jnp.float32)
         if warmup == "exponential":
-            return rate * jnp.float32(warmup_factor) ** (1 - progress)
-        return rate * (warmup_factor * (1 - progress) + progress)
+            rate = rate * jnp.float32(warmup_factor) ** (1 - progress)
+        else:
+            rate = rate * (warmup_factor * (1 - progress) + progress)
+        return rate
 
     return schedule
 

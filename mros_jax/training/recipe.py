@@ -252,7 +252,7 @@ def init_variables(network: Network, config: ConfigDict) -> dict[str, Any]:
     """
     images = jnp.zeros((1, config.input.height, config.input.width, 3), jnp.float32)
     init = jax.jit(functools.partial(network.init, train=False))
-    variables = init(jax.random.key(config.seed), images)
+    variables: dict[str, Any] = init(jax.random.key(config.seed), images)
     _check_weights(config, network, variables["params"])
     weights = config.weights
     if weights == "auto":
@@ -279,6 +279,7 @@ def shape_outputs(network: Network, height: int, width: int) -> Outputs:
     """The shapes of a network's outputs for one image."""
     image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     init = functools.partial(network.init_with_output, train=False)
+    outputs: Outputs
     outputs, _ = jax.eval_shape(init, jax.random.key(0), image)
     return outputs
 

@@ -62,7 +62,8 @@ class Source:
         )
         if len(taken) < len(here):
             log.info("The others start without it: %s", difference)
-        return traverse_util.unflatten_dict({**here, **taken})
+        filled: dict[str, Any] = traverse_util.unflatten_dict({**here, **taken})
+        return filled
 
 
 def load_source(section: ConfigDict) -> Source | None:

@@ -70,4 +70,5 @@ def make_state(
         opt_state=optimizer.init(params),
         ema_params=variables["params"] if use_ema else None,
     )
-    return jax.tree.map(np.asarray, state)
+    on_host: TrainState = jax.tree.map(np.asarray, state)
+    return on_host

@@ -1,6 +1,7 @@
 """What DaRe has of its own: exits and their cost, fusion, how it starts, its schedule."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,11 +117,12 @@ def test_variants():
 
 def test_fields_that_make_no_network():
     images = jax.ShapeDtypeStruct((1, 64, 32, 3), jnp.float32)
-    for fields, message in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"embedded": 0}, "embedded 0; both must be 1 or more"),
         ({"trunk": "vgg"}, "trunk is 'vgg'"),
         ({"last_stride": 3}, "last_stride is 3"),
-    ):
+    )
+    for fields, message in cases:
         network = DaRe(**{"num_classes": 3, "trunk": "tiny", **fields})
         with pytest.raises(UserError, match=message):
             jax.eval_shape(functools.partial(network.init, train=False), jax.random.key(0), images)

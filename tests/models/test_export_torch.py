@@ -1,11 +1,14 @@
 """The export script on a run, and its output in the PyTorch model of the parity tests."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from mros_jax import console
 from mros_jax.inference import load_model
+from mros_jax.systems.mros import MROS
 from scripts import export_torch
 from tests.runs import make_run
 
@@ -23,12 +26,14 @@ def test_a_run_computes_the_same_in_pytorch(tmp_path, capsys, torch):
 
     embedder = load_model(run)
     network, config = embedder.network, embedder.config
+    assert isinstance(network, MROS)
+    assert config is not None
     theirs = TorchMROS(network.num_classes, "IV", network.trunk, last_stride=network.last_stride)
     theirs.load_state_dict(load_file(out), strict=True)
     shape = (2, config.input.height, config.input.width, 3)
     images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    apply = jax.jit(lambda v, x: network.apply(v, x, train=False).descriptor)
-    ours = apply(embedder.variables, images)
+    apply = jax.jit(functools.partial(network.apply, train=False))
+    ours = apply(embedder.variables, images).descriptor
     with torch.no_grad():
         expected = theirs.eval()(torch.from_numpy(images).permute(0, 3, 1, 2))["descriptor"]
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)

@@ -154,7 +154,8 @@ def test_pointwise_convolution_is_a_convolution(stride):
         x, variables["params"]["kernel"], (stride, stride), "VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
-    np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=1e-5, atol=1e-6)
+    ours = np.asarray(layer.apply(variables, x))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Refined part pooling: what it computes, and that it starts as PCB."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +84,7 @@ def test_first_stage_is_pcb():
         if start is not None:
             network = {key: start.params["network"][key] for key in state.params["network"]}
             assert set(start.params["network"]) - set(network) == {"part_classifier"}
-            state = state.replace(params={"network": network, "objective": {}})
+            state = dataclasses.replace(state, params={"network": network, "objective": {}})
         start = state
         state, step = parallel.replicate(state, devices), parallel.MappedStep(parts.step, devices)
         for _ in range(2):

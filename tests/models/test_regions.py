@@ -38,15 +38,15 @@ def test_regions_and_their_gradients_are_those_of_grid_sample(align_corners, rec
     def compute():
         import torch
 
-        theirs = [torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(shifts)]
-        for tensor in theirs:
+        maps, moved = torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(shifts)
+        for tensor in (maps, moved):
             tensor.requires_grad_()
-        regions = cut_theirs(*theirs, (6, 7), align_corners).permute(0, 1, 3, 4, 2)
+        regions = cut_theirs(maps, moved, (6, 7), align_corners).permute(0, 1, 3, 4, 2)
         (regions * torch.tensor(weights)).sum().backward()
         return {
             "regions": regions.detach(),
-            "by_x": theirs[0].grad.permute(0, 2, 3, 1),
-            "by_shift": theirs[1].grad,
+            "by_x": maps.grad.permute(0, 2, 3, 1),
+            "by_shift": moved.grad,
         }
 
     expected = recorded(compute)

@@ -1,3 +1,4 @@
+import os
 import pathlib
 import subprocess
 import sys
@@ -7,7 +8,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from mros_jax import files
 from mros_jax.models import torch_weights
 from mros_jax.models.torch_weights import WeightsError
 from mros_jax.systems.mros import MROS
@@ -187,7 +187,7 @@ def test_a_failed_save_leaves_nothing(variables, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("no")
 
-    monkeypatch.setattr(files.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="no"):
         torch_weights.save_torch_state_dict(tmp_path / "w.safetensors", variables)
     assert list(tmp_path.iterdir()) == []

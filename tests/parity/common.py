@@ -46,13 +46,14 @@ class Ours(NamedTuple):
     config: Any
     ours: Any
     objective: Any
-    variables: dict
-    own: dict
+    variables: dict[str, Any]
+    own: dict[str, Any]
 
 
 def make_ours(config, draw):
     """All in float64, of variables drawn by `draw(name, shape)`; call it with 64 bits enabled."""
-    network = make_network(config, NUM_CLASSES).clone(dtype=jnp.float64)
+    module: Any = make_network(config, NUM_CLASSES)
+    network = module.clone(dtype=jnp.float64)
     objective = make_objective(config.objective.to_dict())
     init = functools.partial(network.init_with_output, train=False)
     images = jax.ShapeDtypeStruct((2, HEIGHT, WIDTH, 3), jnp.float64)

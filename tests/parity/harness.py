@@ -1,6 +1,7 @@
 """What only live comparisons share: random weights of PyTorch networks that compare well."""
 
 import copy
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def widen_gaps(model, images, monkeypatch):
     float64 as much. Here 0 comes to lie in the middle of a wide gap between a channel's values.
     """
     statistics = copy.deepcopy(dict(model.named_buffers()))
-    called = []
+    called: list[Any] = []
 
     def relu(x):
         values = x.transpose(0, 1).flatten(1).sort(dim=1).values  # (C, values)

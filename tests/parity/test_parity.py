@@ -4,7 +4,7 @@ One full ResNet-50 goes through outputs, loss and gradients; what needs many net
 uses a small one of the same code.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,8 @@ class Pair(NamedTuple):
     theirs: TorchMROS
     ours: MROS
     objective: Objective
-    variables: dict
-    own: dict  # parameters of the objective
+    variables: dict[str, Any]
+    own: dict[str, Any]  # parameters of the objective
     images: np.ndarray
 
     def torch_images(self):
@@ -55,6 +55,7 @@ def make_pair(
     config = configs.read("configs/mros.py", setting)
     config.network.trunk, config.network.last_stride = layout, last_stride
     ours = configs.make_network(config, NUM_CLASSES)
+    assert isinstance(ours, MROS)
     objective = make_objective(config.objective.to_dict())
     images = make_images(len(LABELS), height, width)
     if monkeypatch is not None:

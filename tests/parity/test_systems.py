@@ -63,11 +63,11 @@ class Case(NamedTuple):
     file: str
     variant: str
     theirs: Callable[[str], torch.nn.Module]
-    loss: Callable
-    optimizers: Callable
+    loss: Callable[..., Any]
+    optimizers: Callable[..., Any]
     rate: Callable[[int], float]
     changes: Mapping[str, Any] = MappingProxyType({})
-    finish: Callable[[dict], None] = lambda own: None
+    finish: Callable[[dict[str, Any]], None] = lambda own: None
     idle: tuple[str, ...] = ()
     stage: str = ""
     remainders: tuple[str, ...] = ()
@@ -207,8 +207,8 @@ class Pair(NamedTuple):
     theirs: torch.nn.Module
     ours: Any
     objective: Any
-    variables: dict
-    own: dict
+    variables: dict[str, Any]
+    own: dict[str, Any]
     images: np.ndarray
 
     def torch_own(self, dtype):

@@ -129,7 +129,7 @@ class TorchHACNN(nn.Module):
     def forward(self, x):
         part = self.get_submodule
         x = self.stem(x)
-        maps, local = {"x0": x}, 0
+        maps, local = {"x0": x}, torch.zeros(())
         for i, size in enumerate([(24, 28), (12, 14), (6, 7)], start=1):
             y = part(f"inception{i}_b")(part(f"inception{i}_a")(x))
             shifts = part(f"hard{i}")(y)

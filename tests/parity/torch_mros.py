@@ -11,7 +11,14 @@ from tests.parity.torch_resnet import ResNet
 
 
 class TorchMROS(nn.Module):
-    def __init__(self, num_classes, setting="IV", layout="resnet50", num_stripes=6, last_stride=1):
+    def __init__(
+        self,
+        num_classes: int,
+        setting: str = "IV",
+        layout: str = "resnet50",
+        num_stripes: int = 6,
+        last_stride: int = 1,
+    ):
         super().__init__()
         self.num_stripes, self.overlap = num_stripes, setting != "I"
         self.levels = ("t3", "t4") if setting == "IV" else ("t4",)

@@ -68,7 +68,7 @@ RATES = {
 
 def make_optimizers(model, stage):
     """A new optimizer of what moves; what does not is not given to it."""
-    groups = [[], [], []]
+    groups: list[list[nn.Parameter]] = [[], [], []]
     for name, parameter in model.named_parameters():
         kind = name.split(".")[0]
         groups[{"trunk": 0, "part_classifier": 1}.get(kind, 2)].append(parameter)

@@ -1,6 +1,7 @@
 import contextlib
 import io
 import zipfile
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from mros_jax.errors import NotFoundError, UserError
 from mros_jax.retrieval import descriptors
 
-GOOD = {
+GOOD: dict[str, Any] = {
     "query_features": np.eye(2, 3, dtype=np.float32),
     "gallery_features": np.eye(3, dtype=np.float32),
     "query_pids": np.arange(2),

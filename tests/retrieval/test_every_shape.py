@@ -72,7 +72,7 @@ def rank_plainly(distance, query_pids, gallery_pids, query_camids, gallery_camid
 def check_shape(shape, num_devices, metric, normalize, *, whole):
     for seed in itertools.count():
         case = make_case(shape, whole=whole, seed=seed)
-        distance = measure(*case[:2], metric, normalize)
+        distance = measure(case[0], case[1], metric, normalize)
         gaps = np.diff(np.sort(distance, axis=1), axis=1)
         if whole or not gaps.size or gaps.min() > 1e-5:  # else float32 cannot tell them apart
             break

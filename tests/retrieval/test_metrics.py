@@ -115,7 +115,7 @@ def test_distractors_never_match_unless_pid_zero_is_a_person():
 
 def test_query_without_match_is_left_out():
     result = evaluate_distances(
-        np.float32([[0.1, 0.2], [0.1, 0.2]]), [1, 9], [1, 2], [1, 1], [2, 2]
+        np.array([[0.1, 0.2], [0.1, 0.2]], np.float32), [1, 9], [1, 2], [1, 1], [2, 2]
     )
     assert result.invalid_queries.tolist() == [1]
     assert result.valid_queries.tolist() == [0]

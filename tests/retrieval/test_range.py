@@ -89,13 +89,12 @@ def test_float64_and_whole_numbers_beyond_float32(factor):
     control = evaluate(QUERY, GALLERY, *LABELS)
     assert_same(evaluate(QUERY * factor, GALLERY * factor, *LABELS), control)
     assert_same(evaluate(QUERY * factor, GALLERY, *LABELS), control)
-    options = {"normalize": False}
     assert_same(
-        evaluate(QUERY * factor, GALLERY * factor, *LABELS, **options),
-        evaluate(QUERY, GALLERY, *LABELS, **options),
+        evaluate(QUERY * factor, GALLERY * factor, *LABELS, normalize=False),
+        evaluate(QUERY, GALLERY, *LABELS, normalize=False),
     )
     with pytest.raises(UserError, match=r"float64 cannot hold the cosine distances of 12 of 12"):
-        compute_distances(QUERY * factor, GALLERY * factor, **options)
+        compute_distances(QUERY * factor, GALLERY * factor, normalize=False)
 
 
 def test_whole_numbers():

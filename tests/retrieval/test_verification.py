@@ -113,9 +113,9 @@ def test_euclidean_thresholds_are_distances():
     features = data["query_features"], data["gallery_features"]
     labels = [data[name] for name in LABELS]
     for normalize in (True, False):
-        options = {"metric": "euclidean", "normalize": normalize}
-        from_features = verify(*features, *labels, **options)
-        given = verify_distances(compute_distances(*features, **options), *labels)
+        from_features = verify(*features, *labels, metric="euclidean", normalize=normalize)
+        distance = compute_distances(*features, metric="euclidean", normalize=normalize)
+        given = verify_distances(distance, *labels)
         np.testing.assert_allclose(from_features.thresholds, given.thresholds, rtol=1e-6)
         assert from_features.eer == given.eer
 

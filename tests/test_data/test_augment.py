@@ -149,7 +149,7 @@ def test_crop_offsets_are_uniform(draws):
 def reference_boxes(count, seed=0):
     """Random erasing as the public code does it, one attempt after another, in NumPy."""
     rng = np.random.default_rng(seed)
-    boxes = []
+    boxes: list[tuple[int, int]] = []
     while len(boxes) < count:
         area = rng.uniform(0.02, 0.4, 10 * count) * 384 * 128
         aspect = rng.uniform(0.3, 1 / 0.3, 10 * count)
@@ -234,15 +234,15 @@ def test_noise_fills_what_is_erased_and_nothing_else():
     noisy, plain = np.asarray(make("noise")), np.asarray(make("mean"))
     draw = jax.jit(jax.vmap(lambda key: draw_params(key, height=96, width=32, erase=1.0)))
     boxes = draw(keys).erase_box
-    drawn = []
+    inner = []
     for box, ours, other in zip(np.asarray(boxes), noisy, plain, strict=True):
         top, left, tall, wide = box
         inside = np.zeros((96, 32), bool)
         inside[top : top + tall, left : left + wide] = True
         np.testing.assert_array_equal(ours[~inside], other[~inside])
         assert (other[inside] == 0).all()
-        drawn.append(ours[inside])
-    drawn = np.concatenate(drawn)
+        inner.append(ours[inside])
+    drawn = np.concatenate(inner)
     assert len(np.unique(drawn)) > 0.9 * drawn.size
     np.testing.assert_allclose([drawn.mean(), drawn.std()], [0, 1], atol=0.02)
     assert 0.0015 < (np.abs(drawn) > 3).mean() < 0.0045  # 0.0027 of a normal distribution
@@ -281,7 +281,7 @@ def test_result_is_resize_and_normalise_without_augmentation():
     ours = jax.jit(lambda x, k: augment_batch(x, k, height=H, width=W, flip=0, pad=0, erase=0))(
         images, keys
     )
-    still = AugmentParams(np.array(False), np.array([PAD, PAD]), np.zeros(4, int))
+    still = AugmentParams(jnp.array(False), jnp.array([PAD, PAD]), jnp.zeros(4, int))
     for image, expected in zip(images, ours, strict=True):
         np.testing.assert_allclose(expected, by_pil(image, still, "mean"), atol=1e-6, rtol=1e-5)
 

@@ -4,6 +4,7 @@ import io
 import pathlib
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -72,7 +73,7 @@ def test_all_orientations_in_all_formats(random_pixels, orientation, format):
         pytest.skip("PIL does not write it")
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
-    options = {"compression": "tiff_lzw"} if format == "tiff_lzw" else {}
+    options: dict[str, Any] = {"compression": "tiff_lzw"} if format == "tiff_lzw" else {}
     if format == "webp":
         options["lossless"] = True
     data = encode(pixels, format.split("_")[0], exif=exif, **options)
@@ -98,12 +99,12 @@ def test_floating_point_levels():
 @pytest.mark.parametrize(
     ("levels", "message"),
     [
-        (np.float32([[0, 255]]), "levels from 0 to 255; expected 0 to 1"),
-        (np.float32([[-0.5, 1]]), "levels from -0.5 to 1"),
-        (np.float32([[0, np.nan]]), "levels from nan to nan"),
-        (np.float32([[0, np.inf]]), "levels from 0 to inf"),
-        (np.int32([[0, 70_000]]), "levels of 32 bit from 0 to 70000"),
-        (np.int32([[0, 200]]), "levels of 32 bit from 0 to 200"),
+        (np.array([[0, 255]], np.float32), "levels from 0 to 255; expected 0 to 1"),
+        (np.array([[-0.5, 1]], np.float32), "levels from -0.5 to 1"),
+        (np.array([[0, np.nan]], np.float32), "levels from nan to nan"),
+        (np.array([[0, np.inf]], np.float32), "levels from 0 to inf"),
+        (np.array([[0, 70_000]], np.int32), "levels of 32 bit from 0 to 70000"),
+        (np.array([[0, 200]], np.int32), "levels of 32 bit from 0 to 200"),
     ],
 )
 def test_levels_without_a_plain_meaning_are_refused(levels, message):
@@ -146,7 +147,8 @@ def test_color_modes(grey, random_pixels):
     check(encode(grey), as_rgb(grey), "L to RGB")
     check(encode(grey > 127), as_rgb((grey > 127) * np.uint8(255)), "1 to RGB")
     cyan = PIL.Image.new("CMYK", (8, 16), (255, 0, 0, 0))
-    check(encode(cyan, "tiff"), np.broadcast_to(np.uint8([0, 255, 255]), (16, 8, 3)), "CMYK to RGB")
+    converted = np.broadcast_to(np.array([0, 255, 255], np.uint8), (16, 8, 3))
+    check(encode(cyan, "tiff"), converted, "CMYK to RGB")
     palette = PIL.Image.fromarray(rgb).quantize(8)
     check(encode(palette), np.asarray(palette.convert("RGB")), "P to RGB")
 

@@ -276,11 +276,11 @@ def test_msmt17_without_its_validation_list(layout, config, capsys, by_config):
         layout.write(folder, line.split()[0])
     for name in ("train", "val", "query", "gallery"):
         (layout.root / f"list_{name}.txt").write_text(line if name != "val" else "nonsense")
-    arguments = ("--dataset=msmt17", f"--root={layout.root}", "--include_val=False")
+    arguments = ["--dataset=msmt17", f"--root={layout.root}", "--include_val=False"]
     if by_config:
-        fields = (argument.removeprefix("--") for argument in arguments[1:])
-        fields = [f"--config.dataset.{field}" for field in fields]
-        arguments = (config, "--config.dataset.name=msmt17", *fields)
+        fields = [argument.removeprefix("--") for argument in arguments[1:]]
+        sections = [f"--config.dataset.{field}" for field in fields]
+        arguments = [config, "--config.dataset.name=msmt17", *sections]
     (layout.root / "list_val.txt").write_text(line.replace("_0015", "_0016"))
     _, output = run(capsys, *arguments)
     assert re.search(r"train +1 +30,248 ", output.out)

@@ -212,7 +212,7 @@ def test_image_cache(tmp_path, messages):
             changed = mutate(rng, data) if rng.integers(2) else data
             path.with_suffix(suffix).write_bytes(changed)
         if rng.integers(3) == 0:
-            field, value = rng.choice(list(meta)), rng.choice([None, 1, "x"])
+            field, value = rng.choice(list(meta)), rng.choice(np.array([None, 1, "x"]))
             path.with_suffix(".json").write_text(json.dumps({**meta, str(field): value}))
         found = cache.load(path, 4)
         assert found is None or found.images.shape == (3, 4, 2, 3)

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mros_jax import doctor
+from mros_jax.data import examination
 from mros_jax.data.augment import augment_batch, example_keys, preprocess
 from mros_jax.data.batches import plan_epoch
 from mros_jax.data.datasets.sources import load_dataset
-from mros_jax.data.store import load_store
+from mros_jax.data.store import labels_of, load_store
 
 ROOT = pathlib.Path(__file__).parents[1] / "data" / "pedestrians"
 
@@ -20,12 +20,12 @@ def test_from_files_to_batches(tmp_path):
     assert [len(split) for split in data.splits] == [4, 2, 4]
     np.testing.assert_array_equal(data.pid_of_label, [1, 4])
     np.testing.assert_array_equal(sorted(data.gallery.pids), [-1, 0, 5, 6])
-    report = doctor.examine(data, identities=2, images=2, progress=False)
+    report = examination.examine(data, identities=2, images=2, progress=False)
     assert report.findings == ()
 
     store = load_store(data.train, height=384, width=128, cache_dir=tmp_path, progress=False)
     assert store.images.shape == (4, 128, 64, 3)
-    plan = plan_epoch(store.labels, identities=2, images=2, seed=0, epoch=0)
+    plan = plan_epoch(labels_of(store), identities=2, images=2, seed=0, epoch=0)
     np.testing.assert_array_equal(np.sort(plan), [[0, 1, 2, 3]])
 
     batch = store.images[plan[0]]

@@ -36,7 +36,7 @@ def test_files_are_resized_like_arrays(size, out):
     """Shapes for which Pillow 13 begins with the height, too."""
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     ours = resize(image[None], height=out[0], width=out[1], interpolation="bicubic")
-    np.testing.assert_array_equal(decoding.resize(image, *out, "bicubic"), ours[0])
+    np.testing.assert_array_equal(decoding.resize(image, out[0], out[1], "bicubic"), ours[0])
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
@@ -46,7 +46,7 @@ def test_resize_equals_pil(size, out, interpolation):
     images[1] = images[1] > 127  # extremes 0 and 1, and then 0 and 255
     images[2] = (images[2] > 127) * 255
     run = jax.jit(lambda x: resize(x, height=out[0], width=out[1], interpolation=interpolation))
-    np.testing.assert_array_equal(run(images), pil_resize(images, *out, interpolation))
+    np.testing.assert_array_equal(run(images), pil_resize(images, out[0], out[1], interpolation))
 
 
 @settings(max_examples=10, deadline=None)
@@ -59,7 +59,7 @@ def test_resize_equals_pil(size, out, interpolation):
 def test_resize_of_any_size_equals_pil(size, out, interpolation, seed):
     images = np.random.default_rng(seed).integers(0, 256, (1, *size, 3), dtype=np.uint8)
     ours = resize(images, height=out[0], width=out[1], interpolation=interpolation)
-    np.testing.assert_array_equal(ours, pil_resize(images, *out, interpolation))
+    np.testing.assert_array_equal(ours, pil_resize(images, out[0], out[1], interpolation))
 
 
 def test_same_size_is_untouched():

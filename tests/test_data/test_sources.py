@@ -243,7 +243,8 @@ def test_relabel_keeps_the_mapping():
     labels, pid_of_label = relabel(pids)
     np.testing.assert_array_equal(labels, [2, 0, 2, 1])
     np.testing.assert_array_equal(pid_of_label[labels], pids)
-    assert (labels.dtype, pid_of_label.dtype) == (np.int32, np.int64)
+    assert labels.dtype == np.int32
+    assert pid_of_label.dtype == np.int64
 
 
 def test_dataset_lists_its_splits():

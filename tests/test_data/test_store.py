@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -131,10 +132,9 @@ def test_images_of_other_sizes_are_resized_as_asked_for(load, encode, random_pix
 
 def test_default_cache_is_the_users(jpegs, tmp_path, monkeypatch):
     store = load_store(make_split(*jpegs), height=4, width=4, progress=False)
-    assert (
-        pathlib.Path(store.images.filename).parent
-        == tmp_path / "cache-home" / "mros_jax" / "images"
-    )
+    assert isinstance(store.images, np.memmap)
+    used = pathlib.Path(str(store.images.filename))
+    assert used.parent == tmp_path / "cache-home" / "mros_jax" / "images"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache.directory() == tmp_path / ".cache" / "mros_jax" / "images"
@@ -243,7 +243,9 @@ def test_killed_writer_leaves_nothing_that_is_read(tmp_path, moment):
     assert cache.load(tmp_path / "x.npy", 5) is None
     images = np.zeros((2, 3, 4, 3), np.uint8)
     cache.save(tmp_path / "x.npy", cache.Decoding(images, True, {}, {}))
-    np.testing.assert_array_equal(cache.load(tmp_path / "x.npy", 2).images, images)
+    found = cache.load(tmp_path / "x.npy", 2)
+    assert found is not None
+    np.testing.assert_array_equal(found.images, images)
 
 
 def test_a_cache_of_other_images_is_not_taken(load, jpegs, messages):
@@ -288,7 +290,7 @@ def test_two_writers_at_once(load, jpegs):
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "empty", "missing"])
 def test_bad_image(load, jpegs, kind, messages):
-    images: list = list(jpegs)
+    images: list[Any] = list(jpegs)
     images[3] = {"truncated": jpegs[3][: len(jpegs[3]) // 2], "text": b"hello", "empty": b""}.get(
         kind
     )
@@ -346,6 +348,7 @@ def test_device_and_host_give_the_same_batches(load, jpegs):
     assert host.data is None
     assert "in host memory" in host.reason
     assert "on the devices" in device.reason
+    assert device.data is not None
     assert len(device.data["images"].sharding.device_set) == jax.local_device_count()
 
     @jax.jit

@@ -146,8 +146,8 @@ def test_a_person_depends_on_the_seed_and_the_number_alone():
 @pytest.mark.parametrize("seed", range(5))
 def test_lookalikes_share_everything_but_their_details_and_no_two_are_equal(seed):
     people = pedestrians.draw_people(seed, jnp.arange(1, 25), lookalikes=8)
-    shown = jnp.where(people.detail_on[..., None] > 0, people.detail_colour, -1.0)
-    shown = np.asarray(shown).reshape(3, 8, 8, 3)  # group, member, detail, colour
+    colours = jnp.where(people.detail_on[..., None] > 0, people.detail_colour, -1.0)
+    shown = np.asarray(colours).reshape(3, 8, 8, 3)  # group, member, detail, colour
     for name, value in vars(people).items():
         if not name.startswith("detail"):
             groups = np.asarray(value).reshape(3, 8, -1)
@@ -327,14 +327,16 @@ def test_pictures_of_an_identity_are_alike():
     )  # fmt: skip
     query, gallery = data.query, data.gallery
 
-    def describe(images, camids):
+    def describe(split):
+        assert isinstance(split.images, synthetic.Renderer)
+        images, camids = split.images.render(), split.camids
         crop = images[:, :126, 20:44].reshape(len(images), 6, 21, 24, 3)  # six stripes
         values = crop.mean((2, 3)).reshape(len(images), -1)
         for camid in np.unique(camids):  # a camera's tint is common to all of its pictures
             values[camids == camid] -= values[camids == camid].mean(0)
         return values
 
-    q, g = (describe(split.images.render(), split.camids) for split in (query, gallery))
+    q, g = (describe(split) for split in (query, gallery))
     distance = np.linalg.norm(q[:, None] - g[None], axis=-1)
     distance[query.camids[:, None] == gallery.camids[None]] = np.inf
     hits = gallery.pids[distance.argmin(1)] == query.pids

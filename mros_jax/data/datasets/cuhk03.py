@@ -124,7 +124,8 @@ def draw_trials(
     """
     order = np.argsort(gallery.pids, kind="stable")
     _, first, counts = np.unique(gallery.pids[order], return_index=True, return_counts=True)
-    return order[first + rng.integers(counts, size=(trials, len(counts)))].astype(np.int64)
+    chosen: np.ndarray = order[first + rng.integers(counts, size=(trials, len(counts)))]
+    return chosen.astype(np.int64)
 
 
 def _read_config(config: pathlib.Path, folder: pathlib.Path) -> list[list[Entry]]:

@@ -11,6 +11,7 @@ hem, knee band, socks, shoes. The whole-picture average tells members of one gro
 
 import functools
 import math
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -189,7 +190,9 @@ class _Draws:
         edges = np.cumsum(weights)[:-1] / np.sum(weights)
         return jnp.sum(self.uniform() > edges).astype(jnp.int32)
 
-    def row(self, table: tuple, weights: tuple | None = None) -> Array:
+    def row(
+        self, table: Sequence[Sequence[float]], weights: Sequence[float] | None = None
+    ) -> Array:
         """A row of the table."""
         weights = (1.0,) * len(table) if weights is None else weights
         return jnp.array(table, jnp.float32)[self.kind(*weights)]

@@ -46,7 +46,7 @@ class _Limb(NamedTuple):
     depth: Array
 
 
-def _project(picture: Picture, pitch: Array, x: Array, y: Array, z: Array) -> tuple:
+def _project(picture: Picture, pitch: Array, x: Array, y: Array, z: Array) -> tuple[Array, Array]:
     """Screen place and depth of a body point: x to the person's left, z forward."""
     cos, sin = jnp.cos(picture.yaw), jnp.sin(picture.yaw)
     depth = z * cos - x * sin
@@ -259,7 +259,7 @@ def _head(image: Array, at: Canvas, person: Person, picture: Picture, head: Arra
 
 def _long_hair(
     image: Array, at: Canvas, person: Person, picture: Picture, head: Array, show: Array
-):
+) -> Array:
     sin = jnp.sin(picture.yaw)
     end = jnp.where(person.hair_kind == 3, 0.27, 0.165)
     centre = (head[0] - 0.028 * sin, (0.06 + end) / 2)
@@ -423,4 +423,5 @@ def render(
     # rounding of its pixels, does not depend on how many there are. Small ones stay in the cache.
     count = len(camera_rows)
     index = jnp.minimum(jnp.arange(-(-count // _GROUP) * _GROUP), count - 1)
-    return jax.lax.map(one, index, batch_size=_GROUP)[:count]
+    pixels: Array = jax.lax.map(one, index, batch_size=_GROUP)
+    return pixels[:count]

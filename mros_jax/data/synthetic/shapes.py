@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+Point = tuple[Array | float, Array | float]
+
 
 class Canvas(NamedTuple):
     """Where each pixel lies, x and y of (H, W), and how large one pixel is, in some unit."""
@@ -20,7 +22,9 @@ class Canvas(NamedTuple):
     pixel: Array
 
 
-def capsule(at: Canvas, a: Array, b: Array, ra: Array | float, rb: Array | float) -> tuple:
+def capsule(
+    at: Canvas, a: Array, b: Array, ra: Array | float, rb: Array | float
+) -> tuple[Array, Array]:
     """Signed distance to a capsule from a to b with radius ra to rb, and the place along it."""
     dx, dy = b[0] - a[0], b[1] - a[1]
     px, py = at.x - a[0], at.y - a[1]
@@ -29,7 +33,7 @@ def capsule(at: Canvas, a: Array, b: Array, ra: Array | float, rb: Array | float
     return gap - (ra + (rb - ra) * along), along
 
 
-def ellipse(at: Canvas, centre: tuple, rx: Array | float, ry: Array | float) -> Array:
+def ellipse(at: Canvas, centre: Point, rx: Array | float, ry: Array | float) -> Array:
     """Signed distance to an ellipse, to first order: exact enough within a pixel of the edge."""
     x, y = (at.x - centre[0]) / rx, (at.y - centre[1]) / ry
     norm = jnp.sqrt(x * x + y * y + 1e-9)
@@ -37,7 +41,7 @@ def ellipse(at: Canvas, centre: tuple, rx: Array | float, ry: Array | float) -> 
     return norm * (norm - 1.0) / slope
 
 
-def box(at: Canvas, centre: tuple, rx: Array | float, ry: Array | float, r: float) -> Array:
+def box(at: Canvas, centre: Point, rx: Array | float, ry: Array | float, r: float) -> Array:
     """Signed distance to a box with corners rounded by r."""
     x = jnp.abs(at.x - centre[0]) - (rx - r)
     y = jnp.abs(at.y - centre[1]) - (ry - r)
