@@ -67,8 +67,8 @@ CHIPS = {
 
 HEADER = (
     *("program", "images a device", "arguments GB", "temporaries GB", "output GB"),
-    *("largest batch", "TFLOP", "bytes accessed GB", "main memory GB", "roofline images/s"),
-    *("Mcycles", "all-reduced"),
+    *("largest batch", "TFLOP", "bytes accessed GB", "moved GB", "main memory GB"),
+    *("roofline images/s", "Mcycles", "all-reduces", "all-reduced"),
 )
 
 
@@ -283,18 +283,20 @@ def find_memory(compiled: jax.stages.Compiled) -> Memory:
     )
 
 
-def describe(job: Job, chip: Chip, fit: bool) -> tuple[list[Any], Program]:
-    """One line of the table; and the compiled program."""
+def describe(job: Job, chip: Chip, fit: bool) -> tuple[list[Any], str]:
+    """One line of the table; and the text of the compiled program."""
     compiled = job.lower(job.batch).compile()
-    program = Program(compiled.as_text() or "")
+    text = compiled.as_text() or ""
+    program = Program(text)
     moves = program.moves()
+    everywhere = sum(move.size for move in Program(text, everywhere=True).moves())
     memory = find_memory(compiled)
     cost: Any = compiled.cost_analysis()
     once, repeated = program.count_products()
     flops = cost["flops"] + repeated - once
     moved = sum(move.size for move in moves)
     seconds = max(flops / chip.flops, moved / chip.bandwidth)
-    shared = program.count_collectives().get("all-reduce", (0, 0))[1]
+    reduces, shared = program.count_collectives().get("all-reduce", (0, 0))
     missing = " MISSING" if shared < job.learned and job.devices > 1 else ""
     line = [
         job.name,
@@ -303,12 +305,14 @@ def describe(job: Job, chip: Chip, fit: bool) -> tuple[list[Any], Program]:
         find_largest(job, memory, chip, fit) if job.batch else "",
         f"{flops / 1e12:.3f}",
         f"{cost['bytes accessed'] / 1e9:.2f}",
+        f"{everywhere / 1e9:.2f}",
         f"{moved / 1e9:.2f}",
         f"{job.devices * job.batch / seconds:.0f}" if job.batch else "",
         f"{sum(move.cycles for move in moves) / 1e6:.2f}",
+        reduces if job.learned else "",
         f"{shared / 1e6:.1f} of {job.learned / 1e6:.1f} M{missing}" if job.learned else "",
     ]
-    return line, program
+    return line, text
 
 
 def find_largest(job: Job, memory: Memory, chip: Chip, fit: bool) -> str:
@@ -337,7 +341,7 @@ def find_largest(job: Job, memory: Memory, chip: Chip, fit: bool) -> str:
 
 
 def format_moves(program: Program, count: int) -> str:
-    """Where the bytes of main memory go, most first: single instructions, and all of each kind."""
+    """Where the bytes go, most first: single instructions, and all of each kind."""
     moves = program.moves()
     whole = max(sum(move.size for move in moves), 1)
     kinds: dict[str, list[Move]] = {}
@@ -386,16 +390,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = STEPS if args.step == "all" else (args.step,)
     lines, lists = [], []
     for job in make_jobs(config, devices, args.batch, steps):
-        line, program = describe(job, chip, args.fit)
+        line, text = describe(job, chip, args.fit)
         lines.append(line)
-        if args.by_fusion:
-            lists.append(f"{job.name}:\n\n{format_moves(program, args.by_fusion)}")
+        for memory, everywhere in (("main memory", False), ("any memory", True)):
+            if args.by_fusion:
+                moves = format_moves(Program(text, everywhere), args.by_fusion)
+                lists.append(f"{job.name}, {memory}:\n\n{moves}")
     what = (
         f"{common.describe_config(config)}; compiled for {args.topology}, {len(devices)} x "
         f"{devices[0].device_kind}; jax {jax.__version__}"
     )
-    text = "\n\n".join([what, common.format_table(HEADER, lines), *lists])
-    common.publish(text, args.markdown)
+    table = common.format_table(HEADER, lines)
+    common.publish("\n\n".join([what, table, *lists]), args.markdown)
     return 0
 
 

@@ -85,9 +85,15 @@ class Move:
 
 
 class Program:
-    """A compiled program, from its text."""
+    """A compiled program, from its text.
 
-    def __init__(self, text: str):
+    Args:
+        text: as the compiler writes it.
+        everywhere: take the chip's own memory for main memory, so that moves in it count too.
+    """
+
+    def __init__(self, text: str, everywhere: bool = False):
+        text = text.replace(_ON_CHIP, "") if everywhere else text
         self.computations: dict[str, Computation] = {}
         entry = ""
         current: Computation = {}

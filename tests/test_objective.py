@@ -45,13 +45,14 @@ def test_mros_by_hand(setting):
     own = objective.init(jax.random.key(0), outputs, N)
     assert own.keys() == {"center"}
     ((name, centers),) = own["center"].items()
-    shapes = {"I": (6, N, 4), "II": (5, N, 4), "III": (1, N, 20), "IV": (1, N, 35)}
+    shapes = {"I": (6, N, 4), "II": (5, N, 4), "III": (N, 20), "IV": (N, 35)}
     assert centers.shape == shapes[setting]
     vectors = np.moveaxis(np.asarray(outputs.vectors(name)), 1, 0)
     assert (name == "descriptor") == (setting in ("III", "IV"))
 
     triplet = np.mean([triplet_by_hand(x, np.asarray(labels), 0.3, "mean") for x in vectors])
-    pulls = [x - np.asarray(c)[labels] for x, c in zip(vectors, centers, strict=True)]
+    stacked = np.asarray(centers).reshape(-1, *centers.shape[-2:])  # (S, N, D)
+    pulls = [x - c[labels] for x, c in zip(vectors, stacked, strict=True)]
     center = np.mean([np.square(pull).sum(1).mean() for pull in pulls])
     heads = np.concatenate([np.asarray(v) for v in outputs.logits.values()], axis=1)
     log_p = heads - np.log(np.exp(heads).sum(-1, keepdims=True))
@@ -70,8 +71,9 @@ def test_mros_by_hand(setting):
     # The centers see their term unweighted.
     label = int(labels[0])
     expected = -2 * pulls[0][np.asarray(labels) == label].sum(0) / B / len(vectors)
-    np.testing.assert_allclose(slope["center"][name][0, label], expected, rtol=1e-4, atol=1e-6)
-    assert (slope["center"][name][:, 5] == 0).all()  # no image of class 5
+    slopes = np.asarray(slope["center"][name]).reshape(stacked.shape)
+    np.testing.assert_allclose(slopes[0, label], expected, rtol=1e-4, atol=1e-6)
+    assert (slopes[:, 5] == 0).all()  # no image of class 5
 
 
 @pytest.mark.parametrize("setting", ["II", "IV"])

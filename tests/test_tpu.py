@@ -71,6 +71,21 @@ def test_bytes_of_a_program():
     assert moves["sum"].instruction.source == "transpose(jvp(A))/psum"
 
 
+def test_bytes_of_a_program_in_any_memory():
+    sizes = {
+        move.instruction.name: move.size for move in hlo.Program(TEXT, everywhere=True).moves()
+    }
+    block, padded = 8 * 128 * 4, 16 * 128 * 2
+    assert sizes == {
+        "negate": 3 * 2 * block,
+        "product": 3 * (2 * block + 128 * 128 * 4),
+        "rows": 2 * 8 * 128 + 128 * 4,  # the gathered rows still, not all of `data`
+        "copy-start": 2 * padded,
+        "slice-start": 2 * 8 * 128 * 2,  # a piece, read and written
+        "sum": 2 * padded,
+    }
+
+
 def test_products_of_a_program():
     once = 2 * 8 * 128 * 128
     assert hlo.Program(TEXT).count_products() == (once, 3 * once)
@@ -160,23 +175,41 @@ def test_float64_distances_are_ranked_where_there_are_tpus(unchecked):
     assert result.first_match_rank.tolist() == [2]
 
 
-@pytest.mark.skipif(
+needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `tpu`)"
 )
+
+
+def compile_demo(table, *options):
+    """What the script says of the demo's programs, as text."""
+    command = [sys.executable, "-m", "scripts.compile_for_tpu", "--config=configs/demo.py"]
+    words = [*command, f"--markdown={table}", *options]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return table.read_text()
+
+
+@needs_libtpu
 @pytest.mark.parametrize(
     ("step", "topology", "program"),
     [("train", "v5e:4x4", "train"), ("search", "v5e:2x2", "ranks, given distances")],
 )
 def test_a_small_system_compiles(step, topology, program, tmp_path):
     """Its training on four hosts, and all that an evaluation runs on a device."""
-    table = tmp_path / "table.md"
-    command = [sys.executable, "-m", "scripts.compile_for_tpu", "--config=configs/demo.py"]
-    options = [f"--topology={topology}", f"--markdown={table}", f"--step={step}", "--by-fusion=3"]
-    done = subprocess.run(
-        [*command, *options], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    text = table.read_text()
+    options = (f"--topology={topology}", f"--step={step}", "--by-fusion=3")
+    text = compile_demo(tmp_path / "table.md", *options)
     assert f"| {program} |" in text
     assert "MISSING" not in text
-    assert f"{program}:" in text
+    assert f"{program}, main memory:" in text
+    assert f"{program}, any memory:" in text
+
+
+@needs_libtpu
+@pytest.mark.parametrize("batch_norm", ["per_device", "synchronised"])
+def test_synchronised_statistics_are_seen_in_the_collectives(batch_norm, tmp_path):
+    """Nine normalizations of the tiny trunk follow one another: none can share an all-reduce."""
+    options = ("--step=train", f"--config.batch_norm={batch_norm}")
+    lines = compile_demo(tmp_path / "table.md", *options).splitlines()
+    head, row = ([x.strip() for x in line.split("|")] for line in (lines[-3], lines[-1]))
+    reduces = int(row[head.index("all-reduces")])
+    assert reduces >= 18 if batch_norm == "synchronised" else reduces < 9  # forward and backward

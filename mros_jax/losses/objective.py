@@ -110,14 +110,16 @@ class Triplet(Base):
             reduction=self.reduction,
             axis_name=axis_name,
         )
-        return _mean_over_vectors(loss, [outputs.vectors(name) for name in self.on])
+        values = [jax.vmap(loss, in_axes=1)(outputs.vectors(name)) for name in self.on]
+        return jnp.mean(jnp.concatenate(values))
 
 
 @dataclasses.dataclass(frozen=True)
 class Center(Base):
     """Center loss, the mean over all vectors of the named outputs; each has centers of its own.
 
-    The centers start from N(0, 1) and are parameters, `objective/NAME/OUTPUT` (S, N, D).
+    The centers start from N(0, 1) and are parameters, `objective/NAME/OUTPUT`: (S, N, D), or (N, D)
+    where the output is one vector (a first axis of 1 would cost a TPU copies of all of them).
 
     Attributes:
         reduction: see `center_loss`.
@@ -136,7 +138,7 @@ class Center(Base):
         shapes = {}
         for name in self.on:
             _, count, size = outputs.vectors(name).shape
-            shapes[name] = (count, num_classes, size)
+            shapes[name] = (num_classes, size) if count == 1 else (count, num_classes, size)
         ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
         drawn = jax.random.normal(key, (int(ends[-1]),), jnp.float32)
         pieces = jnp.split(drawn, ends[:-1])
@@ -154,12 +156,18 @@ class Center(Base):
         axis_name: str | None = None,
     ) -> Scalar:
         """Compute the unweighted loss."""
-        loss = functools.partial(center_loss, reduction=self.reduction, axis_name=axis_name)
-        return _mean_over_vectors(
-            lambda x, centers: loss(x, labels, centers),
-            [outputs.vectors(name) for name in self.on],
-            [params[name] for name in self.on],
-        )
+
+        def loss(x: Float[Array, "B D"], centers: Float[Array, "N D"]) -> Scalar:
+            return center_loss(x, labels, centers, reduction=self.reduction, axis_name=axis_name)
+
+        values = []
+        for name in self.on:
+            x, centers = outputs.vectors(name), params[name]
+            if centers.ndim == 2:
+                values.append(loss(x[:, 0], centers)[None])
+            else:
+                values.append(jax.vmap(loss, in_axes=(1, 0))(x, centers))
+        return jnp.mean(jnp.concatenate(values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,17 +207,6 @@ class CrossEntropy(Base):
             logits, labels, smoothing=self.smoothing, share=self.share, axis_name=axis_name
         )
         return loss * logits.shape[1] if self.heads == "sum" else loss
-
-
-def _mean_over_vectors(loss: Any, vectors: list[Any], centers: list[Any] | None = None) -> Scalar:
-    """The mean of `loss` over the S vectors of all outputs, (B, S, D) each."""
-    values = []
-    for i, x in enumerate(vectors):
-        if centers is None:
-            values.append(jax.vmap(loss, in_axes=1)(x))
-        else:
-            values.append(jax.vmap(loss, in_axes=(1, 0))(x, centers[i]))
-    return jnp.mean(jnp.concatenate(values))
 
 
 # What `config.objective.NAME.loss` may say. The rest of the section are the term's fields.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mros_jax.models.layers import max_pool, widen
+from mros_jax.models.layers import widen
 from mros_jax.models.resnet import BatchNorm, Conv, check_last_stride
 
 # torchvision: kaiming_normal_()
@@ -116,8 +116,9 @@ class _Features(nn.Module):
     ) -> dict[str, Float[Array, "B _ _ _"]]:
         common = {"dtype": self.dtype, "bn_axis_name": self.bn_axis_name}
         x = Conv(self.stem, 7, 2, self.dtype, kernel_init=_conv_init, name="conv0")(x)
-        norm = BatchNorm(axis_name=self.bn_axis_name, dtype=self.dtype, name="norm0")
-        x = max_pool(nn.relu(norm(x, train=train)))
+        axis_name = self.bn_axis_name
+        norm = BatchNorm(pool=True, axis_name=axis_name, dtype=self.dtype, name="norm0")
+        x = nn.relu(norm(x, train=train))
         stages: dict[str, jax.Array] = {}
         for stage, size in enumerate(self.block_sizes, start=1):
             if stage > 1:

@@ -179,7 +179,7 @@ def _max_pool_backward(x: Array, dy: Array) -> tuple[Array]:
 max_pool_on_cpu.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def normalize(
     x: Float[Array, "..."],
     scale: Float[Array, "..."],
@@ -187,6 +187,7 @@ def normalize(
     guess: Float[Array, "..."],
     epsilon: float,
     axis_name: str | None,
+    pool: bool = False,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
     """Normalise `x` with its own statistics over the axes that `scale` does not have.
 
@@ -200,11 +201,32 @@ def normalize(
         guess: a number near the mean, see `moments_in_one_pass`; it changes rounding only.
         epsilon: added to the variance.
         axis_name: axis of the devices that share statistics; None: each has its own.
+        pool: normalise what `max_pool` makes of `x`, with the statistics of all of it.
 
     Returns:
         The result, at least float32; mean and biased variance, which carry no gradient.
     """
-    return _normalize_forward(x, scale, bias, guess, epsilon, axis_name)[0]
+    return _normalize_forward(x, scale, bias, guess, epsilon, axis_name, pool)[0]
+
+
+def normalize_and_pool(
+    x: Float[Array, "B H W C"],
+    scale: Float[Array, "C"],
+    bias: Float[Array, "C"],
+    guess: Float[Array, "C"],
+    epsilon: float,
+    axis_name: str | None,
+) -> tuple[Float[Array, "B H2 W2 C"], Float[Array, "C"], Float[Array, "C"]]:
+    """`max_pool` of the result of `normalize`, the large map of which is never made.
+
+    A channel's result rises with `x`, or falls where its scale is negative, rounding included: the
+    largest result of a window is that of its largest value, or of its smallest. Where rounding (or
+    a scale of 0) makes results equal, the gradient goes to that value and not to the first.
+    """
+    sign = jnp.where(scale < 0, -1.0, 1.0).astype(scale.dtype)
+    rising = x * sign.astype(x.dtype)
+    y, mean, var = normalize(rising, sign * scale, bias, sign * guess, epsilon, axis_name, True)
+    return y, sign * mean, var
 
 
 def moments_in_two_passes(
@@ -235,7 +257,13 @@ def _average(values: Any, axis_name: str | None) -> Any:
 
 
 def _normalize_forward(
-    x: Array, scale: Array, bias: Array, guess: Array, epsilon: float, axis_name: str | None
+    x: Array,
+    scale: Array,
+    bias: Array,
+    guess: Array,
+    epsilon: float,
+    axis_name: str | None,
+    pool: bool,
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
     mean, var = lax.platform_dependent(
         x,
@@ -244,26 +272,31 @@ def _normalize_forward(
         default=functools.partial(moments_in_one_pass, axis_name=axis_name),
     )
     inverse = lax.rsqrt(var + epsilon)
-    y = (widen(x) - mean) * (inverse * scale) + bias
-    return (y, mean, var), (x, scale, mean, inverse)
+    kept = max_pool(x) if pool else x
+    y = (widen(kept) - mean) * (inverse * scale) + bias
+    return (y, mean, var), (x, kept, scale, mean, inverse)
 
 
 def _normalize_backward(
     epsilon: float,
     axis_name: str | None,
+    pool: bool,
     saved: tuple[Array, ...],
     cotangents: tuple[Array, Array, Array],
 ) -> tuple[Array, Array, Array, Array]:
-    x, scale, mean, inverse = saved
+    x, kept, scale, mean, inverse = saved
     dy = cotangents[0]
     axes = tuple(range(x.ndim - scale.ndim))
-    centred = widen(x) - mean
     dbias = jnp.sum(dy, axes)
-    dscale = jnp.sum(dy * centred, axes) * inverse
+    dscale = jnp.sum(dy * (widen(kept) - mean), axes) * inverse
     total_dbias, total_dscale = dbias, dscale
     if axis_name is not None:
         total_dbias, total_dscale = lax.psum((dbias, dscale), axis_name)
     count = count_values(x, scale.ndim, axis_name)
+    if pool:
+        (scattered,) = jax.vjp(max_pool, x)[1](dy.astype(x.dtype))
+        dy = widen(scattered)
+    centred = widen(x) - mean
     dx = (scale * inverse) * (dy - total_dbias / count - centred * (inverse * total_dscale / count))
     return dx.astype(x.dtype), dscale, dbias, jnp.zeros_like(mean)
 

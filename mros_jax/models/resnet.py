@@ -16,7 +16,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mros_jax.errors import UserError
-from mros_jax.models.layers import convolve, count_values, max_pool, normalize, widen
+from mros_jax.models.layers import (
+    convolve,
+    count_values,
+    max_pool,
+    normalize,
+    normalize_and_pool,
+    widen,
+)
 
 Block = Literal["basic", "bottleneck"]
 
@@ -104,10 +111,11 @@ class BatchNorm(nn.Module):
     Normalises with the biased variance and keeps the *unbiased* one as running statistic, with
     momentum 0.1 for the new value (Flax's own keeps the biased one). Statistics are float32.
     With `axis_name` they are those of the global batch of all devices on that axis. No gradient
-    flows through running statistics.
+    flows through running statistics. With `pool` the result is max-pooled, 3x3 with stride 2.
     """
 
     feature_axes: int = 1
+    pool: bool = False
     use_bias: bool = True
     scale_init: Any = nn.initializers.ones
     momentum: float = 0.1
@@ -133,14 +141,15 @@ class BatchNorm(nn.Module):
         if not train:
             mean, var = running_mean.value, running_var.value
             y = (widen(x) - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias
-            return y.astype(self.dtype)
+            y = y.astype(self.dtype)
+            return max_pool(y) if self.pool else y
         count = count_values(x, self.feature_axes, self.axis_name)
         if count < 2:
             raise ValueError(
                 f"batch normalization in training got one value per channel (input {x.shape}); "
                 "use a batch of two or more images, or train=False"
             )
-        y, mean, var = normalize(
+        y, mean, var = (normalize_and_pool if self.pool else normalize)(
             x, scale, bias, lax.stop_gradient(running_mean.value), self.epsilon, self.axis_name
         )
         if not self.is_initializing():
@@ -225,9 +234,10 @@ class ResNet(nn.Module):
         check_last_stride(self.last_stride)
         if self.stem:
             x = Conv(self.width, 7, 2, self.dtype, name="conv1")(x)
-            bn = BatchNorm(axis_name=self.bn_axis_name, dtype=self.dtype, name="bn1")
+            axis_name = self.bn_axis_name
+            bn = BatchNorm(pool=True, axis_name=axis_name, dtype=self.dtype, name="bn1")
             x = bn(x, train=train)
-            x = max_pool(nn.relu(x) if self.stem_relu else x)
+            x = nn.relu(x) if self.stem_relu else x  # after the pooling, where it gives the same
         stages: dict[str, jax.Array] = {}
         for name in self.blocks:
             stage, place = (int(number) for number in name.removeprefix("layer").split("_"))

@@ -118,6 +118,37 @@ def test_normalize(shape):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [(8, 4), (7, 5)])
+def test_normalize_and_pool_equals_one_after_the_other(size, dtype):
+    """Channels that rise, that fall, and that hardly differ."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(1 + 2 * rng.standard_normal((3, *size, 4)), dtype)
+    scale, bias = jnp.asarray([1.5, -0.7, 0.1, -1e-2]), jnp.asarray([0.1, -0.2, 0, 0.3])
+    dy = jnp.asarray(rng.standard_normal((3, 4, -(-size[1] // 2), 4)), jnp.float32)
+    guess = jnp.full(4, 0.5)
+
+    def apart(x, scale, bias):
+        y, mean, var = layers.normalize(x, scale, bias, guess, 1e-5, None)
+        return layers.max_pool(y), mean, var
+
+    def together(x, scale, bias):
+        return layers.normalize_and_pool(x, scale, bias, guess, 1e-5, None)
+
+    def run(function, x, scale, bias):
+        (y, mean, var), pull = jax.vjp(function, x, scale, bias)
+        return y, mean, var, *pull((dy, jnp.zeros(4), jnp.zeros(4)))
+
+    found, expected = (run(function, x, scale, bias) for function in (together, apart))
+    rounding = 1e-5 if dtype == jnp.float32 else 2**-7  # of gradients, which are of x's type
+    names = ("y", "mean", "var", "dx", "dscale", "dbias")
+    for name, ours, theirs in zip(names, found, expected, strict=True):
+        bound = rounding if name.startswith("d") else 1e-6
+        largest = float(jnp.abs(theirs).max())
+        ours, theirs = (np.asarray(value, np.float32) for value in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, 0, bound * largest, err_msg=name)
+
+
 def test_normalize_over_devices_equals_one_device():
     rng = np.random.default_rng(1)
     x, dy = (jnp.asarray(rng.standard_normal((8, 5)), jnp.float32) for _ in range(2))

@@ -13,7 +13,7 @@ from tests.parity import test_mgn, test_systems
 from tests.parity.common import LABELS, NUM_CLASSES, make_ours
 from tests.parity.harness import to_numpy
 from tests.parity.test_systems import Case, make_pair, to_torch, train_theirs
-from tests.parity.torch_mros import TorchMROS, total_loss
+from tests.parity.torch_mros import TorchMROS, stack_centers, total_loss
 from tests.recorded import digest, draw, save_system
 from tests.test_recorded import make_batches, split_tensors
 
@@ -37,7 +37,7 @@ def _mros(setting):
 
     def loss(out, labels, own):
         (centers,) = own.values()
-        return total_loss(out["raw"], labels, list(centers), setting, beta)
+        return total_loss(out["raw"], labels, list(stack_centers(centers)), setting, beta)
 
     def undo_weight(own):
         (centers,) = own.values()

@@ -23,7 +23,13 @@ from mros_jax.training.state import make_state
 from mros_jax.training.step import make_train_step
 from tests.parity.common import LABELS, NUM_CLASSES, difference, make_images
 from tests.parity.harness import randomise, to_numpy, widen_gaps
-from tests.parity.torch_mros import TorchMROS, center_loss, total_loss, triplet_loss
+from tests.parity.torch_mros import (
+    TorchMROS,
+    center_loss,
+    stack_centers,
+    total_loss,
+    triplet_loss,
+)
 
 
 class Pair(NamedTuple):
@@ -44,7 +50,7 @@ class Pair(NamedTuple):
     def centers(self):
         """(S, N, D)."""
         (centers,) = self.own["center"].values()
-        return centers
+        return stack_centers(centers)
 
 
 def make_pair(
@@ -122,7 +128,7 @@ def check_training(pair, tolerance=1e-5, gradient_tolerance=1e-4, dtype=torch.fl
             compared += 1
     assert compared == sum(p.requires_grad for p in theirs.parameters()) > 20
     (center_grads,) = own_grads["center"].values()
-    for ours, center in zip(center_grads, centers, strict=True):
+    for ours, center in zip(stack_centers(center_grads), centers, strict=True):
         # Ours is that of the unweighted term.
         assert difference(0.0005 * ours, to_numpy(center.grad)) <= gradient_tolerance
 
@@ -285,7 +291,7 @@ def train_ours(pair, batches, name):
         state, metrics = step(state, None, batch)
         curve.append(float(metrics["loss"]))
     (centers,) = state.params["objective"]["center"].values()
-    return curve, jax.device_get(state.eval_variables), np.asarray(centers)
+    return curve, jax.device_get(state.eval_variables), stack_centers(np.asarray(centers))
 
 
 def check_twenty_steps(pair, name, dtype, tolerance):

@@ -71,6 +71,11 @@ def center_loss(x, labels, centers, reduction="mean"):
     return squared.mean() if reduction == "mean" else squared.sum() / 2
 
 
+def stack_centers(centers):
+    """Of all vectors, (S, N, D); those of one alone are (N, D)."""
+    return centers.reshape(-1, *centers.shape[-2:])
+
+
 def total_loss(
     out, labels, centers, setting="IV", beta=0.0005, margin=0.3, smoothing=0.1, reduction="mean"
 ):

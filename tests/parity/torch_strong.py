@@ -39,7 +39,7 @@ def total_loss(out, labels, own):
     f_t = out["embeddings"]["f_t"][0]
     parts = {
         "triplet": triplet_loss(f_t, labels, margin=0.3),
-        "center": center_loss(f_t, labels, own["center/f_t"][0]),
+        "center": center_loss(f_t, labels, own["center/f_t"]),
         "cross_entropy": F.cross_entropy(out["logits"]["f_i"][0], labels, label_smoothing=0.1),
     }
     return parts["cross_entropy"] + parts["triplet"] + BETA * parts["center"], parts
