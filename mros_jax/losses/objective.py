@@ -162,7 +162,7 @@ class Center(Base):
 
         values = []
         for name in self.on:
-            x, centers = outputs.vectors(name), params[name]
+            x, centers = outputs.vectors(name), jnp.asarray(params[name])
             if centers.ndim == 2:
                 values.append(loss(x[:, 0], centers)[None])
             else:
