@@ -28,7 +28,10 @@ jaxtyping.install_import_hook(
 
 
 # A file is one worker's, see Makefile; with these first, none has a long one left at the end.
-LONGEST = ("test_train.py", "test_stages.py", "test_contract.py", "test_recorded.py")
+LONGEST = (
+    *("test_train.py", "test_stages.py", "test_contract.py", "test_recorded.py"),
+    *("test_scripts.py", "test_systems.py"),
+)
 
 
 def pytest_report_header():
