@@ -32,7 +32,7 @@ def read_coco(
     classes: Sequence[int] = (),
     every: int = 1,
 ) -> list[Sighting]:
-    """Read COCO-style JSON: `images` with `id` and `file_name`, `annotations` with `image_id`, `bbox`.
+    """Read COCO-style JSON: `images` (id, file_name) and `annotations` (image_id, bbox).
 
     Identity and camera are fields of an annotation, of its `attributes` (as CVAT writes them) or of
     its image, in this order. Annotations without identity and those of crowds are left out. A
@@ -81,11 +81,11 @@ def read_coco(
         identity = _find(identity_key, annotation, picture)
         kind = annotation.get("category_id")
         if identity is None:
-            left_out[f"without identity (no {identity_key}; --identity_key chooses)"].append(origin)
+            left_out[f"without {identity_key} (see the option identity_key)"].append(origin)
         elif annotation.get("iscrowd") == 1:
             left_out["of a crowd"].append(origin)
         elif classes and kind not in classes:
-            left_out[f"of category {kind} (--classes chooses)"].append(origin)
+            left_out[f"of category {kind} (see the option classes)"].append(origin)
         else:
             camera = _find(camera_key, annotation, picture)
             if camera_key == "video_id":
@@ -112,7 +112,7 @@ def read_coco(
     for identity, camera, name, box, origin in found:
         frame = frames[camera, name]
         if (frame - 1) % every:
-            left_out[f"not on each {every}th image"].append(origin)
+            left_out[f"between the images taken (every={every})"].append(origin)
             continue
         who = f"{camera}/{identity}" if own else identity
         seen_by = "1" if camera is None else str(camera)

@@ -105,22 +105,22 @@ def _check_enough(
     least = LEAST_TRAINED + LEAST_TESTED
     if enough < least:
         raise UserError(
-            f"{enough} of {found} identities have at least {min_images} images; expected {least} or "
-            f"more, {LEAST_TRAINED} to train and {LEAST_TESTED} to test"
+            f"{enough} of {found} identities have at least {min_images} images; expected {least} "
+            f"or more, {LEAST_TRAINED} to train and {LEAST_TESTED} to test"
         )
     if several < LEAST_TESTED:
         cameras = sorted({sighting.camera for sighting in sightings}, key=natural_key)
-        seen = (
-            f"all images are of one camera ({cameras[0]})"
-            if len(cameras) == 1
-            else f"{several} of {enough} identities were seen by two of the {len(cameras)} cameras"
-        )
+        if len(cameras) == 1:
+            seen, advice = f"all images are of one camera ({cameras[0]})", ""
+        else:
+            seen = f"{several} of {enough} identities were seen by two of {len(cameras)} cameras"
+            advice = "If ids of tracks mean the same person in all cameras, say so by shared_ids. "
         raise UserError(
             f"{seen}, and the protocol counts matches in another camera than the query's alone: "
-            f"expected {LEAST_TESTED} such identities or more. If ids of tracks mean the same "
-            "person in all cameras, say so by --shared_ids. Otherwise --pseudo_cameras=2 cuts what "
-            "a camera saw of an identity into an earlier and a later half that count as cameras; "
-            "scores then say how people are found again in the same view, which is far easier"
+            f"expected {LEAST_TESTED} such identities or more. {advice}With "
+            "pseudo_cameras=2 what a camera saw of an identity is cut into an earlier and a later "
+            "half that count as cameras; scores then say how people are found again in the same "
+            "view, which is far easier"
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from mros_jax.data.datasets.layouts import BadFiles
 from mros_jax.data.listing import is_clutter, list_images
-from mros_jax.data.own.pictures import VIDEO_SUFFIXES, is_video, measure
+from mros_jax.data.own.pictures import is_video, measure
 from mros_jax.data.own.sightings import LeftOut, Sighting, drop_repeated, find_camera, natural_key
 from mros_jax.data.text import parse_number, read_lines, read_text
 from mros_jax.errors import NotFoundError, UserError
@@ -55,10 +55,10 @@ def read_mot(
 ) -> list[Sighting]:
     """Read tracks in MOTChallenge's format; every sequence is a camera, every track an identity.
 
-    A line is `frame,id,left,top,width,height` and, if wanted, `confidence,class,visibility`, divided
-    by commas or blanks; frames count from 1. Lines of ten numbers end in `x,y,z` instead of class
-    and visibility, as those of most trackers and of 2D MOT 2015. A confidence of 0 marks what is
-    not to be considered; negative numbers say that something is not known, and keep the line.
+    A line is `frame,id,left,top,width,height` and, if wanted, `confidence,class,visibility`,
+    divided by commas or blanks; frames count from 1. Lines of ten numbers end in `x,y,z` instead of
+    class and visibility, as those of most trackers and of 2D MOT 2015. A confidence of 0 marks what
+    is not to be considered; negative numbers say that something is not known, and keep the line.
     (MOTChallenge counts pixels from 1 and trackers from 0; this pixel is not corrected.)
 
     Frames are videos, or images that are named by their numbers; images that count from 0 are moved
@@ -82,7 +82,7 @@ def read_mot(
         UserError: as said by its message, with file and line.
     """
     sequences = _find_sequences(root)
-    sightings = []
+    sightings: list[Sighting] = []
     for sequence in sequences:
         lines = []
         for line in _read_lines(sequence.tracks, bad_files):
@@ -94,11 +94,11 @@ def read_mot(
             elif 0 < line.confidence < min_confidence:
                 reason = f"of a confidence below {min_confidence:g}"
             elif line.kind >= 0 and line.kind not in classes:
-                reason = f"of class {line.kind:g} (--classes chooses)"
+                reason = f"of class {line.kind:g} (see the option classes)"
             elif 0 <= line.visibility < min_visibility:
                 reason = f"of a visibility below {min_visibility:g}"
             elif (line.frame - 1) % every:
-                reason = f"not on each {every}th frame"
+                reason = f"between the frames taken (every={every})"
             if reason:
                 left_out[reason].append(line.origin)
             else:
@@ -110,10 +110,12 @@ def read_mot(
                 "match"
             )
         prefix = "" if shared_ids or len(sequences) == 1 else f"{sequence.name}/"
-        for line, file in _find_frames(sequence, lines, bad_files):
-            sightings.append(
-                Sighting(f"{prefix}{line.number}", camera, file, line.frame, line.box, line.origin)
-            )
+        seen = [
+            Sighting(f"{prefix}{line.number}", camera, file, line.frame, line.box, line.origin)
+            for line, file in _find_frames(sequence, lines, bad_files)
+        ]
+        place, what = str(sequence.tracks), "of a frame and an id"
+        sightings += drop_repeated(seen, lambda s: (s.frame, s.identity), bad_files, place, what)
     return sightings
 
 
@@ -159,7 +161,7 @@ def _open_sequence(directory: pathlib.Path) -> _Sequence | None:
             name = section.get("name", name)
             image_directory = section.get("imDir", image_directory)
             if "imWidth" in section and "imHeight" in section:
-                size = section.getint("imHeight"), section.getint("imWidth")
+                size = int(section["imHeight"]), int(section["imWidth"])
         except (configparser.Error, KeyError, ValueError) as error:
             raise UserError(
                 f"{info} is no description of a sequence: {error}; expected [Sequence] with name, "
@@ -175,7 +177,7 @@ def _open_sequence(directory: pathlib.Path) -> _Sequence | None:
 
 
 def _choose_frames(directory: pathlib.Path, image_directory: str) -> pathlib.Path | None:
-    """Find the frames of a sequence's directory: images in a directory of it, a video, or images."""
+    """Find what shows a sequence: images in a directory of its own, a video, or images."""
     if (directory / image_directory).is_dir():
         return directory / image_directory
     if not directory.is_dir():
@@ -201,13 +203,7 @@ def _read_lines(tracks: pathlib.Path, bad_files: BadFiles) -> list[_Line]:
         "the frame is 1 or more, width and height are above 0"
     )
     bad_files.report(str(tracks), bad, expected, "line")
-    # What has no identity may well be several times in a frame.
-    loose = [line for line in lines if line.number < 0]
-    tracked = [line for line in lines if line.number >= 0]
-    what = "of a frame and an id"
-    return loose + drop_repeated(
-        tracked, lambda line: (line.frame, line.number), bad_files, str(tracks), what
-    )
+    return lines
 
 
 def _parse(text: str, origin: str) -> _Line | None:
@@ -258,8 +254,6 @@ def _number_images(directory: pathlib.Path) -> dict[int, pathlib.Path]:
             raise UserError(f"{directory}: {numbered[number].name} and {name} are the same frame")
         numbered[number] = directory / name
     if not numbered:
-        raise UserError(
-            f"{directory} holds no images; nor is it a video ({VIDEO_SUFFIXES[0]}, ...)"
-        )
+        raise UserError(f"{directory} holds no images")
     shift = 1 if 0 in numbered else 0
     return {number + shift: path for number, path in sorted(numbered.items())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -22,7 +23,7 @@ from mros_jax.errors import UserError
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv")
 JPEG_QUALITY = 95  # and colours at full resolution
 
-Pixels = UInt8[np.ndarray, "H W 3"]
+Pixels = UInt8[np.ndarray, "_ _ 3"]
 
 
 def is_video(file: pathlib.Path) -> bool:
@@ -146,10 +147,10 @@ def write_pictures(
     written: dict[int, pathlib.Path] = {}
     unreadable = []
     threads = os.cpu_count() or 1
-    with console.progress(total=len(sightings), desc="cutting out", disable=not progress) as bar:
-        for outcomes in prefetch(
-            _find_tasks(sightings), write, depth=2 * threads, num_threads=threads
-        ):
+    made = prefetch(_find_tasks(sightings), write, depth=2 * threads, num_threads=threads)
+    bar = console.progress(total=len(sightings), desc="cutting out", disable=not progress)
+    with contextlib.closing(made), bar:  # closed: whatever happens, no thread writes any more
+        for outcomes in made:
             for row, outcome in outcomes:
                 if isinstance(outcome, pathlib.Path):
                     written[row] = outcome
@@ -188,20 +189,24 @@ def _find_tasks(sightings: Sequence[Sighting]) -> Iterator[_Task]:
                 rows_at.setdefault(sightings[row].frame, []).append(row)
             yield from _find_frames(file, rows_at)
         else:
-            yield _Task(lambda file=file: read_image(file).pixels, rows)
+            yield _Task(functools.partial(_read, file), rows)
 
 
 def _find_frames(file: pathlib.Path, rows_at: dict[int, list[int]]) -> Iterator[_Task]:
     last, number = max(rows_at), 0
     for number, pixels in enumerate(read_video(file), 1):
         if number in rows_at:
-            yield _Task(lambda pixels=pixels: pixels, rows_at[number])
+            yield _Task(functools.partial(np.asarray, pixels), rows_at[number])
         if number == last:
             return
     for frame, rows in rows_at.items():
         if frame > number:
             reason = f"frame {frame}; {file.name} has {number}"
             yield _Task(functools.partial(_refuse, file, reason), rows)
+
+
+def _read(file: pathlib.Path) -> Pixels:
+    return read_image(file).pixels
 
 
 def _refuse(file: pathlib.Path, reason: str) -> Pixels:

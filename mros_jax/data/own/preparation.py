@@ -149,10 +149,8 @@ def prepare_own(
         sightings, splits = arrange([sighting for sighting, _ in pictures])
         _place(directory, sightings, splits, [path for _, path in pictures])
         shutil.rmtree(loose)
-    few = f"of an identity with fewer than {min_images} images"
-    for sighting, split in zip(sightings, splits, strict=True):
-        if not split:
-            left_out[few].append(sighting.origin)
+    few = {seen.identity for seen, split in zip(sightings, splits, strict=True) if not split}
+    left_out[f"identities of fewer than {min_images} images"] += sorted(few, key=natural_key)
     notes = [
         *_describe(sightings, splits, pseudo_cameras),
         *(f"skipped: {skipped.message}" for skipped in bad_files.skipped),
@@ -188,15 +186,15 @@ def _place(
         place = f"{_DIRECTORY[splits[row]]}/{name}"
         pictures[row].rename(directory / place)
         box = seen.box or ("",) * 4
-        sources.append(
-            (place, seen.identity, seen.camera, seen.file, seen.frame, *box, seen.origin)
-        )
+        where = (seen.file, seen.frame, *box, seen.origin)
+        sources.append((place, seen.identity, seen.camera, *where))
     header = "image,identity,camera,file,frame,left,top,width,height,origin"
     _write_csv(directory / "sources.csv", header, sources)
-    _write_csv(
-        directory / "identities.csv", "pid,identity", ((n, name) for name, n in pids.items())
-    )
-    _write_csv(directory / "cameras.csv", "camid,camera", ((n, name) for name, n in camids.items()))
+    for file, header, numbers in (
+        ("identities.csv", "pid,identity", pids),
+        ("cameras.csv", "camid,camera", camids),
+    ):
+        _write_csv(directory / file, header, ((number, name) for name, number in numbers.items()))
 
 
 def _write_csv(path: pathlib.Path, header: str, rows: Iterable[Sequence[Any]]) -> None:
@@ -241,9 +239,10 @@ def _list_reasons(left_out: LeftOut) -> list[str]:
     return [
         f"left out: {len(origins):,} {reason}: {_show(origins)}"
         for reason, origins in sorted(left_out.items())
+        if origins
     ]
 
 
 def _show(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return "; ".join(names[:_SHOWN]) + more

@@ -7,7 +7,6 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Protocol, TypeVar
 
 from mros_jax.data.datasets.layouts import BadFiles
 from mros_jax.data.text import parse_number, parse_whole
@@ -52,10 +51,10 @@ def make_box(texts: Sequence[str]) -> Box | None:
     return left, top, width, height
 
 
-def natural_key(name: str) -> list[str | int]:
-    """Sort key under which "cam 9" comes before "cam 10"."""
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Sort key under which "cam 9" comes before "cam 10"; different names have different keys."""
     parts = re.split("([0-9]+)", name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def number_names(names: Iterable[str]) -> dict[str, int]:
@@ -79,43 +78,43 @@ def find_camera(name: str, pattern: str) -> str:
         UserError: it is no regular expression with a group.
     """
     try:
-        match = re.search(pattern, name)
-        return (match[1] or "") if match else ""
-    except (re.error, IndexError) as error:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"camera_pattern {pattern!r} is no regular expression: {error}") from error
+    if not expression.groups:
         raise UserError(
-            f"camera_pattern {pattern!r}: {error}; expected a regular expression with a group "
-            r"around the camera, such as 'cam(\d+)'"
-        ) from error
-
-
-class _Written(Protocol):
-    @property
-    def origin(self) -> str: ...
-
-
-Row = TypeVar("Row", bound=_Written)
+            f"camera_pattern {pattern!r} has no group; expected one around the camera, such as "
+            r"'cam(\d+)'"
+        )
+    match = expression.search(name)
+    return (match[1] or "") if match else ""
 
 
 def drop_repeated(
-    rows: Sequence[Row], key: Callable[[Row], Hashable], bad_files: BadFiles, where: str, what: str
-) -> list[Row]:
-    """Keep the first of the rows with the same key.
+    sightings: list[Sighting],
+    key: Callable[[Sighting], Hashable],
+    bad_files: BadFiles,
+    where: str,
+    what: str,
+) -> list[Sighting]:
+    """Keep the first of the sightings with the same key.
 
     Args:
-        rows: what was read.
+        sightings: what was read.
         key: what must differ.
         bad_files: what is done about the others.
-        where: the file.
-        what: what each is, and of what two are the same.
+        where: the file that they are written in.
+        what: of what there are several, in words.
 
     Raises:
         UserError: there are others, and such are not to be skipped.
     """
-    first: dict[Hashable, Row] = {}
+    first: dict[Hashable, Sighting] = {}
     repeated = []
-    for row in rows:
-        if first.setdefault(key(row), row) is not row:
-            repeated.append(f"{row.origin} (as {first[key(row)].origin})")
+    for sighting in sightings:
+        same = first.setdefault(key(sighting), sighting)
+        if same is not sighting:
+            repeated.append(f"{sighting.origin} (as {same.origin})")
     bad_files.report(where, repeated, what, "repetition")
     return list(first.values())
 

@@ -43,7 +43,8 @@ def read_csv(
         UserError: no such table; a wrong row or a missing image, unless skipped.
     """
     base = pathlib.Path(images).expanduser() if images else root.parent
-    sightings, bad = [], []
+    sightings: list[Sighting] = []
+    bad = []
     for row in read_table(root, _COLUMNS):
         fields = row.fields or {}
         identity, camera = fields.get("identity", ""), fields.get("camera", "")
