@@ -428,6 +428,35 @@ def test_table_with_boxes_and_splits(layout, tmp_path):
         prepare_quietly("csv", table, tmp_path / "other")
 
 
+def test_table_of_a_video(tmp_path):
+    frames = make_frames(4)
+    write_video(tmp_path / "yard.mkv", frames)
+    rows = [
+        f"yard.mkv,{who},{camera},{frame}"
+        for who, camera, frame in zip("abcdabcd", "11112222", "12341234", strict=True)
+    ]
+    table = tmp_path / "list.csv"
+    table.write_text("\n".join(["path,identity,camera,frame", *rows]))
+    with pytest.raises(
+        UserError, match=r"4 repetitions of an image and a box.*line 6 \(as .*line 2\)"
+    ):
+        read("csv", table)
+    table.write_text(
+        "\n".join(
+            ["path,identity,camera,frame,left,top,width,height"]
+            + [f"{row},{20 * (i // 4)},0,20,40" for i, row in enumerate(rows)]
+        )
+    )
+    made = prepare_quietly("csv", table, tmp_path / "out", image_format="png")
+    for row in read_sources(made.path):
+        left = int(float(row["left"]))
+        expected = frames[int(row["frame"]) - 1][:40, left : left + 20]
+        np.testing.assert_array_equal(read_image(made.path / row["image"]).pixels, expected)
+    table.write_text("path,identity,camera\nyard.mkv,a,1\n")
+    with pytest.raises(UserError, match=r"1 row without path.*a video needs one"):
+        read("csv", table)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -9,6 +9,7 @@ from typing import Any
 
 from mros_jax import files
 from mros_jax.data.datasets.layouts import BadFiles
+from mros_jax.data.own.pictures import is_video
 from mros_jax.data.own.sightings import (
     LeftOut,
     Sighting,
@@ -60,7 +61,9 @@ def read_coco(
     pictures = {
         picture.get("id"): picture
         for picture in _records(root, content, "images")
-        if isinstance(picture.get("file_name"), str) and isinstance(picture.get("id"), int | str)
+        if isinstance(picture.get("id"), int | str)
+        and isinstance(picture.get("file_name"), str)
+        and not is_video(pathlib.Path(picture["file_name"]))
     }
     videos = {
         video.get("id"): video.get("name")
@@ -95,8 +98,8 @@ def read_coco(
     bad_files.report(
         str(root),
         bad,
-        "without an image_id that images has (with id and file_name) or a bbox of left, top, width "
-        "and height above 0",
+        "without an image_id that images has (with id and file_name, which is no video) or a bbox "
+        "of left, top, width and height above 0",
         "annotation",
     )
     cameras = {camera for _, camera, *_ in found}

@@ -52,7 +52,7 @@ def draw_splits(
     Args:
         sightings: who was seen where; if they state their splits, these are checked and kept.
         test_fraction: share of identities to test, as far as there are enough for both.
-        min_images: identities with fewer are left out.
+        min_images: identities with fewer are left out, where splits are drawn.
         seed: other seed, other draw.
 
     Returns:

@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from mros_jax import console, extras
 from mros_jax.data.datasets.layouts import BadFiles
 from mros_jax.data.decoding import UnreadableImageError, read_image
+from mros_jax.data.listing import IMAGE_SUFFIXES
 from mros_jax.data.own.sightings import Box, LeftOut, Sighting
 from mros_jax.data.prefetch import prefetch
 from mros_jax.errors import UserError
@@ -81,8 +82,9 @@ def cut(pixels: Pixels, box: Box) -> Pixels:
         Its pixels; an empty array if it lies outside of the picture.
     """
     left, top, width, height = box
-    edges = np.rint([top, top + height, left, left + width]).astype(int)
-    first, last, start, end = np.clip(edges, 0, np.repeat(pixels.shape[:2], 2)).tolist()
+    edges = np.rint([top, top + height, left, left + width])
+    inside = np.clip(edges, 0, np.repeat(pixels.shape[:2], 2)).astype(int)
+    first, last, start, end = inside.tolist()
     return pixels[first:last, start:end]
 
 
@@ -98,8 +100,8 @@ def write_pictures(
 ) -> list[tuple[Sighting, pathlib.Path]]:
     """Write a picture of every sighting; every file is read once, and videos in order.
 
-    What is cut out is encoded anew, as JPEG (quality 95, colours at full resolution) or PNG. Where
-    there is no box, the image's file is copied as it is.
+    What is cut out is encoded anew, as JPEG (quality 95, colours at full resolution) or PNG, and so
+    are whole frames of videos. Where there is no box, an image's file is copied as it is.
 
     Args:
         sightings: who was seen where.
@@ -126,11 +128,12 @@ def write_pictures(
 
     def write_one(pixels: Pixels, row: int) -> pathlib.Path | _Fault:
         sighting, path = sightings[row], directory / str(row)
-        if sighting.box is None:
-            path = path.with_suffix(sighting.file.suffix.lower())
+        suffix = sighting.file.suffix.lower()
+        if sighting.box is None and suffix in IMAGE_SUFFIXES:
+            path = path.with_suffix(suffix)
             path.write_bytes(sighting.file.read_bytes())
             return path
-        part = cut(pixels, sighting.box)
+        part = pixels if sighting.box is None else cut(pixels, sighting.box)
         if not part.size:
             return _Fault("outside of the frame")
         if part.shape[0] < min_size[0] or part.shape[1] < min_size[1]:

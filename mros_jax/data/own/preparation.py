@@ -198,7 +198,8 @@ def _place(
 
 
 def _write_csv(path: pathlib.Path, header: str, rows: Iterable[Sequence[Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    # What is no character, as in names of files in another encoding, is written as \xE4.
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header.split(","))
         writer.writerows(rows)

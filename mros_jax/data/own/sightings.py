@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import pathlib
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -51,10 +52,9 @@ def make_box(texts: Sequence[str]) -> Box | None:
     return left, top, width, height
 
 
-def natural_key(name: str) -> tuple[list[str | int], str]:
+def natural_key(name: str) -> tuple[str, str]:
     """Sort key under which "cam 9" comes before "cam 10"; different names have different keys."""
-    parts = re.split("([0-9]+)", name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+    return re.sub("[0-9]+", lambda digits: digits[0].zfill(20), name), name
 
 
 def number_names(names: Iterable[str]) -> dict[str, int]:
@@ -125,6 +125,8 @@ def keep_present(sightings: list[Sighting], bad_files: BadFiles) -> list[Sightin
     Raises:
         UserError: some are missing, and such are not to be skipped.
     """
-    missing = {file for file in {sighting.file for sighting in sightings} if not file.is_file()}
+    # Unlike pathlib's, this is_file has no errors for names that no file can have.
+    files = {sighting.file for sighting in sightings}
+    missing = {file for file in files if not os.path.isfile(file)}
     bad_files.report("pictures", sorted(map(str, missing)), "not there")
     return [sighting for sighting in sightings if sighting.file not in missing]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 from mros_jax.data.datasets.folder import CAMERA, PERSON_PARTS
 from mros_jax.data.datasets.layouts import BadFiles
 from mros_jax.data.listing import list_images
+from mros_jax.data.own.pictures import is_video
 from mros_jax.data.own.sightings import (
     Box,
     LeftOut,
@@ -18,7 +19,7 @@ from mros_jax.data.own.sightings import (
     make_box,
     natural_key,
 )
-from mros_jax.data.text import read_table
+from mros_jax.data.text import parse_whole, read_table
 
 _COLUMNS = ("path", "identity", "camera")
 _BOX = ("left", "top", "width", "height")
@@ -30,7 +31,9 @@ def read_csv(
     """Read a table with the columns path, identity and camera; names may be any text.
 
     Columns left, top, width and height are a box to cut out, where they are not empty. A column
-    split (train, query or gallery) states the split, which otherwise is drawn.
+    frame is the number of a frame of a video, from 1, which a path that is a video needs; of images
+    it states their order in time, which otherwise is that of the rows. A column split (train, query
+    or gallery) states the split, which otherwise is drawn.
 
     Args:
         root: the CSV file; its encoding and marks as for `mros_jax.data.text.read_table`.
@@ -50,23 +53,29 @@ def read_csv(
         identity, camera = fields.get("identity", ""), fields.get("camera", "")
         name = fields.get("path", "").replace("\\", "/")
         split = fields.get("split", "").lower()
+        file, origin = base / name, f"{root}, line {row.line}"
+        order = "" if is_video(file) else str(len(sightings) + 1)
+        frame = parse_whole(fields.get("frame") or order) or 0
         is_box, box = _parse_box(fields)
-        if name and identity and camera and is_box and split in ("", *PERSON_PARTS):
-            frame, origin = len(sightings) + 1, f"{root}, line {row.line}"
-            sightings.append(Sighting(identity, camera, base / name, frame, box, origin, split))
+        named = bool(name and identity and camera)
+        if named and frame >= 1 and is_box and split in ("", *PERSON_PARTS):
+            sightings.append(Sighting(identity, camera, file, frame, box, origin, split))
         else:
             bad.append(f"line {row.line} ({row.text})")
     bad_files.report(
         str(root),
         bad,
         "without path, identity or camera, with a box that is not four numbers (left, top, width "
-        "and height, which are above 0), or with a split that is not train, query or gallery",
+        "and height, which are above 0), a frame that is no number from 1 on (a video needs one), "
+        "or a split that is not train, query or gallery",
         "row",
     )
+
+    def place(sighting: Sighting) -> Hashable:
+        return sighting.file, sighting.frame if is_video(sighting.file) else 0, sighting.box
+
     what = "of an image and a box"
-    return keep_present(
-        drop_repeated(sightings, lambda s: (s.file, s.box), bad_files, str(root), what), bad_files
-    )
+    return keep_present(drop_repeated(sightings, place, bad_files, str(root), what), bad_files)
 
 
 def _parse_box(fields: Mapping[str, str]) -> tuple[bool, Box | None]:
