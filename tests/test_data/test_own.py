@@ -99,7 +99,13 @@ def test_tracks_in_a_video(tmp_path):
     assert sum("same view" in note for note in made.notes) == 1
     data = load_dataset("folder", made.path)
     assert (data.num_classes, len(data.query)) == (2, 4)
-    assert not (made.path / "loose").exists()
+    files = {path.name for path in made.path.iterdir()}
+    assert files == {
+        *("bounding_box_train", "query", "bounding_box_test"),
+        *("identities.csv", "cameras.csv", "sources.csv", "prepared.json"),
+    }
+    options = json.loads((made.path / "prepared.json").read_text())
+    assert (options["format"], options["every"], options["seed"]) == ("mot", 2, 0)
 
 
 def test_one_camera_is_no_task_unless_tracks_are_cut(tmp_path):
@@ -136,6 +142,9 @@ def test_sequences_are_cameras(tmp_path):
         "[Sequence]\nimDir=frames\nimWidth=1\nimHeight=1"
     )
     with pytest.raises(UserError, match=r"64 x 80 .*seqinfo\.ini says 1 x 1"):
+        read("mot", tmp_path)
+    (tmp_path / "cam-9" / "seqinfo.ini").write_text("[Sequence]\nname=cam-10\nimDir=frames")
+    with pytest.raises(UserError, match=r"gt\.txt are both of a sequence cam-10"):
         read("mot", tmp_path)
     (tmp_path / "cam-9" / "seqinfo.ini").write_text("name=x")
     with pytest.raises(UserError, match=r"seqinfo\.ini is no description of a sequence"):
@@ -214,7 +223,7 @@ def test_detections_have_no_identities(tmp_path):
     write_images(tmp_path / "in" / "img1", make_frames(1))
     (tmp_path / "in" / "det").mkdir()
     (tmp_path / "in" / "det" / "det.txt").write_text("1,-1,0,0,9,9,1\n1,-1,9,9,9,9,1\n")
-    with pytest.raises(UserError, match=r"nobody is left\n  left out: 2 without identity"):
+    with pytest.raises(UserError, match=r"0 of 0 identities .*\n  left out: 2 without identity"):
         prepare_quietly("mot", tmp_path / "in", tmp_path / "out")
 
 
@@ -333,15 +342,10 @@ def test_what_is_drawn(seed):
 
 
 def test_queries_are_one_of_each_camera():
-    splits = draw_splits(
-        make_sightings([[3, 3], [3, 3], [1, 1], [2, 1], [4, 0]]), test_fraction=0.9
-    )
-    count = collections.Counter()
-    for seen, split in zip(
-        make_sightings([[3, 3], [3, 3], [1, 1], [2, 1], [4, 0]]), splits, strict=True
-    ):
-        if split == "query":
-            count[seen.identity] += 1
+    sightings = make_sightings([[3, 3], [3, 3], [1, 1], [2, 1], [4, 0]])
+    splits = draw_splits(sightings, test_fraction=0.9)
+    pairs = zip(sightings, splits, strict=True)
+    count = collections.Counter(seen.identity for seen, split in pairs if split == "query")
     full = {"p0": 2, "p1": 2, "p2": 1, "p3": 1}
     assert len(count) == 3
     assert count == {name: full[name] for name in count}

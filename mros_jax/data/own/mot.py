@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import dataclasses
+import itertools
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -144,7 +145,14 @@ def _find_sequences(root: pathlib.Path) -> list[_Sequence]:
             sequences += [sequence] if sequence else []
     if not sequences:
         raise NotFoundError(f"{root} holds no tracks; expected {_LAYOUT}")
-    return sorted(sequences, key=lambda sequence: natural_key(sequence.name))
+    sequences.sort(key=lambda sequence: natural_key(sequence.name))
+    for one, other in itertools.pairwise(sequences):
+        if one.name == other.name:
+            raise UserError(
+                f"{one.tracks} and {other.tracks} are both of a sequence {one.name}; give each a "
+                "name of its own, in seqinfo.ini where that has one"
+            )
+    return sequences
 
 
 def _open_sequence(directory: pathlib.Path) -> _Sequence | None:

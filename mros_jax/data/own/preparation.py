@@ -80,8 +80,8 @@ def prepare_own(
     """Make a data set of one's own people, in Market-1501's layout.
 
     Beside the three directories of images there are `identities.csv` (pid, identity),
-    `cameras.csv` (camid, camera) and `sources.csv`, which says of every image where it comes from.
-    The directory takes its name when all is in it.
+    `cameras.csv` (camid, camera), `sources.csv`, which says of every image where it comes from, and
+    `prepared.json` with the options. The directory takes its name when all is in it.
 
     Args:
         name: of the format, see `FORMATS`.
@@ -113,24 +113,26 @@ def prepare_own(
                 f"format {name!r} has no option {option}"
                 + (f"; it is of {', '.join(others)}" if others else "")
             )
-    _check(pseudo_cameras=(pseudo_cameras, pseudo_cameras == 0 or pseudo_cameras > 1, "2 or more"))
-    _check(test_fraction=(test_fraction, 0 < test_fraction < 1, "a number between 0 and 1"))
-    _check(image_format=(image_format, image_format in ("jpeg", "png"), "jpeg or png"))
-    _check(seed=(seed, seed >= 0, "0 or more"))
+    _check("pseudo_cameras", pseudo_cameras, pseudo_cameras == 0 or pseudo_cameras > 1, "2 or more")
+    _check("test_fraction", test_fraction, 0 < test_fraction < 1, "a number between 0 and 1")
+    _check("image_format", image_format, image_format in ("jpeg", "png"), "jpeg or png")
+    _check("seed", seed, seed >= 0, "0 or more")
     every = options.get("every", 1)
-    _check(every=(every, every >= 1, "1 or more"))
+    _check("every", every, every >= 1, "1 or more")
     out = pathlib.Path(out).expanduser()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there already; remove it, or prepare into another directory")
     bad_files, left_out = BadFiles(on_bad_image), LeftOut(list)
 
     def arrange(sightings: Sequence[Sighting]) -> tuple[list[Sighting], list[str]]:
-        if not sightings:
-            raise UserError("\n  ".join((f"{root}: nobody is left", *_list_reasons(left_out))))
         arranged = cut_tracks(sightings, pseudo_cameras) if pseudo_cameras else list(sightings)
-        return arranged, draw_splits(
-            arranged, test_fraction=test_fraction, min_images=min_images, seed=seed
-        )
+        try:
+            return arranged, draw_splits(
+                arranged, test_fraction=test_fraction, min_images=min_images, seed=seed
+            )
+        except UserError as error:
+            lines = (f"{root}: {error}", *_list_reasons(left_out))
+            raise UserError("\n  ".join(lines)) from error
 
     sightings = FORMATS[name](pathlib.Path(root).expanduser(), bad_files, left_out, **options)
     arrange(sightings)  # what cannot be split need not be cut out
@@ -149,6 +151,20 @@ def prepare_own(
         sightings, splits = arrange([sighting for sighting, _ in pictures])
         _place(directory, sightings, splits, [path for _, path in pictures])
         shutil.rmtree(loose)
+        description = {
+            "format": name,
+            "root": os.fspath(root),
+            "on_bad_image": on_bad_image,
+            "pseudo_cameras": pseudo_cameras,
+            "test_fraction": test_fraction,
+            "min_images": min_images,
+            "seed": seed,
+            "min_height": min_height,
+            "min_width": min_width,
+            "image_format": image_format,
+            **options,
+        }
+        files.write_json(directory / "prepared.json", description)
     few = {seen.identity for seen, split in zip(sightings, splits, strict=True) if not split}
     left_out[f"identities of fewer than {min_images} images"] += sorted(few, key=natural_key)
     notes = [
@@ -159,11 +175,9 @@ def prepare_own(
     return Preparation(out, tuple(notes))
 
 
-def _check(**given: tuple[Any, bool, str]) -> None:
-    """Check options, each given as its value, whether it is right, and what is expected."""
-    for name, (value, right, expected) in given.items():
-        if not right:
-            raise UserError(f"{name} is {value!r}; expected {expected}")
+def _check(name: str, value: Any, right: bool, expected: str) -> None:
+    if not right:
+        raise UserError(f"{name} is {value!r}; expected {expected}")
 
 
 def _place(
