@@ -214,6 +214,12 @@ def test_tracks_without_pictures(tmp_path):
         read("mot", tmp_path)
     taken, _ = read("mot", tmp_path, on_bad_image="skip")
     assert len(taken) == 4 * 4
+    for suffix in ("mp4", "AVI"):
+        (tmp_path / f"yard.{suffix}").write_bytes(b"")
+    with pytest.raises(UserError, match=r"yard\.txt has 2 videos beside it"):
+        read("mot", tmp_path)
+    for suffix in ("mp4", "AVI"):
+        (tmp_path / f"yard.{suffix}").unlink()
     (tmp_path / "yard" / "cover.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"cover\.png has no frame number"):
         read("mot", tmp_path)
@@ -614,6 +620,11 @@ def test_wrong_coco(tmp_path):
     write(images=[{"id": 0, "file_name": "images/000001.png"}, *content["images"][1:]])
     with pytest.raises(UserError, match="4 annotations without video_id, which others have"):
         read("coco", labels)
+    write(images=[*content["images"], content["images"][0]])
+    with pytest.raises(UserError, match="two images have the id 0"):
+        read("coco", labels)
+    write(videos=[{"id": 1, "name": "door"}, {"id": 2, "name": "door"}])  # no names to tell by
+    assert {seen.camera for seen in read("coco", labels)[0]} == {"1", "2"}
     write(images=3)
     with pytest.raises(UserError, match="no list of objects named images"):
         read("coco", labels)

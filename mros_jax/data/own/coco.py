@@ -58,30 +58,26 @@ def read_coco(
     content = files.read_json(root)
     if not isinstance(content, dict):
         raise UserError(f"{root} is no object with images and annotations")
-    pictures = {
-        picture.get("id"): picture
-        for picture in _records(root, content, "images")
-        if isinstance(picture.get("id"), int | str)
-        and isinstance(picture.get("file_name"), str)
-        and not is_video(pathlib.Path(picture["file_name"]))
-    }
-    videos = {
-        video.get("id"): video.get("name")
-        for video in (_records(root, content, "videos") if "videos" in content else ())
-        if isinstance(video.get("id"), int | str)
-    }
+    pictures: dict[int | str, dict[str, Any]] = {}
+    for picture in _records(root, content, "images"):
+        number, name = picture.get("id"), picture.get("file_name")
+        if isinstance(number, int | str) and isinstance(name, str) and not is_video(_path(name)):
+            if number in pictures:
+                raise UserError(f"{root}: two images have the id {number}")
+            pictures[number] = picture
+    videos = _name_videos(root, content)
     base = pathlib.Path(images).expanduser() if images else root.parent
     found, bad = [], []
     for i, annotation in enumerate(_records(root, content, "annotations")):
         origin = f"{root}, annotation {annotation.get('id', f'at place {i}')}"
         place = annotation.get("image_id")
-        picture = pictures.get(place) if isinstance(place, int | str) else None
+        seen_on = pictures.get(place) if isinstance(place, int | str) else None
         bbox = annotation.get("bbox")
         box = make_box([str(number) for number in bbox]) if isinstance(bbox, list) else None
-        if picture is None or box is None:
+        if seen_on is None or box is None:
             bad.append(origin.rpartition(", ")[2])
             continue
-        identity = _find(identity_key, annotation, picture)
+        identity = _find(identity_key, annotation, seen_on)
         kind = annotation.get("category_id")
         if identity is None:
             left_out[f"without {identity_key} (see the option identity_key)"].append(origin)
@@ -90,11 +86,12 @@ def read_coco(
         elif classes and kind not in classes:
             left_out[f"of category {kind} (see the option classes)"].append(origin)
         else:
-            camera = _find(camera_key, annotation, picture)
-            if camera_key == "video_id":
-                camera = videos.get(camera) or camera
-            name = picture["file_name"].replace("\\", "/")
-            found.append((str(identity), camera, name, box, origin))
+            camera = _find(camera_key, annotation, seen_on)
+            if camera is not None:
+                camera = (
+                    videos.get(camera, str(camera)) if camera_key == "video_id" else str(camera)
+                )
+            found.append((str(identity), camera, str(_path(seen_on["file_name"])), box, origin))
     bad_files.report(
         str(root),
         bad,
@@ -118,8 +115,7 @@ def read_coco(
             left_out[f"between the images taken (every={every})"].append(origin)
             continue
         who = f"{camera}/{identity}" if own else identity
-        seen_by = "1" if camera is None else str(camera)
-        sightings.append(Sighting(who, seen_by, base / name, frame, box, origin))
+        sightings.append(Sighting(who, camera or "1", base / name, frame, box, origin))
     what = "of an image and an identity"
     return keep_present(
         drop_repeated(sightings, lambda s: (s.file, s.identity), bad_files, str(root), what),
@@ -132,6 +128,19 @@ def _records(root: pathlib.Path, content: Mapping[str, Any], key: str) -> list[d
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{root} has no list of objects named {key}; expected COCO-style JSON")
     return records
+
+
+def _path(name: str) -> pathlib.Path:
+    return pathlib.Path(name.replace("\\", "/"))  # as Windows writes it
+
+
+def _name_videos(root: pathlib.Path, content: Mapping[str, Any]) -> dict[int | str, str]:
+    """Find the names of videos, if all have one of their own."""
+    videos = _records(root, content, "videos") if "videos" in content else []
+    names = {video.get("name") for video in videos if isinstance(video.get("name"), str)}
+    if len(names) < len(videos):
+        return {}
+    return {v["id"]: v["name"] for v in videos if isinstance(v.get("id"), int | str)}
 
 
 def _find(key: str, annotation: Mapping[str, Any], picture: Mapping[str, Any]) -> int | str | None:

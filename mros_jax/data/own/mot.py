@@ -130,6 +130,8 @@ def _find_sequences(root: pathlib.Path) -> list[_Sequence]:
     for tracks in places:
         if tracks.suffix.lower() == ".txt" and tracks.is_file():
             beside = [p for p in places if p.stem == tracks.stem and is_video(p) and p.is_file()]
+            if len(beside) > 1:
+                raise UserError(f"{tracks} has {len(beside)} videos beside it; expected 1")
             directory = root / tracks.stem
             frames = beside[0] if beside else _choose_frames(directory, "img1")
             if frames is None:
