@@ -141,13 +141,17 @@ def compute_distances(
     mapped = _Blocks(size, axis_name)
     hidden = jnp.zeros(len(gallery_features), bool)
     order = _make_order(query_features, gallery_features, hidden, rerank, mapped)
-    result: Array = mapped.map(order, num_query)
-    if rerank is None:
-        return result
-    # Division by one number would become a product with its inverse, which rounds otherwise.
-    count = jnp.full(result.shape[1], 2.0 * (rerank.t + rerank.t * rerank.q))
-    count = jax.lax.optimization_barrier(count)
-    return jnp.where(result <= -1, result / count, result)
+
+    def measure(index: Int[Array, "B"]) -> Float[Array, "B G"]:
+        ordered = order(index)
+        if rerank is None:
+            return ordered
+        # Division by one number would become a product with its inverse, which rounds otherwise.
+        count = jnp.full_like(ordered, 2.0 * (rerank.t + rerank.t * rerank.q))
+        return jnp.where(ordered <= -1, ordered / jax.lax.optimization_barrier(count), ordered)
+
+    result: Array = mapped.map(measure, num_query)
+    return result
 
 
 @functools.partial(
