@@ -264,7 +264,8 @@ def make_searches(
     images = [shape(size, features) for size in (counts["query"], gallery)]
     shared = [*images, shape(gallery), lists, indices[1]]
     yield job(f"ECN, k = {ecn.k}", orders, indices[:1], shared)
-    for name, method in (("", None), (" after ECN", ecn)):
+    methods = {"": None, " after ECN": ecn, " after k-reciprocal": rerank.KReciprocal()}
+    for name, method in methods.items():
         lower = functools.partial(lower_evaluation, devices, counts, features, method, width)
         yield Job(f"scores{name}, one program", lower, 0, len(devices))
     aqe = rerank.AQE()
@@ -280,7 +281,7 @@ def lower_evaluation(
     devices: Sequence[jax.Device],
     counts: dict[str, int],
     features: int,
-    method: rerank.ECN | None,
+    method: rerank.ECN | rerank.KReciprocal | None,
     most_per_pid: int,
     _: int,
 ) -> jax.stages.Lowered:

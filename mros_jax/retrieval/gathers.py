@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from mros_jax.retrieval import blocks, distances
 
-_UNROLL = 5  # rows gathered in one pass over their sums
+UNROLL = 5  # rows gathered in one pass over their sums
 
 _Run = Callable[[int, Callable[[slice], Sequence[Any]]], Iterator[tuple[slice, Any]]]
 
@@ -50,7 +50,7 @@ def _add_rows(
         row, weight = at
         return sums + weight * table[row], None
 
-    result: Array = jax.lax.scan(add, sums, (rows.T, weights), unroll=_UNROLL)[0]
+    result: Array = jax.lax.scan(add, sums, (rows.T, weights), unroll=UNROLL)[0]
     return result
 
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mros_jax.errors import UserError
-from mros_jax.retrieval import blocks, distances, gathers, neighbors
+from mros_jax.retrieval import blocks, distances, gathers, neighbors, padded
 from mros_jax.retrieval.inputs import check_choice, check_count
 from mros_jax.retrieval.metrics import AP_VARIANTS, count_ranks
-from mros_jax.retrieval.rerank import ECN
+from mros_jax.retrieval.rerank import ECN, KReciprocal
 
 
 class Scores(NamedTuple):
@@ -64,51 +64,98 @@ class _Blocks(NamedTuple):
         return jax.tree.map(join, jax.lax.map(function, index[own]))
 
 
-def _search(
-    features: Float[Array, "N D"], k: int, hidden: Bool[Array, "N"], mapped: _Blocks
-) -> Int[Array, "N k"]:
-    """The k nearest images of every image by cosine, itself first; hidden ones are nobody's."""
-    norms = distances.KINDS["similarity"].norms(features)
-    look = neighbors.make_look(k)
+class _Images(NamedTuple):
+    """Queries stacked above gallery; hidden ones are nobody's neighbours."""
 
-    def search(index: Int[Array, "B"]) -> Int[Array, "B k"]:
-        similarity = distances.compute_similarity(features[index], features, norms)
-        # What is looked at are numbers in memory, none of them computed twice (see `BlockMap`).
-        similarity = jax.lax.optimization_barrier(similarity)
-        return look(jnp.where(hidden, -jnp.inf, similarity), index)[0]
+    features: Float[Array, "N D"]
+    norms: Float[Array, "N"]
+    hidden: Bool[Array, "N"]
 
-    lists: Array = mapped.map(search, len(features))
-    return lists
+    def compare(self, index: Int[Array, "B"]) -> Float[Array, "B N"]:
+        """Cosines with all images. They are numbers in memory, not computed anew in each use."""
+        similarity = distances.compute_similarity(self.features[index], self.features, self.norms)
+        return jax.lax.optimization_barrier(similarity)
+
+    def search(self, k: int, mapped: _Blocks) -> tuple[Int[Array, "N k"], Float[Array, "N"]]:
+        """The k nearest images of every image, itself first, and the cosine with the farthest."""
+        look = neighbors.make_look(k)
+
+        def search(index: Int[Array, "B"]) -> tuple[Array, Array]:
+            similarity = self.compare(index)
+            nearest = look(jnp.where(self.hidden, -jnp.inf, similarity), index)[0]
+            return nearest, similarity.min(1, where=~self.hidden, initial=jnp.inf)
+
+        found: tuple[Array, Array] = mapped.map(search, len(self.features))
+        return found
 
 
 def _make_order(
     query: Float[Array, "Q D"],
     gallery: Float[Array, "G D"],
     hidden: Bool[Array, "G"],
-    rerank: ECN | None,
+    rerank: ECN | KReciprocal | None,
     mapped: _Blocks,
 ) -> Callable[[Array], Array]:
     """A function of indices of queries: numbers (B, G) in the order of their distances."""
     norms = distances.KINDS["cosine"].norms(gallery)
     if rerank is None:
         return lambda index: distances.KINDS["cosine"].measure(query[index], gallery, norms)
-    num_query, num = len(query), len(query) + len(gallery)
+    num_query = len(query)
     rerank.check(num_query, len(gallery))
     features = jnp.concatenate([query, gallery])
     everywhere = jnp.concatenate([jnp.zeros(num_query, bool), hidden])
-    lists = _search(features, rerank.list_length, everywhere, mapped)
-    columns = jnp.arange(num_query, num)
-    order = gathers.make_order(rerank.k, rerank.t, rerank.q)
-    return lambda index: order(index, query, gallery, norms, lists, columns)
+    images = _Images(features, distances.KINDS["similarity"].norms(features), everywhere)
+    lists, smallest = images.search(rerank.list_length, mapped)
+    if isinstance(rerank, ECN):
+        order = gathers.make_order(rerank.k, rerank.t, rerank.q)
+        columns = jnp.arange(num_query, len(features))
+        return lambda index: order(index, query, gallery, norms, lists, columns)
+
+    encoded = _encode(images, lists, smallest, rerank, mapped)
+    encoded_gallery = tuple(x[num_query:] for x in encoded)
+    share = rerank.lambda_value
+
+    def measure(index: Int[Array, "B"]) -> Float[Array, "B G"]:
+        encoded_query = tuple(x[index] for x in encoded)
+        jaccard = padded.compute_jaccard(encoded_query, encoded_gallery, len(features))
+        cosine = distances.KINDS["cosine"].measure(query[index], gallery, norms)
+        return (1 - share) * jaccard + share * padded.scale(cosine, smallest[index, None])
+
+    return measure
 
 
-def _check(rerank: ECN | None) -> None:
-    if rerank is not None and (
-        not isinstance(rerank, ECN) or (rerank.method, rerank.neighbors) != ("rankdist", "exact")
-    ):
+def _encode(
+    images: _Images,
+    lists: Int[Array, "N length"],
+    smallest: Float[Array, "N"],
+    rerank: KReciprocal,
+    mapped: _Blocks,
+) -> tuple[Int[Array, "N wider"], Float[Array, "N wider"]]:
+    """`reciprocal.encode`, padded: columns and weights."""
+    num = len(lists)
+    lengths = rerank.k1 + 1, round(rerank.k1 / 2) + 1
+    full, half = mapped.map(
+        lambda index: tuple(padded.find_reciprocal(index, lists, k) for k in lengths), num
+    )
+
+    def weigh(index: Int[Array, "B"]) -> tuple[Array, Array]:
+        columns = padded.expand_sets(index, full, half)
+        return columns, padded.weigh(index, columns, images.compare(index), smallest[index])
+
+    columns, weights = mapped.map(weigh, num)
+    near = lists[:, : rerank.k2]
+    encoded: tuple[Array, Array] = mapped.map(
+        lambda index: padded.average(near[index], columns, weights), num
+    )
+    return encoded
+
+
+def _check(rerank: ECN | KReciprocal | None) -> None:
+    compiled = isinstance(rerank, ECN | KReciprocal) and rerank.neighbors == "exact"
+    if rerank is not None and (not compiled or getattr(rerank, "method", "") == "origdist"):
         raise UserError(
-            f"rerank is {rerank!r}; compiled are None and ECN with method 'rankdist' and neighbors "
-            "'exact'"
+            f"rerank is {rerank!r}; compiled are None, KReciprocal, and ECN with method "
+            "'rankdist'; all with neighbors 'exact'"
         )
 
 
@@ -117,7 +164,7 @@ def compute_distances(
     query_features: Float[Array, "Q D"],
     gallery_features: Float[Array, "G D"],
     *,
-    rerank: ECN | None = None,
+    rerank: ECN | KReciprocal | None = None,
     block_size: int | None = None,
     axis_name: str | None = None,
 ) -> Float[Array, "Q G"]:
@@ -126,7 +173,7 @@ def compute_distances(
     Args:
         query_features: (Q, D), of any norm whose square float32 can hold, but zero.
         gallery_features: (G, D).
-        rerank: None, or `ECN` with its parameters.
+        rerank: None, or `ECN` or `KReciprocal` with their parameters.
         block_size: queries worked on at once; None: see `blocks.choose_block`.
         axis_name: within `jax.shard_map`, with the same arguments on all devices of this axis: each
             works on a share of the images, and all get the whole.
@@ -144,7 +191,7 @@ def compute_distances(
 
     def measure(index: Int[Array, "B"]) -> Float[Array, "B G"]:
         ordered = order(index)
-        if rerank is None:
+        if not isinstance(rerank, ECN):
             return ordered
         # Division by one number would become a product with its inverse, which rounds otherwise.
         count = jnp.full_like(ordered, 2.0 * (rerank.t + rerank.t * rerank.q))
@@ -170,7 +217,7 @@ def evaluate(
     gallery_camids: Int[Array, "G"],
     *,
     most_per_pid: int,
-    rerank: ECN | None = None,
+    rerank: ECN | KReciprocal | None = None,
     ap: str = "standard",
     max_rank: int = 50,
     keep_junk: bool = False,
@@ -193,8 +240,8 @@ def evaluate(
         gallery_camids: (G,).
         most_per_pid: the most gallery images of one identity. Queries of an identity that has more
             get NaN, and so does each mean.
-        rerank: None, or `ECN` with its parameters. With fewer images that are no junk than its
-            lists are long, all is NaN.
+        rerank: None, or `ECN` or `KReciprocal` with their parameters. With fewer images that are no
+            junk than its lists are long, all is NaN.
         ap: "standard" or "trapezoid".
         max_rank: length of the CMC curve.
         keep_junk: let junk images take part in re-ranking as neighbours.
@@ -224,7 +271,7 @@ def evaluate(
         fits &= num_query + (~hidden).sum() >= rerank.list_length
 
     def rank(index: Int[Array, "B"]) -> Int[Array, "B M"]:
-        # Each distance is computed once, as in `_search`.
+        # Each distance is computed once, as in `_Images`.
         ordered = jax.lax.optimization_barrier(jnp.where(junk, jnp.inf, order(index)))
         return count_ranks(ordered, matches[index], removed[index])
 

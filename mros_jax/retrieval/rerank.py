@@ -239,11 +239,16 @@ class KReciprocal(Rerank):
         check_count(self.k1, f"{self.name}: k1", most=num - 1, of=f"other {of}")
         check_count(self.k2, f"{self.name}: k2", most=num, of=of)
 
+    @property
+    def list_length(self) -> int:
+        """How many neighbours of each image are needed, itself counted."""
+        return max(self.k1 + 1, self.k2)
+
     def _prepare(self, query: _Features, gallery: _Features, placement: blocks.Placement) -> Rows:
         num_query = len(query)
         features = stack(query, gallery)
         query, gallery = features[:num_query], features[num_query:]
-        found = self._find(features, max(self.k1 + 1, self.k2), placement)
+        found = self._find(features, self.list_length, placement)
         encoded = encode(features, found, self.k1, self.k2)
         encoded_gallery = encoded[num_query:].tocsc()
         cosine_distances = distances.Gallery(gallery, "cosine", placement=placement.alone())

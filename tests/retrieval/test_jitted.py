@@ -1,4 +1,4 @@
-"""What accelerators run, here on CPUs: ECN by dense gathers, and evaluations in one program."""
+"""What accelerators run, here on CPUs: re-ranking by gathers, and evaluations in one program."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from mros_jax.retrieval import AQE, ECN, Placement, evaluate, gathers, jitted
+from mros_jax.retrieval import AQE, ECN, KReciprocal, Placement, evaluate, gathers, jitted
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "data"
 SHAPES = [  # queries and gallery, k, t, q
@@ -112,7 +112,7 @@ def test_scores_of_dense_gathers_equal_those_of_sparse_products(keep_junk, num_d
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_ecn_equals_golden(name, choose):
+def test_re_ranking_equals_golden(name, choose):
     with np.load(GOLDEN / f"retrieval_{name}.npz") as file:
         data = dict(file)
     features = data["query_features"], data["gallery_features"][data["gallery_pids"] != -1]
@@ -121,6 +121,8 @@ def test_ecn_equals_golden(name, choose):
     np.testing.assert_allclose(ECN().distances(*features), expected, rtol=0, atol=1e-5)
     got = jitted.compute_distances(*features, rerank=ECN())
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)
+    got = jitted.compute_distances(*features, rerank=KReciprocal())
+    np.testing.assert_allclose(got, data["kreciprocal_k20_6_l0.3"], rtol=0, atol=1e-6)
 
 
 def share(function, num_devices):
@@ -134,6 +136,18 @@ def share(function, num_devices):
         out_specs=whole,
         check_vma=False,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("k1", "k2"), [(1, 1), (2, 9), (7, 4), (20, 6), (59, 60)])
+def test_jitted_k_reciprocal_equals_sparse_sets(k1, k2):
+    """Sets of every size that they can have, up to all images."""
+    features = make_features(20, 40, exact=False)
+    method = KReciprocal(k1=k1, k2=k2)
+    function = functools.partial(jitted.compute_distances, rerank=method, block_size=32)
+    expected = method.distances(*features)
+    for run in (function, jax.jit(share(function, 2))):
+        np.testing.assert_allclose(run(*features), expected, rtol=0, atol=1e-6)
 
 
 def check_jitted(shape, k, t, q, devices):
@@ -170,11 +184,13 @@ def check_scores(got, expected):
     [
         (ECN(k=12), {}),
         (ECN(k=12), {"keep_junk": True, "ap": "trapezoid", "max_rank": 7}),
+        (KReciprocal(k1=8, k2=3), {}),
+        pytest.param(KReciprocal(k2=1), {"keep_junk": True}, marks=pytest.mark.slow),
         pytest.param(None, {"junk_pid": None, "distractor_pid": None}, marks=pytest.mark.slow),
     ],
 )
 def test_jitted_scores_equal_those_of_evaluate(rerank, options):
-    case = make_case(40, 130, exact=True)
+    case = make_case(40, 130, exact=not isinstance(rerank, KReciprocal))
     case[2][1:3] = 0, -1  # queries that nothing matches
     expected = evaluate(*case, rerank=rerank, **options)
     most = np.unique(case[3], return_counts=True)[1].max()
@@ -213,8 +229,8 @@ def test_what_does_not_fit_is_not_a_number():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rerank": ECN(method="origdist")}, "compiled are None and ECN with method 'rankdist'"),
-        ({"rerank": AQE()}, "compiled are None and ECN"),
+        ({"rerank": ECN(method="origdist")}, "compiled are None, KReciprocal, and ECN with"),
+        ({"rerank": AQE()}, "all with neighbors 'exact'"),
         ({"rerank": ECN(k=71)}, "k is 71, but there are only 70"),
         ({"ap": "mean"}, "'standard', 'trapezoid'"),
         ({"most_per_pid": 0}, "most_per_pid is 0"),
@@ -254,7 +270,7 @@ def test_scores_do_not_depend_on_what_is_fused(flag):
 
 if __name__ == "__main__":
     for sizes in ((5, 40), (8, 64), (40, 130)):
-        for method in (None, ECN(k=12)):
+        for method in (None, ECN(k=12), KReciprocal(k1=8, k2=3)):
             made = make_case(*sizes, exact=False, junk=False)
             scores = jitted.evaluate(*made, most_per_pid=64, rerank=method, distractor_pid=None)
             check_scores(scores, evaluate(*made, rerank=method, distractor_pid=None))
