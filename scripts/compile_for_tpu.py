@@ -260,9 +260,9 @@ def make_searches(
     yield job(f"neighbors, k = {ecn.k}", neighbors.make_look(ecn.k), searched)
     orders = gathers.make_order(ecn.k, ecn.t, ecn.q)
     indices = [shape(size, dtype=jnp.int32) for size in (rows, gallery)]
-    lists = shape(both, ecn.list_length, dtype=jnp.int32)
+    found = shape(both, ecn.list_length, dtype=jnp.int32)
     images = [shape(size, features) for size in (counts["query"], gallery)]
-    shared = [*images, shape(gallery), lists, indices[1]]
+    shared = [*images, shape(gallery), found, indices[1]]
     yield job(f"ECN, k = {ecn.k}", orders, indices[:1], shared)
     methods = {"": None, " after ECN": ecn, " after k-reciprocal": rerank.KReciprocal()}
     for name, method in methods.items():
@@ -293,6 +293,7 @@ def lower_evaluation(
     )
     shared = jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
     sizes = counts["query"], counts["gallery"]
+    shapes: list[tuple[tuple[int, ...], Any]]
     shapes = [((size, features), jnp.float32) for size in sizes]
     shapes += [((size,), jnp.int32) for size in sizes * 2]
     sharding = NamedSharding(mesh, whole)

@@ -74,7 +74,8 @@ class _Images(NamedTuple):
     def compare(self, index: Int[Array, "B"]) -> Float[Array, "B N"]:
         """Cosines with all images. They are numbers in memory, not computed anew in each use."""
         similarity = distances.compute_similarity(self.features[index], self.features, self.norms)
-        return jax.lax.optimization_barrier(similarity)
+        kept: Array = jax.lax.optimization_barrier(similarity)
+        return kept
 
     def search(self, k: int, mapped: _Blocks) -> tuple[Int[Array, "N k"], Float[Array, "N"]]:
         """The k nearest images of every image, itself first, and the cosine with the farthest."""
@@ -108,15 +109,15 @@ def _make_order(
     lists, smallest = images.search(rerank.list_length, mapped)
     if isinstance(rerank, ECN):
         order = gathers.make_order(rerank.k, rerank.t, rerank.q)
-        columns = jnp.arange(num_query, len(features))
-        return lambda index: order(index, query, gallery, norms, lists, columns)
+        below = jnp.arange(num_query, len(features))
+        return lambda index: order(index, query, gallery, norms, lists, below)
 
-    encoded = _encode(images, lists, smallest, rerank, mapped)
-    encoded_gallery = tuple(x[num_query:] for x in encoded)
+    columns, weights = _encode(images, lists, smallest, rerank, mapped)
+    encoded_gallery = columns[num_query:], weights[num_query:]
     share = rerank.lambda_value
 
     def measure(index: Int[Array, "B"]) -> Float[Array, "B G"]:
-        encoded_query = tuple(x[index] for x in encoded)
+        encoded_query = columns[index], weights[index]
         jaccard = padded.compute_jaccard(encoded_query, encoded_gallery, len(features))
         cosine = distances.KINDS["cosine"].measure(query[index], gallery, norms)
         return (1 - share) * jaccard + share * padded.scale(cosine, smallest[index, None])

@@ -92,6 +92,6 @@ def compute_jaccard(
         return shared + jnp.minimum(vectors[row], weight[:, None]), None
 
     begin = jnp.zeros((len(gallery[0]), len(columns)))
-    entries = tuple(x.T for x in gallery)
+    entries = gallery[0].T, gallery[1].T
     shared: Array = jax.lax.scan(add, begin, entries, unroll=gathers.UNROLL)[0].T
     return 1.0 - shared / (2.0 - shared)
