@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float64, Int, Int64, Shaped
 
 from mros_jax.errors import UserError
-from mros_jax.retrieval import blocks, distances
+from mros_jax.retrieval import blocks, distances, gathers
 from mros_jax.retrieval.inputs import (
     Numbers,
     check_choice,
@@ -481,12 +481,16 @@ def evaluate(
         ranks = _rank_matches(compared.run, lambda rows: query[rows], labels)
     else:
         write = rerank.prepare(query, gallery, placement)
-        columns = labels.kept if keep_junk else slice(None)
+        columns = labels.kept if keep_junk else np.arange(len(gallery))
+        if isinstance(write, gathers.ECNRows):
+            run = write.look_at(count_ranks, columns)
+            ranks = _rank_matches(run, lambda rows: rows.astype(np.int32), labels)
+        else:
 
-        def rows_of(rows: np.ndarray) -> np.ndarray:
-            block = np.empty((len(rows), len(gallery)), np.float32)
-            write(rows, block)
-            return block[:, columns]
+            def rows_of(rows: np.ndarray) -> np.ndarray:
+                block = np.empty((len(rows), len(gallery)), np.float32)
+                write(rows, block)
+                return block[:, columns] if keep_junk else block
 
-        ranks = _rank_given(rows_of, labels, placement)
+            ranks = _rank_given(rows_of, labels, placement)
     return _summarize(ranks, labels, ap, max_rank, described | dict(protocol or {}))
