@@ -11,6 +11,8 @@ _MODULES = {
     "tfds": ("array_record", "tensorflow_datasets"),
     "cuhk03": ("h5py",),
     "faiss": ("faiss",),
+    "stablehlo": ("flatbuffers",),
+    "export": ("jax2onnx", "onnx", "onnxruntime"),
 }
 
 
