@@ -160,9 +160,7 @@ def resize_any(
     return levels
 
 
-def _make_weights(
-    size: Any, out: int, interpolation: str
-) -> tuple[Float[Array, "out size"], ...]:
+def _make_weights(size: Any, out: int, interpolation: str) -> tuple[Float[Array, "out size"], ...]:
     """The weights of `make_taps` as a matrix in three parts, whole multiples of 2^14, 2^7 and 1."""
     _, reach = _KERNELS[interpolation]
     with jax.enable_x64(True):

@@ -75,7 +75,9 @@ def export(
         raise UserError(f"{path} must end in {SUFFIXES[form]}")
     check_output(path)
     if form == "torch":
-        torch_weights.save_torch_state_dict(path, model.embedder.variables, flatten(model.explain()))
+        torch_weights.save_torch_state_dict(
+            path, model.embedder.variables, flatten(model.explain())
+        )
         return path
     dataset = _find_dataset(model, root)
     chosen = checks.invent(sample) if dataset is None else checks.draw(dataset, sample)

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from mros_jax.data import decoding
 from mros_jax.data.images import Picture
 from mros_jax.data.splits import Dataset, Split
-from mros_jax.errors import UserError
 from mros_jax.retrieval import Result, Side, compute_distances, evaluate
 
 Session = Callable[[UInt8[np.ndarray, "B H W 3"]], np.ndarray]
@@ -168,8 +167,6 @@ def compare(
     Raises:
         UserError: a descriptor of zeros, or with NaN, that cannot be ranked.
     """
-    if ours.shape != theirs.shape:
-        raise UserError(f"the file makes descriptors {theirs.shape}, the run {ours.shape}")
     norms = np.linalg.norm(ours, axis=1)
     difference = float(np.max(np.linalg.norm(theirs - ours, axis=1) / norms))
     if not np.isfinite(difference):
@@ -187,8 +184,13 @@ def compare(
     return Agreement(difference, moved, queries)
 
 
-def score(made: Float[np.ndarray, "N D"], sample: Sample, eval_section: ConfigDict) -> Result | None:
+def score(made: Float[np.ndarray, "N D"], sample: Sample, section: ConfigDict) -> Result | None:
     """Evaluate descriptors of a sample by the run's protocol, without re-ranking.
+
+    Args:
+        made: of the sample's images, queries first.
+        sample: the images.
+        section: `eval` of the run's config.
 
     Returns:
         None where the images are invented.
@@ -200,7 +202,7 @@ def score(made: Float[np.ndarray, "N D"], sample: Sample, eval_section: ConfigDi
     return evaluate(
         Side(made[:split], query_pids, query_camids),
         Side(made[split:], gallery_pids, gallery_camids),
-        metric=eval_section.metric,
-        normalize=eval_section.normalize,
-        ap=eval_section.ap,
+        metric=section.metric,
+        normalize=section.normalize,
+        ap=section.ap,
     )

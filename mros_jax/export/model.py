@@ -7,7 +7,6 @@ import logging
 import os
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
@@ -75,20 +74,20 @@ class Model:
 
         The number of images may be symbolic; the size is that of `size`.
         """
-        views = [inputs]
         if self.crops == "ten":
             crop = self.config.input
-            views = list(augment.ten_crops(inputs, height=crop.height, width=crop.width))
+            views = augment.ten_crops(inputs, height=crop.height, width=crop.width)
         elif self.flip_test:
-            views.append(inputs[:, :, ::-1])
-        images = jnp.concatenate(views) if len(views) > 1 else inputs
-        outputs: Outputs = self.embedder.network.apply(
-            self.embedder.variables, images, train=False
-        )
+            views = jnp.stack([inputs, inputs[:, :, ::-1]])
+        else:
+            return self._apply(inputs)
+        made = self._apply(views.reshape(-1, *views.shape[2:]))
+        return jnp.mean(made.reshape(len(views), inputs.shape[0], -1), axis=0)
+
+    def _apply(self, inputs: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        outputs: Outputs = self.embedder.network.apply(self.embedder.variables, inputs, train=False)
         descriptor: Array = outputs.descriptor
-        if len(views) == 1:
-            return descriptor
-        return jnp.mean(descriptor.reshape(len(views), -1, descriptor.shape[-1]), axis=0)
+        return descriptor
 
     def __call__(self, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B D"]:
         """All that a file does; number and sizes of the images may be symbolic."""
@@ -100,7 +99,8 @@ class Model:
         )
         if not self.normalized:
             return descriptor
-        return descriptor / jnp.linalg.norm(descriptor, axis=1, keepdims=True)
+        norms: Array = jnp.linalg.norm(descriptor, axis=1, keepdims=True)
+        return descriptor / norms
 
     def explain(self) -> dict[str, Any]:
         """What a file says of itself, as JSON: see docs/export.md."""
@@ -147,7 +147,10 @@ class Model:
         """The run's scores with their protocols, where they are of these descriptors."""
         if not self.run.results_file.is_file() or self.checkpoint != "last":
             return []
-        tested = {"flip_test": self.flip_test, "crops": self.crops}
+        protocol = self.run.rankings[0]["protocol"]
+        tested = bool(protocol.get("flip_test")), protocol.get("crops") or "none"
+        if tested != (self.flip_test, self.crops):
+            return []
         return [
             {
                 "rerank": ranking["rerank"],
@@ -157,7 +160,6 @@ class Model:
                 "protocol": ranking["protocol"],
             }
             for ranking in self.run.rankings
-            if {name: ranking["protocol"].get(name) for name in tested} == tested
         ]
 
 

@@ -238,6 +238,11 @@ def _pool_planes(network: onnx.ModelProto) -> None:
 def halve(network: onnx.ModelProto) -> onnx.ModelProto:
     """The network with weights and arithmetic in float16; its input and output stay float32."""
     halved: onnx.ModelProto = convert_float_to_float16(network, keep_io_types=True)
+    nodes = list(halved.graph.node)
+    # The converter puts the cast of an input behind what takes it.
+    nodes.sort(key=lambda node: not node.name.startswith("graph_input_cast"))
+    del halved.graph.node[:]
+    halved.graph.node.extend(nodes)
     return halved
 
 
@@ -271,9 +276,9 @@ def quantize(
             return {"planes": np.asarray(inputs).transpose(0, 3, 1, 2)}
 
     with tempfile.TemporaryDirectory() as directory, _quiet():
-        prepared = pathlib.Path(directory) / "prepared.onnx"
-        made = pathlib.Path(directory) / "made.onnx"
-        quantization.quant_pre_process(network, prepared, skip_symbolic_shape=True)
+        plain, prepared, made = (pathlib.Path(directory) / f"{i}.onnx" for i in range(3))
+        onnx.save(network, plain)
+        quantization.quant_pre_process(plain, prepared, skip_symbolic_shape=True)
         quantization.quantize_static(prepared, made, Reader(), per_channel=True)
         return onnx.load(made)
 
@@ -301,7 +306,9 @@ def assemble(model: Model, network: onnx.ModelProto) -> onnx.ModelProto:
     size = model.embedder.descriptor_sizes["descriptor"]
     after = onnx.parser.parse_model(_AFTER[model.normalized].format(**own, size=size))
     for other, prefix in ((before, "before/"), (after, "after/")):
-        onnx.compose.add_prefix(other, prefix, rename_inputs=False, rename_outputs=False, inplace=True)
+        onnx.compose.add_prefix(
+            other, prefix, rename_inputs=False, rename_outputs=False, inplace=True
+        )
         _take_versions(other, network)
     whole = onnx.compose.merge_models(before, network, io_map=[("inputs", "planes")])
     whole = onnx.compose.merge_models(whole, after, io_map=[("made", "made")])

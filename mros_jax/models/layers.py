@@ -18,7 +18,6 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-
 _plainly: contextvars.ContextVar[bool] = contextvars.ContextVar("plainly", default=False)
 
 
