@@ -23,6 +23,7 @@ from mros_jax.models.layers import plainly
 
 OPSET = 18
 _IR_VERSION = 9  # of files with that opset; what is newer is not read by older runtimes
+_VERSIONS = {"ir_version": _IR_VERSION, "opset": OPSET}
 
 # `mros_jax.data.augment.preprocess`, with planes instead of channels, for sizes that are known when
 # it runs. The weights of PIL's resize are those of `mros_jax.data.resample.make_taps` as a matrix.
@@ -283,32 +284,34 @@ def quantize(
         return onnx.load(made)
 
 
-def assemble(model: Model, network: onnx.ModelProto) -> onnx.ModelProto:
-    """The whole: uint8 "images" (batch, height, width, 3) to "descriptors" (batch, D)."""
+def write_before(model: Model) -> onnx.ModelProto:
+    """What comes before the network: uint8 "images" to "inputs" (batch, 3, height, width)."""
     height, width = model.size
     kernel, reach = _KERNELS[model.interpolation]
     mean, factor = augment.normalization()
-    own = {"ir_version": _IR_VERSION, "opset": OPSET}
-    before = onnx.parser.parse_model(
-        _BEFORE.format(
-            **own,
-            height=height,
-            width=width,
-            mean=", ".join(map(repr, mean.tolist())),
-            factor=", ".join(map(repr, factor.tolist())),
-            kernel=kernel.strip("\n"),
-            reach=reach,
-            float=onnx.TensorProto.FLOAT,
-            double=onnx.TensorProto.DOUBLE,
-        )
+    text = _BEFORE.format(
+        **_VERSIONS,
+        height=height,
+        width=width,
+        mean=", ".join(map(repr, mean.tolist())),
+        factor=", ".join(map(repr, factor.tolist())),
+        kernel=kernel.strip("\n"),
+        reach=reach,
+        float=onnx.TensorProto.FLOAT,
+        double=onnx.TensorProto.DOUBLE,
     )
-    before = onnx.inliner.inline_local_functions(before)
+    return onnx.inliner.inline_local_functions(onnx.parser.parse_model(text))
+
+
+def assemble(model: Model, network: onnx.ModelProto) -> onnx.ModelProto:
+    """The whole: uint8 "images" (batch, height, width, 3) to "descriptors" (batch, D)."""
+    before = write_before(model)
     size = model.embedder.descriptor_sizes["descriptor"]
-    after = onnx.parser.parse_model(_AFTER[model.normalized].format(**own, size=size))
+    text = _AFTER[model.normalized].format(**_VERSIONS, size=size)
+    after = onnx.parser.parse_model(text)
     for other, prefix in ((before, "before/"), (after, "after/")):
-        onnx.compose.add_prefix(
-            other, prefix, rename_inputs=False, rename_outputs=False, inplace=True
-        )
+        names = {"rename_inputs": False, "rename_outputs": False}
+        onnx.compose.add_prefix(other, prefix, inplace=True, **names)
         _take_versions(other, network)
     whole = onnx.compose.merge_models(before, network, io_map=[("inputs", "planes")])
     whole = onnx.compose.merge_models(whole, after, io_map=[("made", "made")])
