@@ -5,6 +5,8 @@ import os
 import pathlib
 from typing import Any
 
+import numpy as np
+
 from mros_jax import config as configs
 from mros_jax import extras
 from mros_jax.data.splits import Dataset
@@ -62,6 +64,8 @@ def export(
         raise UserError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
     if precision != "float32" and form != "onnx":
         raise UserError(f"precision {precision} is for ONNX files; {form} files have float32")
+    if sample < 2:
+        raise UserError(f"sample is {sample}; a query and a gallery image are 2 at least")
     if form == "onnx":
         extras.require("export", "an ONNX file")
     if form == "stablehlo":
@@ -81,8 +85,10 @@ def export(
         return path
     dataset = _find_dataset(model, root)
     chosen = checks.invent(sample) if dataset is None else checks.draw(dataset, sample)
-    make = _make_onnx if form == "onnx" else _make_stablehlo
-    data = make(model, chosen, dataset, precision)
+    if form == "onnx":
+        data = _make_onnx(model, chosen, dataset, precision)
+    else:
+        data = _make_stablehlo(model, chosen)
     with write_atomically(path, "wb") as file:
         file.write(data)
     return path
@@ -101,9 +107,7 @@ def _find_dataset(model: Model, root: str | None) -> Dataset | None:
         return None
 
 
-def _make_stablehlo(
-    model: Model, sample: checks.Sample, dataset: Dataset | None, precision: str
-) -> bytes:
+def _make_stablehlo(model: Model, sample: checks.Sample) -> bytes:
     program = stablehlo.convert(model)
     sample = sample.resize(*model.size, model.interpolation)
     agreement = _check(model, stablehlo.Session(program), sample)
@@ -141,7 +145,8 @@ def _make_onnx(
 
 def _check(model: Model, session: checks.Session, sample: checks.Sample) -> checks.Agreement:
     """Refuse a file that does not make the run's descriptors."""
-    agreement = _compare(model, session, sample)
+    ours, theirs = model.embed(sample.images), checks.run(session, sample.images)
+    agreement = _compare(model, ours, theirs, sample)
     if not agreement.holds:
         raise UserError(
             f"nothing is written: on {sample} the file does not agree with the run: {agreement}; "
@@ -151,8 +156,9 @@ def _check(model: Model, session: checks.Session, sample: checks.Sample) -> chec
     return agreement
 
 
-def _compare(model: Model, session: checks.Session, sample: checks.Sample) -> checks.Agreement:
-    ours, theirs = model.embed(sample.images), checks.run(session, sample.images)
+def _compare(
+    model: Model, ours: np.ndarray, theirs: np.ndarray, sample: checks.Sample
+) -> checks.Agreement:
     return checks.compare(ours, theirs, len(sample.query), model.config.eval.metric)
 
 
@@ -165,18 +171,20 @@ def _measure_loss(
 ) -> dict[str, Any]:
     """What a smaller precision costs, on the sample."""
     ours, theirs = model.embed(sample.images), checks.run(session, sample.images)
-    section = model.config.eval
-    agreement = checks.compare(ours, theirs, len(sample.query), section.metric)
-    own, other = (checks.score(made, sample, section) for made in (ours, theirs))
+    agreement = _compare(model, ours, theirs, sample)
     explained = _explain_check(agreement, sample)
-    log.info("%s on %s: %s", precision, sample, agreement)
+    if not np.isfinite(agreement.difference):
+        raise UserError(f"nothing is written: in {precision} descriptors are not finite")
+    log.info("In %s descriptors differ by up to %.1e", precision, agreement.difference)
+    own, other = (checks.score(made, sample, model.config.eval) for made in (ours, theirs))
     if own is not None and other is not None:
+        loss = round(100 * (own.mAP - other.mAP), 2) + 0.0  # no -0.00
         log.info(
             "mAP of float32 %.2f, of %s %.2f: it loses %.2f",
             100 * own.mAP,
             precision,
             100 * other.mAP,
-            100 * (own.mAP - other.mAP),
+            loss,
         )
         explained["check"] |= {"mAP": {"float32": own.mAP, precision: other.mAP}}
     return explained

@@ -1,6 +1,7 @@
 """Whether what is exported agrees with the run: on images of its data set, or invented ones."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,7 +11,10 @@ from ml_collections import ConfigDict
 from mros_jax.data import decoding
 from mros_jax.data.images import Picture
 from mros_jax.data.splits import Dataset, Split
+from mros_jax.errors import UserError
 from mros_jax.retrieval import Result, Side, compute_distances, evaluate
+
+log = logging.getLogger(__name__)
 
 Session = Callable[[UInt8[np.ndarray, "B H W 3"]], np.ndarray]
 
@@ -193,16 +197,20 @@ def score(made: Float[np.ndarray, "N D"], sample: Sample, section: ConfigDict) -
         section: `eval` of the run's config.
 
     Returns:
-        None where the images are invented.
+        None where the images are invented, or no query has a match among them.
     """
     if sample.labels is None:
         return None
     split = len(sample.query)
     query_pids, gallery_pids, query_camids, gallery_camids = sample.labels
-    return evaluate(
-        Side(made[:split], query_pids, query_camids),
-        Side(made[split:], gallery_pids, gallery_camids),
-        metric=section.metric,
-        normalize=section.normalize,
-        ap=section.ap,
-    )
+    try:
+        return evaluate(
+            Side(made[:split], query_pids, query_camids),
+            Side(made[split:], gallery_pids, gallery_camids),
+            metric=section.metric,
+            normalize=section.normalize,
+            ap=section.ap,
+        )
+    except UserError as error:
+        log.warning("mAP is not measured on %s: %s", sample, error)
+        return None

@@ -3,6 +3,7 @@
 ONNX files: `test_onnx.py`.
 """
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -167,6 +168,8 @@ def test_options_that_make_no_file(run, tmp_path):
         build.export(run, "onnx", precision="int4")
     with pytest.raises(UserError, match="precision int8 is for ONNX files; torch files have"):
         build.export(run, "torch", precision="int8")
+    with pytest.raises(UserError, match="sample is 1; a query and a gallery image"):
+        build.export(run, "stablehlo", sample=1)
     with pytest.raises(UserError, match=r"w\.pth must end in \.safetensors"):
         build.export(run, "torch", tmp_path / "w.pth")
     with pytest.raises(UserError, match="is no directory; make it first"):
@@ -218,8 +221,10 @@ def test_the_same_scores_from_the_same_descriptors(model):
     few = checks.draw(dataset, 20)
     assert (len(few.query), len(few.gallery)) == (4, 16)
     assert few.labels is not None
-    pids, mates, *_ = few.labels
+    pids, mates, *cameras = few.labels
     assert set(pids) <= set(mates)
+    alone = dataclasses.replace(few, labels=(pids, -mates, *cameras))
+    assert checks.score(model.embed(few.images), alone, model.config.eval) is None
 
 
 def test_invented_images_are_of_many_sizes():
