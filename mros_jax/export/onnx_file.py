@@ -4,6 +4,7 @@ import contextlib
 import logging
 import pathlib
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 
 import jax2onnx
@@ -193,12 +194,14 @@ def convert(model: Model) -> onnx.ModelProto:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the converter's notes on its own optimizations."""
+    """Without the converter's notes on its own optimizations and on types that it asks for."""
     logger = logging.getLogger("onnx_ir")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Explicitly requested dtype", UserWarning)
+            yield
     finally:
         logger.setLevel(before)
 
