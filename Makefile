@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # A file of tests stays on one worker: what it shares is made once.
 PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-newest test-oldest fuzz lint format docs wheel clean
+.PHONY: demo test test-all test-newest test-oldest test-export fuzz lint format docs wheel clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m mros_jax.train --config configs/demo.py --workdir runs/demo
@@ -29,6 +29,10 @@ test-newest:
 test-oldest: $(VENV)-oldest/.test
 	$(VENV)-oldest/bin/python $(PYTEST) -m "not slow" \
 		-p no:cacheprovider -W default
+
+# ONNX files, in a .venv of their own: jax2onnx wants an older Orbax than the newest.
+test-export: $(VENV)-export/.test
+	$(VENV)-export/bin/python $(PYTEST) -p no:cacheprovider tests/export/test_onnx.py
 
 # Damaged files of every kind for a minute; `make test` tries each for some seconds.
 fuzz: $(VENV)/.test
@@ -80,6 +84,12 @@ $(VENV)-oldest/.test: pyproject.toml .ci/oldest.py
 	$(PYTHON) .ci/oldest.py > $(VENV)-oldest/constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint $(VENV)-oldest/constraints.txt --editable '.[test]'
+	touch $@
+
+$(VENV)-export/.test: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-export
+	$(VENV)-export/bin/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[test,export]'
 	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python

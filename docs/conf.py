@@ -50,6 +50,7 @@ data
 synthetic
 evaluation
 report
+export
 exactness
 benchmarks
 tpu

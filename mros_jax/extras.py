@@ -12,6 +12,8 @@ _MODULES = {
     "cuhk03": ("h5py",),
     "faiss": ("faiss",),
     "video": ("av",),
+    "stablehlo": ("flatbuffers",),
+    "export": ("jax2onnx", "onnx", "onnxruntime"),
 }
 
 

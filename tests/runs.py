@@ -3,8 +3,11 @@
 import json
 import pathlib
 
+from ml_collections import ConfigDict
+
 from mros_jax import config as configs
 from mros_jax import inference
+from mros_jax.data.splits import Dataset
 from mros_jax.files import write_json
 from mros_jax.retrieval import descriptors
 from mros_jax.runs import provenance
@@ -19,17 +22,8 @@ from tests.training import make_config
 def make_run(path: pathlib.Path, cache_dir: pathlib.Path, **overrides) -> pathlib.Path:
     """Writes all files of a run whose three epochs of training are invented."""
     config = make_config(cache_dir, report=True, **overrides)
-    dataset = configs.load_dataset(config)
-    parts = recipe.build(config, dataset.num_classes, steps_per_epoch=10)
-    path.mkdir(parents=True)
+    dataset = begin_run(path, config)
     run = Run(path)
-    record = {"format": FORMAT, **provenance.describe_run(dataset, fingerprint(dataset))}
-    write_json(run.record_file, record)
-    write_json(run.config_file, config.to_dict())
-    saved = Checkpoints(run.checkpoints)
-    saved.save(parts.state)
-    saved.close()
-
     embedder = inference.load_model(path)
     features = extract_features(
         embedder.embed_all,
@@ -70,3 +64,18 @@ def make_run(path: pathlib.Path, cache_dir: pathlib.Path, **overrides) -> pathli
     timing = {"step": 30, "seconds": 2.0, "images_per_second": 120.0}
     run.timing_file.write_text(json.dumps(timing) + "\n")
     return path
+
+
+def begin_run(path: pathlib.Path, config: ConfigDict) -> Dataset:
+    """Writes what makes a directory a run, with a checkpoint of random weights; its data set."""
+    dataset = configs.load_dataset(config)
+    parts = recipe.build(config, dataset.num_classes, steps_per_epoch=10)
+    path.mkdir(parents=True)
+    run = Run(path)
+    record = {"format": FORMAT, **provenance.describe_run(dataset, fingerprint(dataset))}
+    write_json(run.record_file, record)
+    write_json(run.config_file, config.to_dict())
+    saved = Checkpoints(run.checkpoints)
+    saved.save(parts.state)
+    saved.close()
+    return dataset

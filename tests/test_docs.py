@@ -27,6 +27,7 @@ REASONS = {
     "not run: needs a GPU",
     "not run: needs several machines",
     "not run: needs your own data",
+    "not run: needs the extra export",
 }
 _BLOCK = re.compile(
     r"(?:<!-- (?P<note>.*?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)```", re.DOTALL
@@ -130,6 +131,18 @@ def test_report_page(workspace, tmp_path):
     script = tmp_path / "example.py"
     script.write_text("\n".join(block.code for block in read_blocks(page, "python")))
     run(f"python {script}", workspace)
+
+
+@pytest.mark.slow
+def test_export_page(workspace, tmp_path):
+    page = ROOT / "docs" / "export.md"
+    for block in read_blocks(page, "bash"):
+        for command in split_commands(block.code) if block.note is None else ():
+            run(command, workspace)
+    blocks = [block for block in read_blocks(page, "python") if block.note is None]
+    script = tmp_path / "example.py"
+    script.write_text("\n".join(block.code for block in blocks))
+    assert "last-" in run(f"python {script}", workspace)
 
 
 def test_python_in_five_lines():

@@ -14,6 +14,7 @@ from mros_jax import console, extras, report, train
 from mros_jax.data import prepare
 from mros_jax.data.own.pictures import read_video
 from mros_jax.errors import UserError
+from mros_jax.export.build import export
 from mros_jax.retrieval.neighbors import search_faiss
 from tests.training import ROOT, TINY, make_config
 
@@ -61,6 +62,9 @@ def test_each_purpose_says_what_to_install(tmp_path, capsys):
         search_faiss(np.eye(4, dtype=np.float32), 2)
     with pytest.raises(UserError, match=r"a video needs av, .* pip install 'mros_jax\[video\]'"):
         next(read_video(tmp_path / "yard.mp4"))
+    for form, extra in (("onnx", "export"), ("stablehlo", "stablehlo")):
+        with pytest.raises(UserError, match=rf"file needs .* pip install 'mros_jax\[{extra}\]'"):
+            export(tmp_path, form)
     words = ["--dataset=market1501", f"--root={tmp_path}", f"--out={tmp_path}"]
     assert console.run(prepare.main, words) == console.MISUSE
     assert "pip install 'mros_jax[tfds]'" in capsys.readouterr().err
@@ -71,10 +75,11 @@ def test_extras_are_those_of_the_package():
     optional = project["optional-dependencies"]
     for extra, modules in extras._MODULES.items():
         assert len(optional[extra]) == len(modules)
-        for module in modules:
-            assert importlib.util.find_spec(module)
+    in_all = [extra for extra in extras._MODULES if extra != "export"]
     (everything,) = optional["all"]
-    assert everything == f"mros_jax[{','.join(extras._MODULES)}]"
+    assert everything == f"mros_jax[{','.join(in_all)}]"
+    for extra in in_all:
+        assert all(importlib.util.find_spec(module) for module in extras._MODULES[extra])
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32, Key, Shaped, UInt8
 
-from mros_jax.data.resample import make_taps, resample_axis
+from mros_jax.data.resample import make_taps, resample_axis, resize_any
 from mros_jax.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -235,10 +235,16 @@ def apply_params(
 
 def _normalize(levels: Float[Array, "*B H W 3"]) -> Float[Array, "*B H W 3"]:
     """Grey levels 0..255 to (level / 255 - mean) / standard deviation of ImageNet."""
-    mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
     # Subtract, then multiply: a product and a sum after it may or may not be fused by the compiler,
     # and the last bit would depend on the program around it.
-    return (levels - (255 * mean).astype(np.float32)) * (1 / (255 * std)).astype(np.float32)
+    mean, factor = normalization()
+    return (levels - mean) * factor
+
+
+def normalization() -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
+    """What is subtracted from grey levels 0..255, and then multiplied with: ImageNet's, float32."""
+    mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
+    return (255 * mean).astype(np.float32), (1 / (255 * std)).astype(np.float32)
 
 
 def augment_batch(
@@ -335,6 +341,13 @@ def preprocess(
     """
     levels = resize(images, height=height, width=width, interpolation=interpolation)
     return _normalize(levels).astype(dtype)
+
+
+def preprocess_any(
+    images: UInt8[Array, "B h w 3"], *, height: int, width: int, interpolation: str = "bilinear"
+) -> Float[Array, "B height width 3"]:
+    """`preprocess` for programs that are to take images of any size, see `resample.resize_any`."""
+    return _normalize(resize_any(images, height=height, width=width, interpolation=interpolation))
 
 
 def ten_crops(

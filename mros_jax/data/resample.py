@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, Shaped
@@ -122,3 +124,66 @@ def resample_axis(
         tap = jnp.take(images, indices[:, t], axis=axis, mode="clip").astype(jnp.int32)
         total = total + tap * weights[:, t].reshape(shape)
     return jnp.clip(total >> _BITS, 0, 255).astype(jnp.float32)
+
+
+# Weights in three parts of 8, 7 and 7 bits: products with grey levels and sums of up to 512 of them
+# are exact in float32.
+_PARTS = (14, 7, 0)
+
+
+def resize_any(
+    images: Shaped[Array, "B h w 3"], *, height: int, width: int, interpolation: str = "bilinear"
+) -> Float[Array, "B height width 3"]:
+    """`mros_jax.data.augment.resize` for programs that are to take images of any size.
+
+    The weights are computed by the program itself, as matrices in PIL's float64, so that `h` and
+    `w` may be symbolic (`jax.export.symbolic_shape`). Results are equal, bit for bit.
+
+    Args:
+        images: grey levels 0..255, whole numbers; to 512 taps, which is shrinking to 1/256.
+        height: of the result.
+        width: of the result.
+        interpolation: "bilinear" or "bicubic".
+
+    Returns:
+        float32, whole numbers 0..255.
+    """
+    levels = images.astype(jnp.float32)
+    for axis, out in ((2, width), (1, height)):
+        total = jnp.full((), 1 << (_BITS - 1), jnp.int32)
+        weights = _make_weights(levels.shape[axis], out, interpolation)
+        for part, shift in zip(weights, _PARTS, strict=True):
+            product = jnp.tensordot(levels, part, axes=(axis, 1), precision="highest")
+            total = total + (product.astype(jnp.int32) << shift)
+        levels = jnp.clip(total >> _BITS, 0, 255).astype(jnp.float32)
+        levels = jnp.moveaxis(levels, -1, axis)
+    return levels
+
+
+def _make_weights(size: Any, out: int, interpolation: str) -> tuple[Float[Array, "out size"], ...]:
+    """The weights of `make_taps` as a matrix in three parts, whole multiples of 2^14, 2^7 and 1."""
+    _, reach = _KERNELS[interpolation]
+    with jax.enable_x64(True):
+        inputs = jnp.asarray(size).astype(jnp.float64)
+        scale = inputs / out
+        wider = jnp.maximum(scale, 1.0)
+        center = (jnp.arange(out, dtype=jnp.float64)[:, None] + 0.5) * scale
+        x = jnp.arange(size, dtype=jnp.float64)
+        first = jnp.maximum(jnp.floor(center - reach * wider + 0.5), 0.0)
+        last = jnp.minimum(jnp.floor(center + reach * wider + 0.5), inputs)
+        distance = jnp.abs((x + 0.5 - center) / wider)
+        if interpolation == "bilinear":
+            kernel = jnp.maximum(1 - distance, 0.0)
+        else:
+            near = (1.5 * distance - 2.5) * distance * distance + 1
+            far = (((distance - 5) * distance + 8) * distance - 4) * -0.5
+            kernel = jnp.where(distance < 1, near, jnp.where(distance < 2, far, 0.0))
+        kernel = jnp.where((x >= first) & (x < last), kernel, 0.0)
+        scaled = kernel / jnp.sum(kernel, axis=1, keepdims=True) * 2.0**_BITS
+        rest = jnp.sign(scaled) * jnp.floor(jnp.abs(scaled) + 0.5)
+        parts = []
+        for shift in _PARTS:
+            part = jnp.floor(rest / 2.0**shift)
+            rest = rest - part * 2.0**shift
+            parts.append(part.astype(jnp.float32))
+    return tuple(parts)

@@ -54,7 +54,10 @@ class ConvUnit(nn.Module):
             name="conv",
         )
         bn = BatchNorm(axis_name=self.bn_axis_name, dtype=self.dtype, name="bn")
-        parts = [bn(part, train=train) for part in jnp.split(conv(x), groups)]
+        y = conv(x)
+        if not train or groups == 1:
+            return nn.relu(bn(y, train=train))
+        parts = [bn(part, train=train) for part in jnp.split(y, groups)]
         return nn.relu(jnp.concatenate(parts))
 
 

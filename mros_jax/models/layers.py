@@ -5,9 +5,11 @@ compute the same, values and gradients; the tests compare them with each other a
 forward pass.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,6 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
+
+_plainly: contextvars.ContextVar[bool] = contextvars.ContextVar("plainly", default=False)
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """What is traced within it is the accelerators' form alone, as other compilers want it, too."""
+    token = _plainly.set(True)
+    try:
+        yield
+    finally:
+        _plainly.reset(token)
 
 
 def _by_platform(
@@ -24,6 +38,8 @@ def _by_platform(
 
     The choice is made outside of differentiation: JAX would keep what both of them save.
     """
+    if _plainly.get():
+        return accelerator
 
     @jax.custom_vjp
     def chosen(*args: Array) -> Array:

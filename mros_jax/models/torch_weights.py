@@ -115,9 +115,20 @@ def to_torch_state_dict(variables: Mapping[str, Any]) -> StateDict:
     return dict(sorted(state.items()))
 
 
-def save_torch_state_dict(path: str | os.PathLike[str], variables: Mapping[str, Any]) -> None:
-    """Write `to_torch_state_dict(variables)` as safetensors, atomically."""
-    data = dump_safetensors(to_torch_state_dict(variables), {"format": "pt", "model": "mros_jax"})
+def save_torch_state_dict(
+    path: str | os.PathLike[str],
+    variables: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `to_torch_state_dict(variables)` as safetensors, atomically.
+
+    Args:
+        path: the file.
+        variables: as there.
+        metadata: for the file's header.
+    """
+    header = {"format": "pt", "model": "mros_jax", **(metadata or {})}
+    data = dump_safetensors(to_torch_state_dict(variables), header)
     with write_atomically(path, "wb") as file:
         file.write(data)
 

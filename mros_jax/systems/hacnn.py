@@ -99,8 +99,9 @@ class HACNN(nn.Module):
             local = block(cuts if local is None else cuts + local, train=train, groups=len(_STARTS))
             maps |= {f"x{i}": x, f"attention_x{i}": mask, f"regions_x{i}": _boxes(shifts)}
 
-        regions = jnp.split(_average(local), len(_STARTS))
-        pooled = {"global": _average(x), "local": jnp.concatenate(regions, axis=-1)}
+        regions = _average(local).reshape(len(_STARTS), images.shape[0], -1)
+        joined = jnp.swapaxes(regions, 0, 1).reshape(images.shape[0], -1)
+        pooled = {"global": _average(x), "local": joined}
         embeddings: dict[str, Array] = {}
         logits: dict[str, Array] = {}
         for kind, g in pooled.items():

@@ -116,7 +116,7 @@ class MGN(nn.Module):
             logits[kind] = head(z if kind == "global" and self.global_heads == "z" else f)
             embeddings |= {f"z_{kind}": z, f"f_{kind}": f}
         # (B, S, F) -> (B, S * F) per kind
-        reduced = [embeddings[f"f_{kind}"].reshape(len(images), -1) for kind in pooled]
+        reduced = [embeddings[f"f_{kind}"].reshape(images.shape[0], -1) for kind in pooled]
         return Outputs(jnp.concatenate(reduced, axis=-1), embeddings, logits, maps)
 
     def parts(self, height: int, width: int) -> tuple[Part, ...]:

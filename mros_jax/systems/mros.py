@@ -92,7 +92,7 @@ class MROS(nn.Module):
             logits[level] = Classifiers(self.num_classes, name=f"classifier_{level}")(h)
             embeddings |= {f"g_{level}": g, f"h_{level}": h}
         # (B, S, C) -> (B, S * C) per level
-        pooled = [embeddings[f"g_{level}"].reshape(len(images), -1) for level in self.levels]
+        pooled = [embeddings[f"g_{level}"].reshape(images.shape[0], -1) for level in self.levels]
         return Outputs(jnp.concatenate(pooled, axis=-1), embeddings, logits, maps)
 
     def parts(self, height: int, width: int) -> tuple[Part, ...]:

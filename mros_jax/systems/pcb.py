@@ -85,7 +85,7 @@ class PCB(nn.Module):
         logits = Classifiers(self.num_classes, name="classifier")(h)
         # (B, S, C) -> (B, S * C)
         described = to_unit_length(g) if self.descriptor == "g" else h
-        descriptor = described.reshape(len(images), -1)
+        descriptor = described.reshape(images.shape[0], -1)
         return Outputs(descriptor, {"g": g, "h": h}, {"h": logits}, {**maps, **more_maps})
 
     def _pool(

@@ -1,4 +1,5 @@
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from mros_jax.data import decoding
 from mros_jax.data.augment import preprocess, resize
-from mros_jax.data.resample import INTERPOLATIONS, make_taps, resample_axis
+from mros_jax.data.resample import INTERPOLATIONS, make_taps, resample_axis, resize_any
 
 SIZES = [
     ((16, 8), (48, 16)),  # the ratio of 128x64 -> 384x128
@@ -95,3 +96,19 @@ def test_preprocess_normalises():
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, expected, atol=1e-6, rtol=1e-5)
     assert preprocess(images, height=24, width=8, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_programs_for_any_size_resize_the_same(interpolation):
+    """One program with symbolic sizes, as exported files have it."""
+
+    def to_48x16(images):
+        return resize_any(images, height=48, width=16, interpolation=interpolation)
+
+    shape = jax.export.symbolic_shape("b, h, w, 3")
+    exported = jax.export.export(jax.jit(to_48x16))(jax.ShapeDtypeStruct(shape, np.uint8))
+    for size in ((16, 8), (48, 16), (1, 1), (13, 90), (301, 7)):
+        shape = (2, *size, 3)
+        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        expected = resize(images, height=48, width=16, interpolation=interpolation)
+        np.testing.assert_array_equal(exported.call(images), expected)

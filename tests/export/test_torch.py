@@ -1,28 +1,28 @@
-"""The export script on a run, and its output in the PyTorch model of the parity tests."""
+"""The PyTorch form of a run, in the PyTorch model of the parity tests."""
 
 import functools
+import json
 
 import jax
 import numpy as np
 import pytest
+import safetensors
 
-from mros_jax import console
+from mros_jax.export import __main__ as export
 from mros_jax.inference import load_model
 from mros_jax.systems.mros import MROS
-from scripts import export_torch
 from tests.runs import make_run
 
 
 @pytest.mark.slow
-def test_a_run_computes_the_same_in_pytorch(tmp_path, capsys, torch):
+def test_a_run_computes_the_same_in_pytorch(tmp_path, torch):
     from safetensors.torch import load_file
 
     from tests.parity.torch_mros import TorchMROS
 
     run = make_run(tmp_path / "run", tmp_path / "cache")
     out = tmp_path / "mros.safetensors"
-    assert export_torch.main([f"--run={run}", f"--out={out}"]) == 0
-    assert "tensors" in capsys.readouterr().out
+    assert export.main([str(run), "--format=torch", f"--out={out}"]) == 0
 
     embedder = load_model(run)
     network, config = embedder.network, embedder.config
@@ -37,13 +37,8 @@ def test_a_run_computes_the_same_in_pytorch(tmp_path, capsys, torch):
     with torch.no_grad():
         expected = theirs.eval()(torch.from_numpy(images).permute(0, 3, 1, 2))["descriptor"]
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_what_is_not_a_run(tmp_path, capsys):
-    command = [f"--run={tmp_path}", f"--out={tmp_path / 'w.safetensors'}"]
-    assert console.run(export_torch.main, command) == console.MISUSE
-    assert "not a run" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        export_torch.main([f"--run={tmp_path}", f"--out={tmp_path / 'w.pth'}"])
-    assert "must end in .safetensors" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    with safetensors.safe_open(out, "np") as file:
+        header = file.metadata()
+    assert header["format"] == "pt"
+    assert header["checkpoint"] == embedder.checkpoint_id
+    assert json.loads(header["descriptor"])["size"] == ours.shape[1]
