@@ -1,0 +1,174 @@
+"""A gallery on disk that grows and is searched.
+
+    python -m mros_jax.index build gallery.index --run RUN --images DIR
+    python -m mros_jax.index add gallery.index --features features.npz
+    python -m mros_jax.index remove gallery.index NAME.jpg ...
+    python -m mros_jax.index search gallery.index --run RUN --images QUERY.jpg --top 10
+
+Images are a directory, a list of paths or one file, described by a run's model; or features that
+`python -m mros_jax.extract` has written. The index keeps which model made its descriptors, and
+refuses those of another.
+"""
+
+import argparse
+import logging
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from mros_jax import console, parallel
+from mros_jax.data import text
+from mros_jax.data.listing import IMAGE_SUFFIXES
+from mros_jax.errors import UserError
+from mros_jax.files import check_output, write_json
+from mros_jax.gallery import Features, Found, Index, Listed, describe, list_images
+from mros_jax.gallery.features import add_arguments
+from mros_jax.gallery.segment import KINDS
+from mros_jax.inference import load_model
+from mros_jax.retrieval.rerank import METHODS
+
+log = logging.getLogger(__name__)
+
+_SAMPLE_TOP = 10  # of the nearest that the recall of an approximate search is told of
+
+
+def _list(source: str) -> Listed:
+    path = pathlib.Path(source)
+    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+        return Listed(path.parent.resolve(), [path.name])
+    return list_images(path)
+
+
+def _read(args: argparse.Namespace) -> Features:
+    """The descriptors that a command is given, or computes."""
+    if args.features is not None:
+        return Features.load(args.features)
+    if args.run is None:
+        raise UserError("--images need --run, the training run whose model describes them")
+    listed = _list(args.images)
+    parallel.use_compilation_cache()
+    return describe(
+        load_model(args.run, args.checkpoint),
+        listed,
+        flip_test=args.flip_test,
+        crops=args.crops,
+        on_bad_image=args.on_bad_image,
+        progress=True,
+    )
+
+
+def _report(index: Index) -> None:
+    print(f"{index.path}: {len(index)} images")
+    if index.kind != "flat" and len(index) > _SAMPLE_TOP:
+        recall = index.measure_recall(top=_SAMPLE_TOP)
+        print(f"recall of the {_SAMPLE_TOP} nearest, on a sample of its images: {recall:.3f}")
+
+
+def _build(args: argparse.Namespace) -> None:
+    _report(Index.build(args.index, _read(args), kind=args.kind, effort=args.effort))
+
+
+def _add(args: argparse.Namespace) -> None:
+    index = Index(args.index)  # before the descriptors are computed
+    index.add(_read(args), replace=args.replace)
+    _report(index)
+
+
+def _remove(args: argparse.Namespace) -> None:
+    names = list(args.names)
+    if args.list is not None:
+        names += [line for _, line in text.read_lines(args.list)]
+    if not names:
+        raise UserError("nothing to remove: give names, or --list with a file of names")
+    index = Index(args.index)
+    index.remove(names)
+    _report(index)
+
+
+def _search(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        check_output(args.out)
+    index = Index(args.index)
+    queries = _read(args)
+    found = index.search(
+        queries,
+        args.top,
+        effort=args.effort,
+        rerank=args.rerank,
+        shortlist=max(args.shortlist, args.top),
+    )
+    _show(queries, found)
+    if args.out is not None:
+        lists = [
+            {
+                "query": name,
+                "found": [{"distance": float(d), **r} for d, r in zip(*row, strict=True)],
+            }
+            for name, *row in zip(queries.names, found.distances, found.records, strict=True)
+        ]
+        write_json(args.out, lists)
+
+
+def _show(queries: Features, found: Found) -> None:
+    for query, names, distances in zip(queries.names, found.names, found.distances, strict=True):
+        print(query)
+        for place, (name, distance) in enumerate(zip(names, distances, strict=True), 1):
+            print(f"{place:4d}  {distance:.4f}  {name}")
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mros_jax.index",
+        description="Keep a gallery on disk, add to it, remove from it and search it.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add_command(name: str, help: str, images: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        command.add_argument("index", metavar="INDEX", help="directory of the index")
+        if images:
+            source = command.add_mutually_exclusive_group(required=True)
+            source.add_argument("--images", metavar="DIR|LIST|FILE", help=images)
+            source.add_argument(
+                "--features", metavar="FILE", help="that `extract --out` has written"
+            )
+            command.add_argument("--run", help="training run whose model describes --images")
+            add_arguments(command)
+        return command
+
+    effort = "clusters (ivf) or candidates (hnsw) that a search looks at"
+    build = add_command("build", "Make an index.", "its images")
+    build.add_argument("--kind", choices=list(KINDS), default="flat", help="flat is exact")
+    build.add_argument("--effort", type=console.count, help=f"{effort} (default: 32, 128)")
+    build.set_defaults(action=_build)
+
+    add = add_command("add", "Add images to an index.", "images to add")
+    add.add_argument("--replace", action="store_true", help="images of the same names make room")
+    add.set_defaults(action=_add)
+
+    remove = add_command("remove", "Remove images from an index.")
+    remove.add_argument("names", metavar="NAME", nargs="*", help="as a search prints them")
+    remove.add_argument("--list", metavar="FILE", help="file of names, one a line")
+    remove.set_defaults(action=_remove)
+
+    search = add_command("search", "Find the images nearest to others.", "the queries")
+    search.add_argument("--top", type=console.count, default=10, help="how many of the nearest")
+    search.add_argument("--effort", type=console.count, help=f"{effort} (default: as the index)")
+    search.add_argument("--rerank", choices=list(METHODS), help="re-rank the nearest of each query")
+    search.add_argument(
+        "--shortlist", type=console.count, default=200, help="how many --rerank ranks, at least top"
+    )
+    search.add_argument("--out", type=pathlib.Path, help="also write what was found, as JSON")
+    search.set_defaults(action=_search)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = _make_parser().parse_args(argv)
+    args.action(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))
