@@ -30,7 +30,7 @@ FILES = ("vectors.npy", "rows.npy", "records.jsonl", "search.faiss")
 BLOCK = 65536  # rows that are handled at once
 
 _LEAST_APPROXIMATE = 10_000  # rows; fewer are compared with all of them in milliseconds
-_POINTS_PER_CLUSTER = 64  # that the clusters of "ivf" are found from
+_LEAST_POINTS, _MOST_POINTS = 39, 64  # that a cluster of "ivf" is found from; faiss warns of fewer
 _LINKS = 32  # of an image in the graph of "hnsw"
 _ROW = np.dtype([("digest", "<u8"), ("start", "<i8"), ("stop", "<i8")])
 
@@ -126,10 +126,11 @@ def _write_approximate(path: pathlib.Path, kind: str) -> None:
 
     vectors = np.load(path / "vectors.npy", mmap_mode="r")
     count, size = vectors.shape
-    form = f"HNSW{_LINKS},Flat" if kind == "hnsw" else f"IVF{round(4 * count**0.5)},Flat"
+    clusters = round(min(4 * count**0.5, count / _LEAST_POINTS))
+    form = f"HNSW{_LINKS},Flat" if kind == "hnsw" else f"IVF{clusters},Flat"
     index = faiss.index_factory(size, form, faiss.METRIC_INNER_PRODUCT)
     if kind == "ivf":
-        index.cp.max_points_per_centroid = _POINTS_PER_CLUSTER
+        index.cp.max_points_per_centroid = _MOST_POINTS
         index.train(vectors)
     for start in range(0, count, BLOCK):
         index.add(vectors[start : start + BLOCK])
@@ -187,7 +188,7 @@ class Segment:
         except (ValueError, EOFError, IndexError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
         self.digests = self._rows["digest"]
-        self._approximate = _read_approximate(path) if "search.faiss" in files else None
+        self._approximate: Any = _read_approximate(path) if "search.faiss" in files else None
 
     def __len__(self) -> int:
         """How many images have not been removed."""
@@ -228,7 +229,7 @@ class Segment:
         rows = np.flatnonzero(self.live)
         for start in range(0, len(rows), BLOCK):
             part = rows[start : start + BLOCK]
-            lines = [self._read_line(row) for row in part]
+            lines = [self._read_line(row) for row in part.tolist()]
             yield Block(self.vectors[part], lines, self.digests[part])
 
     def search(
@@ -245,11 +246,14 @@ class Segment:
         top = min(top, len(self))
         if self._approximate is None or exact:
             return self._search_exactly(query, top)
-        parameters = self._make_parameters(top, effort)
-        similarity, rows = self._approximate.search(query, top, params=parameters)
-        few = (rows < 0).any(1)  # where it came upon fewer than `top`
-        if few.any():
-            similarity[few], rows[few] = self._search_exactly(query[few], top)
+        assert effort is not None
+        similarity, rows = self._search_approximately(query, top, effort)
+        while (few := (rows < 0).any(1)).any():  # it came upon fewer than `top`
+            effort *= 2
+            if effort < len(self.vectors):
+                similarity[few], rows[few] = self._search_approximately(query[few], top, effort)
+            else:
+                similarity[few], rows[few] = self._search_exactly(query[few], top)
         return merge([Nearest(similarity, rows)], top)
 
     def _search_exactly(self, query: np.ndarray, top: int) -> Nearest:
@@ -274,13 +278,14 @@ class Segment:
             if live.any():
                 yield (vectors if live.all() else vectors[live]), start + np.flatnonzero(live)
 
-    def _make_parameters(self, top: int, effort: int | None) -> Any:
+    def _search_approximately(self, query: np.ndarray, top: int, effort: int) -> Nearest:
         faiss = _import_faiss()
-
         selector = {} if self._selector is None else {"sel": self._selector[0]}
         if isinstance(self._approximate, faiss.IndexHNSW):
-            return faiss.SearchParametersHNSW(efSearch=max(effort or 1, top), **selector)
-        return faiss.SearchParametersIVF(nprobe=effort or 1, **selector)
+            parameters = faiss.SearchParametersHNSW(efSearch=max(effort, top), **selector)
+        else:
+            parameters = faiss.SearchParametersIVF(nprobe=effort, **selector)
+        return Nearest(*self._approximate.search(query, top, params=parameters))
 
     @functools.cached_property
     def _selector(self) -> tuple[Any, np.ndarray] | None:
