@@ -61,18 +61,19 @@ def make_data(path: pathlib.Path, num_query: int, num_gallery: int) -> None:
     directions = np.linalg.qr(rng.standard_normal((SIZE, _DIRECTIONS)))[0].T.astype(np.float32)
     centres = rng.standard_normal((people + 1, _DIRECTIONS), np.float32)
     cameras = 0.3 * rng.standard_normal((7, _DIRECTIONS), np.float32)
-    shape = (num, SIZE)
-    out = np.lib.format.open_memmap(path / "features.npy", "w+", np.float32, shape)
-    for start in range(0, num, BLOCK):
-        part = slice(start, start + BLOCK)
-        latent = centres[pids[part]]
-        others = pids[part] == 0
-        latent[others] = rng.standard_normal((others.sum(), _DIRECTIONS), np.float32)
-        latent += cameras[camids[part]]
-        latent += 0.7 * rng.standard_normal(latent.shape, np.float32)
-        out[part] = (latent * weight) @ directions
-        out[part] += 0.02 * rng.standard_normal((len(latent), SIZE), np.float32)
-    out.flush()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (num, SIZE)}
+    with open(path / "features.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, num, BLOCK):
+            part = slice(start, start + BLOCK)
+            latent = centres[pids[part]]
+            others = pids[part] == 0
+            latent[others] = rng.standard_normal((others.sum(), _DIRECTIONS), np.float32)
+            latent += cameras[camids[part]]
+            latent += 0.7 * rng.standard_normal(latent.shape, np.float32)
+            features = (latent * weight) @ directions
+            features += 0.02 * rng.standard_normal(features.shape, np.float32)
+            file.write(features.data)
 
 
 def load_data(path: pathlib.Path, num_query: int) -> tuple[Side, Side]:
