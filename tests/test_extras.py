@@ -36,8 +36,8 @@ def bare(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("bare")
-def test_training_needs_no_extra(tmp_path, caplog):
-    config = make_config(tmp_path / "cache", num_epochs=1, report=True)
+def test_training_needs_no_extra(tmp_path, cache_dir, caplog):
+    config = make_config(cache_dir, num_epochs=1, report=True)
     with caplog.at_level(logging.INFO):
         results = train.train(config, tmp_path / "run")
     assert results is not None
