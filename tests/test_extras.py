@@ -13,6 +13,7 @@ import pytest
 from mros_jax import console, extras, report, train
 from mros_jax.data import prepare
 from mros_jax.errors import UserError
+from mros_jax.gallery import Index
 from mros_jax.retrieval.neighbors import search_faiss
 from tests.training import ROOT, TINY, make_config
 
@@ -58,6 +59,8 @@ def test_each_purpose_says_what_to_install(tmp_path, capsys):
         report.write_report(tmp_path)
     with pytest.raises(UserError, match=r"needs faiss, .* pip install 'mros_jax\[faiss\]'"):
         search_faiss(np.eye(4, dtype=np.float32), 2)
+    with pytest.raises(UserError, match=r"an index needs faiss, .* 'mros_jax\[faiss\]'"):
+        Index(tmp_path)
     words = ["--dataset=market1501", f"--root={tmp_path}", f"--out={tmp_path}"]
     assert console.run(prepare.main, words) == console.MISUSE
     assert "pip install 'mros_jax[tfds]'" in capsys.readouterr().err

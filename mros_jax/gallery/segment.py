@@ -185,7 +185,9 @@ class Segment:
             fits = self._rows.dtype == _ROW and self.vectors.dtype == np.float32
             if not fits or self._rows.shape != self.vectors.shape[:1]:
                 raise ValueError(f"{self._rows.dtype} {self._rows.shape} {self.vectors.shape}")
-        except (ValueError, EOFError, IndexError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # NumPy checks little of what it reads
             raise UserError(f"{path} is damaged: {error}") from error
         self.digests = self._rows["digest"]
         self._approximate: Any = _read_approximate(path) if "search.faiss" in files else None
