@@ -22,7 +22,8 @@ from mros_jax.data.listing import IMAGE_SUFFIXES
 from mros_jax.errors import UserError
 from mros_jax.files import check_output, write_json
 from mros_jax.gallery import Features, Found, Index, Listed, describe, list_images
-from mros_jax.gallery.features import add_arguments
+from mros_jax.gallery.features import add_arguments, check_model, make_model_record
+from mros_jax.gallery.index import check_place
 from mros_jax.gallery.segment import KINDS
 from mros_jax.inference import load_model
 from mros_jax.retrieval.rerank import METHODS
@@ -39,16 +40,23 @@ def _list(source: str) -> Listed:
     return list_images(path)
 
 
-def _read(args: argparse.Namespace) -> Features:
-    """The descriptors that a command is given, or computes."""
+def _read(args: argparse.Namespace, index: Index | None = None) -> Features:
+    """The descriptors that a command is given, or computes.
+
+    That they are not those of the index is told before they are computed.
+    """
     if args.features is not None:
         return Features.load(args.features)
     if args.run is None:
         raise UserError("--images need --run, the training run whose model describes them")
     listed = _list(args.images)
     parallel.use_compilation_cache()
+    model = load_model(args.run, args.checkpoint)
+    if index is not None:
+        made = make_model_record(model, args.flip_test, args.crops)
+        check_model(made, index.model, str(index.path))
     return describe(
-        load_model(args.run, args.checkpoint),
+        model,
         listed,
         flip_test=args.flip_test,
         crops=args.crops,
@@ -65,12 +73,13 @@ def _report(index: Index) -> None:
 
 
 def _build(args: argparse.Namespace) -> None:
+    check_place(args.index)
     _report(Index.build(args.index, _read(args), kind=args.kind, effort=args.effort))
 
 
 def _add(args: argparse.Namespace) -> None:
-    index = Index(args.index)  # before the descriptors are computed
-    index.add(_read(args), replace=args.replace)
+    index = Index(args.index)
+    index.add(_read(args, index), replace=args.replace)
     _report(index)
 
 
@@ -89,7 +98,7 @@ def _search(args: argparse.Namespace) -> None:
     if args.out is not None:
         check_output(args.out)
     index = Index(args.index)
-    queries = _read(args)
+    queries = _read(args, index)
     found = index.search(
         queries,
         args.top,

@@ -29,7 +29,7 @@ from jaxtyping import Float, Float32, Int64
 
 from mros_jax import extras
 from mros_jax.errors import NotFoundError, UserError
-from mros_jax.files import read_json, write_json
+from mros_jax.files import read_json, write_atomically, write_json
 from mros_jax.gallery import segment as segments
 from mros_jax.gallery.features import Features, check_model
 from mros_jax.gallery.segment import BLOCK, KINDS, Block, Nearest, Segment
@@ -165,6 +165,21 @@ class Found:
         return [[record["name"] for record in records] for records in self.records]
 
 
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Refuse a place where no index can be built.
+
+    Raises:
+        UserError: it is an index, or holds something else than what a killed writer leaves.
+    """
+    path = pathlib.Path(path)
+    if (path / _MANIFEST).exists():
+        raise UserError(f"{path} is an index already; add to it, or remove the directory")
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    others = [name for name in names - {"segments", ".lock"} if not _TEMPORARY.fullmatch(name)]
+    if others:
+        raise UserError(f"{path} holds {min(others)}; expected a directory without files")
+
+
 class Index:
     """A gallery on disk: opened to search it, to add to it and to remove from it.
 
@@ -219,12 +234,9 @@ class Index:
         model = json.loads(json.dumps(dict(features.model)))
         made = _Manifest(size=shape[1], kind=kind, effort=effort, model=model)
         path.mkdir(parents=True, exist_ok=True)
-        if (path / _MANIFEST).exists():
-            raise UserError(f"{path} is an index already; add to it, or remove the directory")
+        check_place(path)
         with _write_to(path):
-            others = sorted({entry.name for entry in path.iterdir()} - {"segments", ".lock"})
-            if others:
-                raise UserError(f"{path} holds {others[0]}; expected a directory without files")
+            check_place(path)  # another process may have been quicker
             _grow(path, made, [], features).write(path / _MANIFEST)
         return cls(path)
 
@@ -466,10 +478,8 @@ def _mark(
         live[[row for j, row in places.values() if j == i]] = False
         name = f"removed-{number:06d}"
         file = path / "segments" / entries[i].name / f"{name}.npy"
-        with open(file, "wb") as stream:
+        with write_atomically(file, "wb") as stream:
             np.save(stream, np.flatnonzero(~live))
-            stream.flush()
-            os.fsync(stream.fileno())
         entries[i] = dataclasses.replace(entries[i], removed=name)
         number += 1
     return dataclasses.replace(manifest, parts=tuple(entries), next=number)

@@ -116,7 +116,7 @@ def write(
         np.save(file, rows)
     if kind != "flat" and count >= _LEAST_APPROXIMATE:
         _write_approximate(path, kind)
-    for written in (*path.iterdir(), path):
+    for written in (*path.iterdir(), path, path.parent, path.parent.parent):
         _sync(written)
     return {file.name: file.stat().st_size for file in sorted(path.iterdir())}
 
