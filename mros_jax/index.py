@@ -11,6 +11,7 @@ refuses those of another.
 """
 
 import argparse
+import dataclasses
 import logging
 import pathlib
 import sys
@@ -65,6 +66,23 @@ def _read(args: argparse.Namespace, index: Index | None = None) -> Features:
     )
 
 
+def _add_metadata(features: Features, path: str | None) -> Features:
+    """The same with what a table has of each image."""
+    if path is None:
+        return features
+    metadata: dict[str, dict[str, str]] = {}
+    for row in text.read_table(path, ("name",)):
+        if row.fields is None:
+            raise UserError(f"{path}, line {row.line} has not the header's columns: {row.text}")
+        fields = dict(row.fields)
+        metadata[fields.pop("name")] = fields
+    if absent := [name for name in features.names if name not in metadata]:
+        raise UserError(
+            f"{path} has no row of {len(absent)} of {len(features)} images, such as {absent[0]}"
+        )
+    return dataclasses.replace(features, metadata=[metadata[name] for name in features.names])
+
+
 def _report(index: Index) -> None:
     print(f"{index.path}: {len(index)} images")
     if index.kind != "flat" and len(index) > _SAMPLE_TOP:
@@ -74,12 +92,13 @@ def _report(index: Index) -> None:
 
 def _build(args: argparse.Namespace) -> None:
     check_place(args.index)
-    _report(Index.build(args.index, _read(args), kind=args.kind, effort=args.effort))
+    features = _add_metadata(_read(args), args.metadata)
+    _report(Index.build(args.index, features, kind=args.kind, effort=args.effort))
 
 
 def _add(args: argparse.Namespace) -> None:
     index = Index(args.index)
-    index.add(_read(args, index), replace=args.replace)
+    index.add(_add_metadata(_read(args, index), args.metadata), replace=args.replace)
     _report(index)
 
 
@@ -154,6 +173,11 @@ def _make_parser() -> argparse.ArgumentParser:
     add = add_command("add", "Add images to an index.", "images to add")
     add.add_argument("--replace", action="store_true", help="images of the same names make room")
     add.set_defaults(action=_add)
+
+    for command in (build, add):
+        command.add_argument(
+            "--metadata", metavar="CSV", help="table with a column name; what else it has is kept"
+        )
 
     remove = add_command("remove", "Remove images from an index.")
     remove.add_argument("names", metavar="NAME", nargs="*", help="as a search prints them")

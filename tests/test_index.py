@@ -495,6 +495,27 @@ def test_command(path, photos, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("model")
+def test_command_keeps_metadata(path, photos, tmp_path, capsys):
+    table, out = tmp_path / "table.csv", tmp_path / "found.json"
+    rows = [f"{i}.png,{i // 2},c{i}" for i in range(11)]
+    table.write_text("name;person;camera\n" + "\n".join(rows).replace(",", ";") + "\n")
+    words = ("build", path, "--run=r", f"--images={photos}", f"--metadata={table}")
+    assert command(*words) == 2
+    assert "table.csv has no row of 1 of 12 images, such as 11.png" in capsys.readouterr().err
+    with table.open("a") as file:
+        file.write("11.png;5\n")
+    assert command(*words) == 2
+    assert "line 13 has not the header's columns: 11.png;5" in capsys.readouterr().err
+    (photos / "11.png").unlink()
+    table.write_text(table.read_text().replace("11.png;5\n", "absent.png;9;c9\n"))
+    assert command(*words) == 0
+    query = photos / "6.png"
+    assert command("search", path, "--run=r", f"--images={query}", f"--out={out}", "--top=1") == 0
+    [found] = json.loads(out.read_text())[0]["found"]
+    assert (found["name"], found["person"], found["camera"]) == ("6.png", "3", "c6")
+
+
+@pytest.mark.usefixtures("model")
 def test_command_tells_the_recall(path, photos, capsys, monkeypatch):
     monkeypatch.setattr(segment, "_LEAST_APPROXIMATE", 10)
     words = ("build", path, "--run=r", f"--images={photos}", "--kind=hnsw", "--effort=200")
