@@ -24,7 +24,7 @@ from mros_jax.errors import UserError
 from mros_jax.files import check_output, write_json
 from mros_jax.gallery import Features, Found, Index, Listed, describe, list_images
 from mros_jax.gallery.features import add_arguments, check_model, make_model_record
-from mros_jax.gallery.index import check_place
+from mros_jax.gallery.index import check_place, choose_effort
 from mros_jax.gallery.segment import KINDS
 from mros_jax.inference import load_model
 from mros_jax.retrieval.rerank import METHODS
@@ -92,6 +92,7 @@ def _report(index: Index) -> None:
 
 def _build(args: argparse.Namespace) -> None:
     check_place(args.index)
+    choose_effort(args.kind, None, args.effort)
     features = _add_metadata(_read(args), args.metadata)
     _report(Index.build(args.index, features, kind=args.kind, effort=args.effort))
 

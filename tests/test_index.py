@@ -244,6 +244,8 @@ def test_descriptors_that_do_not_fit(path):
     with pytest.raises(UserError, match="top is 0"):
         made.search(draw(1), 0)
     assert snapshot(path) == before
+    with pytest.raises(UserError, match="the name 3 of an image is no text"):
+        Features(draw(1).features, [3], MODEL)  # type: ignore[list-item]
     with pytest.raises(UserError, match="kind is 'tree'; expected one of"):
         Index.build(path.with_name("other"), draw(2), kind="tree")
 
@@ -257,6 +259,12 @@ def test_a_place_that_is_taken(path):
         Index.build(path, draw(2))
     assert (path / "photo.jpg").exists()
     (path / "photo.jpg").unlink()
+    own = path / "segments" / "of a film"
+    own.mkdir(parents=True)
+    with pytest.raises(UserError, match="holds segments/of a film"):
+        Index.build(path, draw(2))
+    own.rmdir()
+    (path / "segments" / "000001").mkdir()  # what a writer leaves that is killed
     Index.build(path, draw(2))
     with pytest.raises(UserError, match="is an index already"):
         Index.build(path, draw(2))
@@ -292,7 +300,7 @@ def test_a_damaged_index(path, monkeypatch):
         "parts": [{"name": "../x", "files": {}}],
         "model": 3,
         "size": 0,
-        "effort": "a",
+        "effort": 0,
         "kind": "tree",
         "surplus": 1,
     }.items():
@@ -534,6 +542,8 @@ def test_command_tells_the_recall(path, photos, capsys, monkeypatch):
         (("remove", "{index}"), "nothing to remove"),
         (("build", "{index}", "--images={photos}", "--run=r"), "is an index already"),
         (("search", "{index}", "--images={photos}", "--run=r", "--out=absent/x"), "absent"),
+        (("search", "{index}", "--features=x.npz", "--effort=0"), "--effort: 0 is below 1"),
+        (("build", "new", "--features=absent.npz", "--effort=3"), "an exact search has none"),
     ],
 )
 def test_command_refuses(path, photos, words, told, capsys):

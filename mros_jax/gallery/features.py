@@ -49,6 +49,9 @@ class Features:
             be compared.
         root: the directory that the names are relative to, "" where they are not of files.
         metadata: of each image, what JSON can hold by name; None: nothing.
+
+    Raises:
+        UserError: names that are no text; metadata of another number of images.
     """
 
     features: Float[np.ndarray, "N D"]
@@ -56,6 +59,15 @@ class Features:
     model: Mapping[str, Any]
     root: str = ""
     metadata: Sequence[Mapping[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if not isinstance(name, str):
+                raise UserError(f"the name {name!r} of an image is no text")
+        if self.metadata is not None and len(self.metadata) != len(self.names):
+            raise UserError(
+                f"there are {len(self.names)} names and metadata of {len(self.metadata)} images"
+            )
 
     def __len__(self) -> int:
         return len(self.names)

@@ -12,6 +12,7 @@ images than the new one become part of it. There are then few of them, at most t
 of the number of images, and an image is written again at most as often.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -41,6 +42,7 @@ FORMAT = 1  # of the directory: its files, and what they hold
 
 _MANIFEST = "index.json"
 _TEMPORARY = re.compile(rf"\.{re.escape(_MANIFEST)}\.\d+\.tmp")
+_SEGMENT = re.compile(r"\d{6,}")
 _SHOWN = 5  # names in a message
 
 
@@ -80,7 +82,7 @@ class _Manifest:
             values = {key: value for key, value in given.items() if key != "format"}
             manifest = cls(**values | {"parts": tuple(_Part(**part) for part in values["parts"])})
             for part in manifest.parts:
-                if not re.fullmatch(r"\d{6,}", part.name) or (
+                if not _SEGMENT.fullmatch(part.name) or (
                     part.removed is not None and not re.fullmatch(r"removed-\d{6,}", part.removed)
                 ):
                     raise ValueError(f"no segment is named {part.name}, {part.removed}")
@@ -91,7 +93,7 @@ class _Manifest:
             check_count(manifest.next, "next")
             if not isinstance(manifest.model, dict):
                 raise ValueError(f"model is {manifest.model!r}")
-            if manifest.effort is not None:
+            if manifest.kind != "flat":
                 check_count(manifest.effort, "effort")
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise UserError(f"{path} is damaged: {error}; build the index again") from error
@@ -174,9 +176,11 @@ def check_place(path: str | os.PathLike[str]) -> None:
     path = pathlib.Path(path)
     if (path / _MANIFEST).exists():
         raise UserError(f"{path} is an index already; add to it, or remove the directory")
-    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    others = [name for name in names - {"segments", ".lock"} if not _TEMPORARY.fullmatch(name)]
-    if others:
+    left = re.compile(rf"segments|segments/{_SEGMENT.pattern}|\.lock|{_TEMPORARY.pattern}")
+    there = (
+        file.relative_to(path) for pattern in ("*", "segments/*") for file in path.glob(pattern)
+    )
+    if others := [name for name in map(str, there) if not left.fullmatch(name)]:
         raise UserError(f"{path} holds {min(others)}; expected a directory without files")
 
 
@@ -227,7 +231,7 @@ class Index:
         extras.require("faiss", "an index")
         path = pathlib.Path(path)
         check_choice(kind, "kind", list(KINDS))
-        effort = _choose_effort(kind, KINDS[kind], effort)
+        effort = choose_effort(kind, KINDS[kind], effort)
         shape = np.shape(features.features)
         if len(shape) != 2 or shape[1] < 1:
             raise UserError(f"features have shape {shape}; expected (images, numbers)")
@@ -358,7 +362,7 @@ class Index:
         """
         check_model(features.model, self.model, str(self.path))
         check_count(top, "top")
-        effort = _choose_effort(self.kind, self._now.manifest.effort, effort)
+        effort = choose_effort(self.kind, self._now.manifest.effort, effort)
         if rerank is not None:
             check_count(shortlist, "shortlist")
             check_count(top, "top", most=shortlist, of="images in the shortlist")
@@ -388,7 +392,7 @@ class Index:
         """
         if len(self) <= top:
             raise UserError(f"{self.path} has {len(self)} images; expected more than {top}")
-        effort = _choose_effort(self.kind, self._now.manifest.effort, effort)
+        effort = choose_effort(self.kind, self._now.manifest.effort, effort)
         rows = self._now.find_live()
         rows = rows[np.linspace(0, len(rows) - 1, min(num, len(rows))).astype(int)]
         query = self._now.take(rows)
@@ -409,7 +413,12 @@ def _write_to(path: pathlib.Path) -> Iterator[None]:
             _clean(path)
 
 
-def _choose_effort(kind: str, usual: int | None, given: int | None) -> int | None:
+def choose_effort(kind: str, usual: int | None, given: int | None) -> int | None:
+    """The effort that is given, or else the usual one of an index.
+
+    Raises:
+        UserError: it is below 1, or given for an exact search.
+    """
     if given is None:
         return usual
     if kind == "flat":
@@ -444,12 +453,12 @@ def _clean(path: pathlib.Path) -> None:
     parts = _Manifest.read(file).parts if file.exists() else ()
     kept = {part.name: (*part.files, f"{part.removed}.npy") for part in parts}
     for entry in place.iterdir() if place.is_dir() else ():
-        if entry.name not in kept:
-            shutil.rmtree(entry)
-        else:
+        if entry.name in kept:
             for other in entry.iterdir():
                 if other.name not in kept[entry.name]:
                     other.unlink()
+        elif _SEGMENT.fullmatch(entry.name):
+            shutil.rmtree(entry)
     for entry in path.iterdir():
         if _TEMPORARY.fullmatch(entry.name):
             entry.unlink()
@@ -530,13 +539,8 @@ def _make_blocks(features: Features, size: int) -> Iterator[Block]:
     """Check new images; what is returned makes what is written of them."""
     names, metadata = list(features.names), features.metadata
     if len(set(names)) < len(names):
-        counted: dict[str, int] = {}
-        for name in names:
-            counted[name] = counted.get(name, 0) + 1
-        twice = [name for name, times in counted.items() if times > 1]
+        twice = [name for name, times in collections.Counter(names).items() if times > 1]
         raise UserError(f"{_show(twice)} there more than once; expected another name for each")
-    if metadata is not None and len(metadata) != len(names):
-        raise UserError(f"there are {len(names)} names and metadata of {len(metadata)} images")
     _check_shape(features.features, names, size)
 
     def make() -> Iterator[Block]:
