@@ -223,7 +223,7 @@ class Index:
             kind: "flat", exact; or "ivf" or "hnsw", which are approximate and take effect where a
                 segment has 10,000 images.
             effort: how much work a search does for a query: of "ivf", the clusters that it looks at
-                (32 unless told); of "hnsw", the candidates that it keeps (128).
+                (32 unless told); of "hnsw", the candidates that it keeps (128), at least `top`.
 
         Raises:
             UserError: the directory is in use or holds something else; bad features, see `add`.
