@@ -26,6 +26,7 @@ REASONS = {
     "not run: needs Market-1501",
     "not run: needs a GPU",
     "not run: needs several machines",
+    "not run: needs your own data",
 }
 _BLOCK = re.compile(
     r"(?:<!-- (?P<note>.*?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)```", re.DOTALL

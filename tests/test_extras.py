@@ -12,6 +12,7 @@ import pytest
 
 from mros_jax import console, extras, report, train
 from mros_jax.data import prepare
+from mros_jax.data.own.pictures import read_video
 from mros_jax.errors import UserError
 from mros_jax.gallery import Index
 from mros_jax.retrieval.neighbors import search_faiss
@@ -61,6 +62,8 @@ def test_each_purpose_says_what_to_install(tmp_path, capsys):
         search_faiss(np.eye(4, dtype=np.float32), 2)
     with pytest.raises(UserError, match=r"an index needs faiss, .* 'mros_jax\[faiss\]'"):
         Index(tmp_path)
+    with pytest.raises(UserError, match=r"a video needs av, .* pip install 'mros_jax\[video\]'"):
+        next(read_video(tmp_path / "yard.mp4"))
     words = ["--dataset=market1501", f"--root={tmp_path}", f"--out={tmp_path}"]
     assert console.run(prepare.main, words) == console.MISUSE
     assert "pip install 'mros_jax[tfds]'" in capsys.readouterr().err
