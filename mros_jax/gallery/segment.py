@@ -126,7 +126,7 @@ def _write_approximate(path: pathlib.Path, kind: str) -> None:
 
     vectors = np.load(path / "vectors.npy", mmap_mode="r")
     count, size = vectors.shape
-    clusters = round(min(4 * count**0.5, count / _LEAST_POINTS))
+    clusters = int(min(4 * count**0.5, count / _LEAST_POINTS))
     form = f"HNSW{_LINKS},Flat" if kind == "hnsw" else f"IVF{clusters},Flat"
     index = faiss.index_factory(size, form, faiss.METRIC_INNER_PRODUCT)
     if kind == "ivf":
