@@ -306,7 +306,7 @@ def plot_quality(measured: Sequence[dict[str, Any]], title: str, out: pathlib.Pa
             )
     axis.set(xlabel="recall of the 25 nearest", ylabel="mAP, %", title=f"{title}; dotted: exact")
     axis.grid(visible=True, alpha=0.25)
-    axis.legend(fontsize=8, loc="lower right")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
 
