@@ -52,7 +52,8 @@ def test_equal_to_extracting_the_crops_from_files(model, frame, boxes, tmp_path)
     assert np.abs(bgr.get_features(boxes, frame) - found).max() > 0.01
 
 
-def test_nothing_is_compiled_when_frames_come_in(model, frame, boxes, caplog):
+def test_nothing_is_compiled_when_frames_come_in(model, frame, boxes, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("jax"), "propagate", True)  # programs turn it off
     appearance = Appearance(model, batch_sizes=(8, 2, 4))
     whole = appearance.get_features(boxes, frame)
     with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
