@@ -99,6 +99,7 @@ class Embedder:
         images: np.ndarray | jax.Array | Sequence[Image],
         *,
         batch_size: int = 128,
+        fill: bool = False,
         flip_test: bool = False,
         crops: str = "none",
         progress: bool = False,
@@ -110,6 +111,8 @@ class Embedder:
             images: uint8 (N, H, W, 3) RGB, any size; or a sequence of uint8 (H, W, 3) arrays of
                 different sizes, PIL images or image files. They are resized to one size.
             batch_size: images per call, rounded up to a multiple of the local devices.
+            fill: fill up a call with fewer images than that, so that calls with different numbers
+                of images share one compiled program.
             flip_test: mean of the descriptors of image and mirror image.
             crops: "none": of whole images; "ten": mean of the descriptors of five crops of the
                 image and of its mirror image.
@@ -139,7 +142,9 @@ class Embedder:
                 f"expected uint8 images (N, H, W, 3), got {images.dtype} {images.shape}"
             )
         devices = jax.local_device_count()
-        batch_size = -(-min(batch_size, max(len(images), 1)) // devices) * devices
+        if not fill:
+            batch_size = min(batch_size, max(len(images), 1))
+        batch_size = -(-batch_size // devices) * devices
 
         def embed_batch(start: int) -> dict[str, np.ndarray]:
             batch = images[start : start + batch_size]

@@ -48,3 +48,18 @@ def write_config(directory, cache_dir, monkeypatch):
     path.write_text(_CONFIG.format(demo=str(ROOT / "configs" / "demo.py")))
     values = {**TINY, "dataset.cache_dir": cache_dir}
     return [f"--config={path}", *(f"--config.{name}={value}" for name, value in values.items())]
+
+
+class Pixels(nn.Module):
+    """The image itself, without parameters; for an `Embedder` alone."""
+
+    @nn.compact
+    def __call__(self, images, *, train, keys=None):
+        flat = images.reshape(len(images), -1)
+        return Outputs(descriptor=flat, embeddings={}, logits={}, maps={})
+
+    def parts(self, height, width):
+        return ()
+
+    def torchvision_name(self, path):
+        return None

@@ -120,6 +120,20 @@ def test_python_examples(page, workspace, tmp_path):
 
 
 @pytest.mark.slow
+def test_index_page(workspace, tmp_path):
+    page = ROOT / "docs" / "index_search.md"
+    run("python -m mros_jax.data.synthetic --out data/synthetic --preset small", workspace)
+    for block in read_blocks(page, "bash"):
+        for command in split_commands(block.code):
+            run(command.replace("gallery.index", "page.index"), workspace)
+    blocks = read_blocks(page, "python")
+    assert len(blocks[0].code.splitlines()) == 5
+    script = tmp_path / "example.py"
+    script.write_text("\n".join(block.code for block in blocks))
+    run(f"python {script}", workspace)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     chromium.find_chromium() is None, reason=f"none of {chromium.NAMES} on the PATH"
 )

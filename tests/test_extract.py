@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mros_jax import console, extract
+from mros_jax import console, extract, gallery
 from mros_jax.data import decoding
 from mros_jax.errors import UserError
 from mros_jax.inference import Embedder, load_model
@@ -53,7 +53,7 @@ def folder(images, tmp_path):
 
 
 def test_lists_images_of_a_directory_and_those_below(folder):
-    root, names = extract.list_images(folder)
+    root, names = gallery.list_images(folder)
     assert root == folder
     expected = [f"{i}.png" for i in range(0, 10, 2)] + [f"below/{i}.JPG" for i in range(1, 10, 2)]
     assert names == sorted(expected)
@@ -62,17 +62,17 @@ def test_lists_images_of_a_directory_and_those_below(folder):
 def test_reads_lists_in_their_order(folder):
     listed = folder / "list.txt"
     listed.write_text("# chosen\n8.png\n\nbelow/1.JPG\n0.png\n")
-    assert extract.list_images(listed) == (folder, ["8.png", "below/1.JPG", "0.png"])
+    assert gallery.list_images(listed) == (folder, ["8.png", "below/1.JPG", "0.png"])
 
 
 def test_refuses_what_holds_no_images(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="neither a directory"):
-        extract.list_images(tmp_path / "absent")
+        gallery.list_images(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no images.*\.jpg"):
-        extract.list_images(tmp_path / "empty")
+        gallery.list_images(tmp_path / "empty")
     with pytest.raises(ValueError, match="is an image"):
-        extract.list_images(folder / "0.png")
+        gallery.list_images(folder / "0.png")
 
 
 def test_embeds_arrays_of_any_size_and_files_alike(model, images, tmp_path):
@@ -133,7 +133,9 @@ def _extract(run, *args):
 def test_command_writes_descriptors_and_finds_an_image_again(
     run, model, images, folder, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(extract, "_BATCH", 4)  # several batches, and a last one that is shorter
+    monkeypatch.setattr(
+        gallery.features, "_BATCH", 4
+    )  # several batches, and a last one that is shorter
     out, drawn = tmp_path / "features.npz", tmp_path / "found.png"
     args = ("--out", out, "--search", folder / "6.png", "--top", 3, "--draw", drawn)
     assert _extract(run, "--images", folder, *args) == 0
@@ -148,7 +150,7 @@ def test_command_writes_descriptors_and_finds_an_image_again(
         assert set(file.files) == {"names", "features", "root", "checkpoint", "flip_test", "crops"}
         names, features = file["names"].tolist(), file["features"]
         assert str(file["checkpoint"]) == model.checkpoint_id
-    assert names == extract.list_images(folder)[1]
+    assert names == gallery.list_images(folder)[1]
     even = [names.index(f"{i}.png") for i in range(0, 10, 2)]
     np.testing.assert_allclose(features[even], model.embed(images[::2]), rtol=1e-4, atol=1e-5)
 
@@ -159,7 +161,7 @@ def test_command_writes_descriptors_and_finds_an_image_again(
 
 
 def test_names_every_bad_image(run, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(extract, "_BATCH", 4)
+    monkeypatch.setattr(gallery.features, "_BATCH", 4)
     (folder / "0.png").write_bytes(b"not a picture")
     whole = (folder / "below" / "9.JPG").read_bytes()
     (folder / "below" / "9.JPG").write_bytes(whole[: len(whole) // 2])
@@ -183,7 +185,7 @@ def test_names_every_bad_image(run, folder, tmp_path, monkeypatch, capsys):
 def test_skipping_must_leave_something(model, tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match="none of 1 images"):
-        extract.extract(model.embed, tmp_path, ["a.jpg"], on_bad_image="skip")
+        gallery.features.extract(model.embed, tmp_path, ["a.jpg"], on_bad_image="skip")
 
 
 def test_refuses_descriptors_of_another_checkpoint(run, folder, tmp_path, capsys):

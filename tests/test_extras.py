@@ -15,6 +15,7 @@ from mros_jax.data import prepare
 from mros_jax.data.own.pictures import read_video
 from mros_jax.errors import UserError
 from mros_jax.export.build import export
+from mros_jax.gallery import Index
 from mros_jax.retrieval.neighbors import search_faiss
 from tests.training import ROOT, TINY, make_config
 
@@ -60,6 +61,8 @@ def test_each_purpose_says_what_to_install(tmp_path, capsys):
         report.write_report(tmp_path)
     with pytest.raises(UserError, match=r"needs faiss, .* pip install 'mros_jax\[faiss\]'"):
         search_faiss(np.eye(4, dtype=np.float32), 2)
+    with pytest.raises(UserError, match=r"an index needs faiss, .* 'mros_jax\[faiss\]'"):
+        Index(tmp_path)
     with pytest.raises(UserError, match=r"a video needs av, .* pip install 'mros_jax\[video\]'"):
         next(read_video(tmp_path / "yard.mp4"))
     for form, extra in (("onnx", "export"), ("stablehlo", "stablehlo")):

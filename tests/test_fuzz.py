@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mros_jax.errors import UserError
+from mros_jax.gallery import Features, Index
 from mros_jax.models.torch_weights import read_state_dict
 from mros_jax.runs.checkpoints import load_variables
 from mros_jax.runs.run import Run
@@ -63,6 +64,41 @@ def test_files_of_a_run(run, name):
         return opened.results, opened.rankings, opened.train_records, opened.features
 
     try_for_a_while(read, run / name, 0.1, seed=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["index.json", *(f"segments/000001/{x}" for x in ("vectors.npy", "rows.npy"))]
+)
+def test_files_of_an_index(tmp_path, name):
+    pytest.importorskip("faiss")
+    features = np.random.default_rng(0).standard_normal((20, 8), np.float32)
+    images = Features(features, [f"{i}.jpg" for i in range(20)], {"checkpoint": "a"})
+    Index.build(tmp_path / "gallery.index", images)
+
+    def read():
+        opened = Index(tmp_path / "gallery.index")
+        return list(opened), opened.search(images, 3).records, "3.jpg" in opened
+
+    try_for_a_while(read, tmp_path / "gallery.index" / name, 0.05, seed=3)
+
+
+def test_records_of_an_index(tmp_path):
+    """Whatever their bytes become, not only those of another size."""
+    pytest.importorskip("faiss")
+    path = tmp_path / "gallery.index"
+    Index.build(path, Features(np.eye(4, dtype=np.float32), list("abcd"), {"checkpoint": "a"}))
+    records = path / "segments" / "000001" / "records.jsonl"
+    whole, told = records.read_bytes(), []
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 0xFF
+        records.write_bytes(changed)
+        try:
+            list(Index(path))
+        except UserError as error:
+            told.append(str(error))
+    assert len(told) > len(whole) // 2
+    assert all("is damaged in row" in message for message in told)
 
 
 # What tensorstore's other reads say after one has failed; `console` drops it, too.

@@ -11,13 +11,19 @@ from collections.abc import Iterator
 
 from mros_jax.errors import UserError
 
+_ADVICE = "wait for it or end it, or give another --workdir"
+
 
 @contextlib.contextmanager
-def hold(path: pathlib.Path) -> Iterator[None]:
+def hold(path: pathlib.Path, advice: str = _ADVICE) -> Iterator[None]:
     """Hold the lock file `path`, which is removed at the end.
 
     The system releases the lock of a process that dies, so a file left behind by one that was
     killed locks nobody out.
+
+    Args:
+        path: the lock file.
+        advice: how the error ends: the way out.
 
     Raises:
         UserError: another process holds it; says which.
@@ -26,7 +32,7 @@ def hold(path: pathlib.Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if not _lock(descriptor):
-                raise UserError(_describe(path))
+                raise UserError(_describe(path, advice))
             # Its former holder may have removed the file between the two calls.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -76,9 +82,9 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _describe(path: pathlib.Path) -> str:
+def _describe(path: pathlib.Path, advice: str = _ADVICE) -> str:
     text = f"{path.parent} is in use by another process"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         holder = json.loads(path.read_text())
         text += f": {holder['pid']} on {holder['host']}, since {holder['since']}"
-    return f"{text}; wait for it or end it, or give another --workdir"
+    return f"{text}; {advice}"

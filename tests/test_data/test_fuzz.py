@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 import scipy.io
 
-from mros_jax import extract
+from mros_jax import gallery
 from mros_jax.data import cache
 from mros_jax.data.datasets import prepared
 from mros_jax.data.datasets.cuhk03 import _Mat
@@ -139,7 +139,7 @@ def test_tables_and_lists(trial, tmp_path):
         listed.write_bytes(path.read_bytes())
         trial(read_table, path, ("path", "pid", "camid", "split"))
         trial(read_lines, listed)
-        trial(extract.list_images, listed)
+        trial(gallery.list_images, listed)
         for choice in ("error", "skip"):
             trial(load_dataset, "folder", tmp_path, on_bad_image=choice)
     assert trial.refused

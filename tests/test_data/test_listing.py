@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from mros_jax import extract
+from mros_jax import gallery
 from mros_jax.data.datasets.sources import load_dataset
 from mros_jax.data.listing import list_images
 from mros_jax.data.text import parse_whole, read_lines, read_table, read_text
@@ -32,7 +32,7 @@ CLUTTER = (
 
 def test_clutter_is_passed_over_by_readers_and_by_extract(market):
     names = list_images(market.root / "query")
-    before = extract.list_images(market.root)
+    before = gallery.list_images(market.root)
     for part in ("bounding_box_train", "query", "bounding_box_test"):
         for name in CLUTTER:
             path = market.root / part / name
@@ -40,7 +40,7 @@ def test_clutter_is_passed_over_by_readers_and_by_extract(market):
             path.write_bytes(b"no image")
     assert list_images(market.root / "query") == names
     assert [len(split) for split in load_dataset("folder", market.root).splits] == [5, 3, 6]
-    assert extract.list_images(market.root) == before
+    assert gallery.list_images(market.root) == before
 
 
 def test_directories_below_and_links(layout):
@@ -150,11 +150,11 @@ def test_whole_numbers():
 
 
 def test_list_with_a_byte_order_mark(tmp_path):
-    root, names = extract.list_images(CASES / "list_bom.txt")
+    root, names = gallery.list_images(CASES / "list_bom.txt")
     assert root == CASES
     assert names == ["a.jpg", "b.jpg"]
     (tmp_path / "windows.txt").write_text("# chosen\nbelow\\a.jpg\n", encoding="utf-16")
-    assert extract.list_images(tmp_path / "windows.txt")[1] == ["below/a.jpg"]
+    assert gallery.list_images(tmp_path / "windows.txt")[1] == ["below/a.jpg"]
 
 
 def read_case(name, tmp_path):
