@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Float64, Int, Int32
 
 from mros_jax import extras, parallel
 from mros_jax.errors import UserError
-from mros_jax.retrieval import blocks, distances
+from mros_jax.retrieval import blocks, distances, tiles
 from mros_jax.retrieval.inputs import Numbers
 
 _FAISS_BLOCK = 1024  # queries that a process gives to faiss at once, where several search
@@ -81,6 +81,17 @@ def search_neighbors(
         k: length of the lists, at most N.
         placement: devices and block size.
     """
+    if placement.is_host():
+        return Neighbors(*tiles.search(np.asarray(features), k, placement))
+    return search_blocks(features, k, placement)
+
+
+def search_blocks(
+    features: Float32[np.ndarray | Array, "N D"],
+    k: int,
+    placement: blocks.Placement = blocks.EVERYWHERE,
+) -> Neighbors:
+    """`search_neighbors` where only lists leave the devices: each block has all similarities."""
     search = distances.Gallery(features, "similarity", look=make_look(k), placement=placement)
     return Neighbors(*search(features, np.arange(len(features), dtype=np.int32)))
 
