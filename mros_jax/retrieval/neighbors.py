@@ -138,7 +138,7 @@ def compute_cosines(
     features = np.asarray(features)
     norms = np.sqrt(np.einsum("nd,nd->n", features, features))
     result = np.empty(len(row))
-    step = max(1, 2**24 // features.shape[1])  # two gathers of at most 64 MiB
+    step = max(1, 2**18 // features.shape[1])  # two gathers of at most 1 MiB, a core's cache
     for start in range(0, len(row), step):
         i, j = row[start : start + step], column[start : start + step]
         product = np.einsum("pd,pd->p", features[i], features[j])

@@ -121,9 +121,7 @@ class Tiles:
     def __init__(
         self, features: Float32[np.ndarray, "N D"], size: int, devices: Sequence[jax.Device]
     ):
-        cut = [
-            blocks.pad_rows(features[i : i + size], size) for i in range(0, len(features), size)
-        ]
+        cut = [blocks.pad_rows(features[i : i + size], size) for i in range(0, len(features), size)]
         self._parts = [[jax.device_put(tile, device) for tile in cut] for device in devices]
         self._norms = [[_norms(tile) for tile in parts] for parts in self._parts]
 
