@@ -435,7 +435,7 @@ class Child:
         python = (args.peer_python if case.needs else None) or sys.executable
         options = [f"--labels={args.labels}"] * bool(args.labels) + ["--quick"] * args.quick
         options += [f"--fastreid={args.fastreid}"] * (case.needs == FASTREID)
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
         self._process = subprocess.Popen(
             [python, __file__, "--child", name, *options],
             stdin=subprocess.PIPE,
@@ -466,6 +466,7 @@ class Child:
         return bool(line)
 
     def end(self) -> None:
+        """Let it end."""
         self._process.communicate()
 
 
