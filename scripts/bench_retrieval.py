@@ -23,6 +23,7 @@ gigabytes.
 
 import argparse
 import dataclasses
+import importlib
 import itertools
 import json
 import os
@@ -287,10 +288,9 @@ def torchreid_k_reciprocal(data: dict[str, np.ndarray]) -> float:
 
 
 def fastreid_scores(data: dict[str, np.ndarray]) -> float:
-    import rank_cy
-
+    rank = importlib.import_module("rank_cy")
     labels = [data[name] for name in ARRAYS[2:]]
-    return float(rank_cy.evaluate_cy(data["distance"], *labels, 50)[1].mean())
+    return float(rank.evaluate_cy(data["distance"], *labels, 50)[1].mean())
 
 
 def fastreid_features(data: dict[str, np.ndarray]) -> float:
@@ -301,10 +301,10 @@ def fastreid_features(data: dict[str, np.ndarray]) -> float:
 def fastreid_k_reciprocal(data: dict[str, np.ndarray]) -> float:
     """Its Jaccard distances of all pairs, with lists by faiss on the CPU."""
     import torch
-    from utils.compute_dist import compute_jaccard_distance
 
+    compute = importlib.import_module("utils.compute_dist").compute_jaccard_distance
     features = normalize(np.concatenate([data["query_features"], data["gallery_features"]]))
-    distance = compute_jaccard_distance(torch.from_numpy(features), search_option=3)
+    distance = compute(torch.from_numpy(features), search_option=3)
     num_query = len(data["query_features"])
     return float(distance[:num_query:7, num_query::7].mean())
 
@@ -411,19 +411,36 @@ GROWTH = {
 }
 
 
-def serve(case: Case, args: argparse.Namespace) -> None:
-    """Run a case in this process, once for each line of the input."""
-    scale = 0.02 if args.quick else 1.0
-    data = make_data(int(QUERIES * scale), int(case.gallery * scale), case.size, labels=args.labels)
+def make_input(case: Case, quick: bool, labels: str | None = None) -> dict[str, np.ndarray]:
+    scale = 0.02 if quick else 1.0
+    sizes = int(QUERIES * scale), int(case.gallery * scale)
+    data = make_data(*sizes, case.size, labels=labels)
     if case.distance:
         add_distance(data)
+    return data
+
+
+def run_once(case: Case, data: dict[str, np.ndarray]) -> dict[str, float]:
+    start = time.perf_counter()
+    check = case.run(data)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": seconds, "peak_gb": peak, "check": check}
+
+
+def measure(case: Case, quick: bool) -> dict[str, Any]:
+    """Run one of our cases in this process."""
+    data = make_input(case, quick)
+    times = [run_once(case, data)["seconds"] for _ in range(case.repeats + 1)]
+    return {"seconds": min(times), "first": times[0], "gallery": len(data["gallery_pids"])}
+
+
+def serve(case: Case, args: argparse.Namespace) -> None:
+    """Run a case in this process, once for each line of the input."""
+    data = make_input(case, args.quick, args.labels)
     print(flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
-        check = case.run(data)
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps({"seconds": seconds, "peak_gb": peak, "check": check}), flush=True)
+        print(json.dumps(run_once(case, data)), flush=True)
 
 
 class Child:
@@ -470,7 +487,7 @@ class Child:
         self._process.communicate()
 
 
-def measure(cases: dict[str, Case], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def take_turns(cases: dict[str, Case], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Run cases that compute the same, in turns."""
     children = [Child(name, case, args) for name, case in cases.items()]
     children = [child for child in children if child.wait()]
@@ -494,7 +511,7 @@ def measure(cases: dict[str, Case], args: argparse.Namespace) -> dict[str, dict[
                 "first": child.runs[0]["seconds"],
                 "turns": timed,
             }
-    ours = next((got["turns"] for got in results.values()), [])
+    ours: list[float] = next((got["turns"] for got in results.values()), [])
     for got in results.values():
         got["ratio"] = statistics.median(a / b for a, b in zip(got["turns"], ours, strict=False))
     return results
@@ -580,7 +597,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = {}
     groups = itertools.groupby(chosen.items(), lambda item: item[1].group())
     for _, group in groups:
-        for name, got in measure(dict(group), args).items():
+        for name, got in take_turns(dict(group), args).items():
             results[name] = got
             print(f"{name}: {got['seconds']:.2f} s, {got['peak_gb']:.2f} GB", file=sys.stderr)
     from scripts import common  # which the interpreter of the peers does not have

@@ -155,7 +155,7 @@ def count_on_host(
             _mark_before(row, some, before[: len(some)])
             if groups is not None:
                 before[: len(some)] &= groups == groups[some, None]
-            ranks += [1 + np.count_nonzero(line) for line in before[: len(some)]]
+            ranks += [1 + int(np.count_nonzero(line)) for line in before[: len(some)]]
     return np.array(ranks, np.int64)
 
 

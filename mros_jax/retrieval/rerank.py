@@ -191,7 +191,9 @@ class ECN(Rerank):
         rank = make_rows(lists[:, :k], weights, num)
         mean = chosen @ rank
         of_query = scipy.sparse.hstack([mean[:num_query], rank[:num_query]], format="csr")
-        of_gallery = scipy.sparse.vstack([rank[num_query:].T, mean[num_query:].T], format="csr")
+        of_gallery = scipy.sparse.vstack(
+            [rank[num_query:].T.tocsr(), mean[num_query:].T.tocsr()], format="csr"
+        )
         cosine_distances = distances.Gallery(gallery, "cosine", placement=placement.alone())
 
         def write_ranks(rows: np.ndarray, out: np.ndarray) -> None:

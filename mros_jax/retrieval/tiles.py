@@ -27,7 +27,8 @@ def encode(
     """Numbers that order images: the larger the more alike, or else the lower the index."""
     bits = (similarity + np.float32(0)).view(np.int32)  # -0 becomes 0
     bits ^= (bits >> 31) & np.int32(2**31 - 1)  # negative numbers in their order
-    return (bits.astype(np.int64) << 32) | (_WHOLE - index)
+    keys: np.ndarray = (bits.astype(np.int64) << 32) | (_WHOLE - index)
+    return keys
 
 
 def decode(

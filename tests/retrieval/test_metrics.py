@@ -184,7 +184,8 @@ def test_many_ties_equal_a_stable_sort(ap):
 def test_ranks_by_group_equal_those_of_each_group_alone():
     data = make_data(4)
     distance = np.random.default_rng(1).integers(0, 8, (40, 200)).astype(np.float32)
-    labels = check_labels(*labels_of(data), 40, 200, junk_pid=None, distractor_pid=0)
+    arrays = {name: data[name] for name in LABELS}
+    labels = check_labels(**arrays, num_query=40, num_gallery=200, junk_pid=None, distractor_pid=0)
     groups = data["gallery_camids"]
     rows = np.array([3, 0, 21])
     among_all, grouped = rank_by_group(distance[rows], rows, labels, groups)

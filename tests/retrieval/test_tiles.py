@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from mros_jax import parallel
 from mros_jax.retrieval import Placement, tiles
 from mros_jax.retrieval.neighbors import search_blocks
 
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def make_exact(num):
     """Features whose cosines are sixteenths in any rounding, so that many of them are equal."""
-    return np.random.default_rng(num).choice(np.float32([-1, 1]), (num, 16))
+    return np.random.default_rng(num).choice(np.array([-1, 1], np.float32), (num, 16))
 
 
 @pytest.mark.parametrize(("num", "k"), [(1, 1), (31, 5), (100, 7), (100, 60), (129, 129)])
@@ -59,7 +60,7 @@ def test_processes_share_the_tiles(monkeypatch):
         compared.append([pair for pair in pairs if pair[0] != pair[1]])
         return compare(self, pairs, lists)
 
-    monkeypatch.setattr(tiles.parallel, "gather", gather)
+    monkeypatch.setattr(parallel, "gather", gather)
     monkeypatch.setattr(tiles.Tiles, "compare", note)
     found = tiles.search(features, 7, placement)
     alone = tiles.search(features, 7, placement.alone())
@@ -71,7 +72,7 @@ def test_processes_share_the_tiles(monkeypatch):
 
 
 def test_keys_order_by_similarity_then_index():
-    similarity = np.float32([np.inf, 1, 0.5, 0.0, -0.0, -0.25, -1, -np.inf])
+    similarity = np.array([np.inf, 1, 0.5, 0.0, -0.0, -0.25, -1, -np.inf], np.float32)
     index = np.array([9, 2**31 - 1, 0, 4, 5, 7, 3, 0])
     keys = tiles.encode(similarity, index)
     assert (np.diff(keys) < 0).all()
