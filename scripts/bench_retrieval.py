@@ -525,8 +525,8 @@ def format_table(results: dict[str, dict[str, Any]], cases: dict[str, Case]) -> 
     lines = [
         f"Measured by `scripts/bench_retrieval.py` on {common.describe_machine()}. "
         f"{QUERIES:,} queries; seconds without compiling (in brackets: the first call), "
-        "peak memory of the process after the first call; ratio of the seconds to the first row of the same; "
-        "processor time.",
+        "peak memory of the process after the first call, ratio of the seconds to the first row of "
+        "the same, processor time.",
         "",
         "| what | gallery | numbers | by | seconds | peak GB | check | ratio | CPU s |",
         "| --- | --: | --: | --- | --: | --: | --: | --: | --: |",

@@ -106,6 +106,12 @@ def take_rows(
     return np.take(array, rows, axis=0, out=out, mode="clip")
 
 
+def concatenate(parts: Sequence[Float32[np.ndarray, "_ D"]]) -> Float32[np.ndarray, "N D"]:
+    """Rows of all parts, in memory that JAX can use on a CPU without another copy."""
+    out = empty_aligned((sum(map(len, parts)), parts[0].shape[1]))
+    return np.concatenate(parts, out=out)
+
+
 def map_on_host(
     function: Callable[[S], T], items: Sequence[S], placement: Placement = EVERYWHERE
 ) -> list[T]:

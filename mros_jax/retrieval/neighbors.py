@@ -152,8 +152,7 @@ def stack(
     """Queries above gallery; on a CPU, JAX then uses this copy as it is."""
     if isinstance(query, jax.Array) or isinstance(gallery, jax.Array):
         return jnp.concatenate([query, gallery])
-    out = blocks.empty_aligned((len(query) + len(gallery), query.shape[1]))
-    return np.concatenate([query, gallery], out=out)
+    return blocks.concatenate([query, gallery])
 
 
 def check_search(neighbors: str) -> None:
