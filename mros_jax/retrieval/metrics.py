@@ -197,7 +197,7 @@ def _rank_given(
         return count_on_host(distance, rows, labels)
 
     rows = np.flatnonzero(labels.matches.lengths)
-    step = blocks.choose_block(len(labels.kept))
+    step = blocks.choose_block(len(labels.kept), block_size=placement.block_size)
     parts = [rows[i : i + step] for i in range(0, len(rows), step)]
     return np.concatenate(blocks.map_on_host(rank, parts, placement))
 

@@ -96,7 +96,8 @@ class Rerank(abc.ABC):
         write = self.prepare(query_features, gallery_features, placement)
         num_query, num_gallery = len(query_features), len(gallery_features)
         result = np.empty((num_query, num_gallery), dtype)
-        step = blocks.choose_block(num_gallery, np.shape(gallery_features)[1])
+        size = np.shape(gallery_features)[1]
+        step = blocks.choose_block(num_gallery, size, placement.block_size)
 
         def work(start: int) -> None:
             part = result[start : start + step]
