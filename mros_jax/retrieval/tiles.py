@@ -93,8 +93,12 @@ class Lists:
         table[:, :k] = self.keys
         table[row, k + position] = keys
         table.sort(axis=1)
-        self.keys = np.ascontiguousarray(table[:, : -k - 1 : -1])
-        self.least = decode(self.keys[:, -1])[0]
+        self.set(np.ascontiguousarray(table[:, : -k - 1 : -1]))
+
+    def set(self, keys: Int64[np.ndarray, "T k"]) -> None:
+        """Take other lists in place of these."""
+        self.keys = keys
+        self.least = decode(keys[:, -1])[0]
 
 
 @jax.jit
@@ -156,45 +160,65 @@ def search(
     size = -(-num // (-(-num // size) * 16)) * 16  # as even as can be
     firsts = range(0, num, size)
     tiles = range(len(firsts))
-    together = placement.together
     others = [(i, j) for i in tiles for j in tiles[i + 1 :]]
+    lists = [Lists(min(size, num - first), k) for first in firsts]
+    smallest = np.full((len(tiles), size), np.inf, np.float32)
+    cut = Tiles(features, size, placement.list_devices())
 
-    def work() -> tuple[np.ndarray, np.ndarray]:
-        lists = [Lists(min(size, num - first), k) for first in firsts]
-        smallest = np.full((len(tiles), size), np.inf, np.float32)
-        index, count = (jax.process_index(), jax.process_count()) if together else (0, 1)
-        pairs = [*((i, i) for i in tiles), *others[index::count]]
-        cut = Tiles(features, size, placement.list_devices())
+    def begin(own: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+        for i, _, (similarity, _, least, _) in cut.compare([(i, i) for i in own], lists):
+            inside = len(lists[i].keys)
+            lists[i].begin(similarity[:inside, :inside], firsts[i])
+            smallest[i] = least  # padding repeats an image
+        return [(lists[i].keys, smallest[i]) for i in own]
+
+    def enter(pairs: Sequence[tuple[int, int]]) -> list[tuple[np.ndarray, np.ndarray] | None]:
+        """Bring pairs into the lists; returns all lists for the first pair, nothing for others."""
         for i, j, (similarity, near, of_rows, of_columns) in cut.compare(pairs, lists):
             own, their = lists[i], lists[j]
-            similarity = similarity[: len(own.keys), : len(their.keys)]
-            np.minimum(smallest[i], of_rows, out=smallest[i])  # padding repeats an image
-            if i == j:
-                own.begin(similarity, firsts[i])
-                continue
+            np.minimum(smallest[i], of_rows, out=smallest[i])
             np.minimum(smallest[j], of_columns, out=smallest[j])
             near = near[: len(own.keys), : len(their.keys)]
             row, column = np.divmod(np.flatnonzero(near), near.shape[1])
             value = similarity[row, column]
-            for chosen, to, line, index_of in (
+            for chosen, to, line, index in (
                 (value >= own.least[row], own, row, firsts[j] + column),
                 (value >= their.least[column], their, column, firsts[i] + row),
             ):
-                to.add(line[chosen], index_of[chosen], value[chosen])
+                to.add(line[chosen], index[chosen], value[chosen])
         for each in lists:
             each.merge()
-        return np.concatenate([each.keys for each in lists]), smallest.reshape(-1)[:num]
+        return [(collect(), smallest), *[None] * (len(pairs) - 1)][: len(pairs)]
 
-    keys, smallest = _join(parallel.gather(work), size) if together else work()
+    def collect() -> np.ndarray:
+        return np.concatenate([each.keys for each in lists])
+
+    if placement.together:
+        for each, line, (keys, least) in zip(
+            lists, smallest, parallel.share(tiles, begin), strict=True
+        ):
+            each.set(keys)
+            line[:] = least
+        begun = collect()
+        found = [found for found in parallel.share(others, enter) if found is not None]
+        keys = _join(begun, [keys for keys, _ in found], size)
+        smallest = np.min([smallest, *(least for _, least in found)], axis=0)
+    else:
+        begin(tiles)
+        enter(others)
+        keys = collect()
     similarity, indices = decode(keys)
-    return indices, np.minimum(similarity, 1), smallest
+    return indices, np.minimum(similarity, 1), smallest.reshape(-1)[:num]
 
 
-def _join(found: Sequence[tuple[np.ndarray, np.ndarray]], size: int) -> tuple[np.ndarray, ...]:
-    """Lists and least similarities from those of all processes, each of which began all lists."""
-    keys, smallest = (np.stack(arrays) for arrays in zip(*found, strict=True))
-    tile = np.arange(keys.shape[1])[:, None] // size
-    keys[1:][decode(keys[1:])[1] // size == tile] = np.iinfo(np.int64).min  # the first has them
-    joined = np.concatenate(list(keys), axis=1)
+def _join(
+    begun: Int64[np.ndarray, "N k"], found: Sequence[Int64[np.ndarray, "N k"]], size: int
+) -> Int64[np.ndarray, "N k"]:
+    """Lists from how all processes began them and from those that each has in the end."""
+    tile = np.arange(len(begun))[:, None] // size
+    parts = [begun]
+    for keys in found:  # what all began with counts once
+        parts.append(np.where(decode(keys)[1] // size == tile, np.iinfo(np.int64).min, keys))
+    joined = np.concatenate(parts, axis=1)
     joined.sort(axis=1)
-    return joined[:, : -keys.shape[2] - 1 : -1], smallest.min(0)
+    return np.ascontiguousarray(joined[:, : -begun.shape[1] - 1 : -1])

@@ -1,5 +1,7 @@
 """Lists made with each product used for both images, against sorts and the search by blocks."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -41,34 +43,38 @@ def test_lists_equal_those_of_blocks():
 
 
 def test_processes_share_the_tiles(monkeypatch):
-    """Two processes, one after the other; each begins all lists, and no image is listed twice."""
+    """Two threads in place of processes: each works on half, and no image is listed twice."""
     features = make_exact(100)
+    meeting, results = threading.Barrier(2), {}
+    shares = []
+
+    def share(items, work):
+        process = int(threading.current_thread().name)
+        own = items[process::2]
+        shares.append((len(own), len(items)))
+        results[process] = work(own)
+        meeting.wait()
+        joined = [results[i % 2][i // 2] for i in range(len(items))]
+        meeting.wait()
+        return joined
+
+    monkeypatch.setattr(parallel, "share", share)
     placement = Placement(jax.local_devices()[:1], block_size=32, together=True)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    compared = []
+    found = {}
 
-    def gather(work):
-        found = []
-        for process in range(2):
-            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-            found.append(work())
-        return found
+    def work():
+        found[threading.current_thread().name] = tiles.search(features, 7, placement)
 
-    compare = tiles.Tiles.compare
-
-    def note(self, pairs, lists):
-        compared.append([pair for pair in pairs if pair[0] != pair[1]])
-        return compare(self, pairs, lists)
-
-    monkeypatch.setattr(parallel, "gather", gather)
-    monkeypatch.setattr(tiles.Tiles, "compare", note)
-    found = tiles.search(features, 7, placement)
+    threads = [threading.Thread(target=work, name=str(i)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     alone = tiles.search(features, 7, placement.alone())
-    for ours, theirs in zip(found, alone, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    first, second, whole = compared
-    assert sorted(first + second) == sorted(whole)
-    assert abs(len(first) - len(second)) <= 1
+    for process in ("0", "1"):
+        for ours, theirs in zip(found[process], alone, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert sorted(shares) == [(2, 4), (2, 4), (3, 6), (3, 6)]
 
 
 def test_keys_order_by_similarity_then_index():
