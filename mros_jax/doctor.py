@@ -16,68 +16,8 @@ from ml_collections import ConfigDict
 from mros_jax import config as configs
 from mros_jax import console
 from mros_jax.data.datasets import layouts, records, sources
-from mros_jax.data.examination import Report, examine, to_text
+from mros_jax.data.examination import examine, format_report
 from mros_jax.errors import UserError
-
-
-def format_report(report: Report) -> str:
-    """Format the report as a readable table."""
-    chosen = "".join(f" {name}={value}" for name, value in report.options.items())
-    lines = [f"data set {report.dataset}{chosen}", ""]
-    record = records.DATASETS.get(report.dataset)
-    published = record.counts(report.options) if record else {}
-    rows: list[tuple[str, ...]] = [
-        ("split", "images", "published", "identities", "published", "junk", "distractors")
-    ]
-    for name, counts in report.splits.items():
-        expected = published.get(name)
-        rows.append(
-            (
-                name,
-                f"{counts['images']:,}",
-                f"{expected.images:,}" if expected and expected.images else "-",
-                f"{counts['identities']:,}",
-                f"{expected.identities:,}" if expected else "-",
-                f"{counts['junk']:,}",
-                f"{counts['distractors']:,}",
-            )
-        )
-    lines += [*_align(rows), ""]
-
-    cameras = sorted({int(c) for counts in report.splits.values() for c in counts["cameras"]})
-    rows = [("images (identities)", *(f"camera {camera}" for camera in cameras))]
-    for name, counts in report.splits.items():
-        cells = [counts["cameras"].get(str(camera)) for camera in cameras]
-        rows.append(
-            (name, *(f"{c['images']:,} ({c['identities']:,})" if c else "-" for c in cells))
-        )
-    lines += [*_align(rows), ""]
-
-    if report.sizes:
-        rows = [("height x width", "different", "smallest", "median", "largest")]
-        for name, size in report.sizes.items():
-            cells = [size.get(key) for key in ("smallest", "median", "largest")]
-            rows.append(
-                (name, str(size["different"]), *(f"{c[0]} x {c[1]}" if c else "-" for c in cells))
-            )
-        lines += [*_align(rows), ""]
-
-    lines += [f"{finding.level.upper():8}{to_text(finding)}" for finding in report.findings]
-    errors = sum(finding.level in ("fatal", "error") for finding in report.findings)
-    found = len(report.findings) - errors
-    lines.append(f"{errors or 'no'} errors, {found or 'no'} other findings")
-    return "\n".join(lines)
-
-
-def _align(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict | None]:

@@ -11,6 +11,7 @@ _MODULES = {
     "tfds": ("array_record", "tensorflow_datasets"),
     "cuhk03": ("h5py",),
     "faiss": ("faiss",),
+    "video": ("av",),
 }
 
 

@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import pathlib
+import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
@@ -40,6 +42,37 @@ def write_atomically(path: str | os.PathLike[str], mode: str = "w") -> Iterator[
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def make_directory_atomically(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Fill a directory that takes its name only when all that it is to hold is in it.
+
+    It is filled under a hidden temporary name beside it and renamed. Whatever goes wrong, nothing
+    is there under its name, and the temporary one is removed (unless the process is killed).
+
+    Args:
+        path: the directory; its parents are made. It must not exist, or be empty.
+
+    Yields:
+        The directory to fill.
+
+    Raises:
+        OSError: it cannot be written, or something is there; the error names `path`.
+    """
+    path = pathlib.Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir()
+        yield temporary
+        os.rename(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_output(path: str | os.PathLike[str]) -> None:

@@ -307,7 +307,10 @@ def broadcast(tree: T) -> T:
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache directory, so that a second start is quick.
 
+    All of them: a run has dozens that compile in less than JAX's least time of a second.
     `JAX_COMPILATION_CACHE_DIR` names another directory; empty, it turns the cache off.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory("xla")))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -148,6 +148,15 @@ def ours_rerank_scores(method: str) -> Callable[[dict[str, np.ndarray]], float]:
     return run
 
 
+def ours_jitted(data: dict[str, np.ndarray]) -> float:
+    """Scores after ECN in one compiled program, by dense gathers: what is for accelerators."""
+    from mros_jax.retrieval import ECN, jitted
+
+    most = int(np.bincount(data["gallery_pids"])[1:].max())
+    arrays = (data[name] for name in ARRAYS)
+    return float(jitted.evaluate(*arrays, most_per_pid=most, rerank=ECN()).mAP)
+
+
 def ours_neighbors(data: dict[str, np.ndarray]) -> float:
     from mros_jax.retrieval.neighbors import search_neighbors, stack
 
@@ -381,6 +390,7 @@ CASES = {
     ),
     "ecn-32": Case("ECN distances", "ours, float32", ours_reranked("ecn"), MARKET_ALL, 512, 2),
     "ecn-scores": Case("scores after ECN", "ours", ours_rerank_scores("ecn"), MARKET_ALL, 512, 2),
+    "ecn-jitted": Case("scores after ECN", "ours, one program", ours_jitted, MARKET_ALL, 512, 2),
     "ecn-dense": Case("ECN distances", "dense (formula)", dense_ecn, MARKET_ALL, 512, 1, slow=True),
     "k_reciprocal": Case(
         "k-reciprocal distances", "ours", ours_reranked("k_reciprocal"), MARKET, 512, 2

@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from mros_jax import config as configs
@@ -32,7 +34,7 @@ from mros_jax.data import augment
 from mros_jax.data.batches import make_sampler
 from mros_jax.data.datasets import records
 from mros_jax.errors import UserError
-from mros_jax.retrieval import blocks, distances, metrics, neighbors, rerank
+from mros_jax.retrieval import blocks, distances, gathers, jitted, metrics, neighbors, rerank
 from mros_jax.training import optimizers, recipe
 from scripts import common
 from scripts.hlo import Move, Program
@@ -223,7 +225,7 @@ def make_extraction(
 def make_searches(
     config: ConfigDict, devices: Sequence[jax.Device], counts: dict[str, int]
 ) -> Iterator[Job]:
-    """A block of every program in `mros_jax.retrieval` that runs on a device."""
+    """Programs of `mros_jax.retrieval`: a block of each that works on blocks, and whole ones."""
     network = configs.make_network(config, counts["classes"])
     features = sum(part.size for part in network.parts(*configs.find_size(config, config.eval)))
     gallery = counts["gallery"]
@@ -253,6 +255,16 @@ def make_searches(
     rows = block(both)
     searched = [shape(rows, both), shape(rows, dtype=jnp.int32)]
     yield job(f"neighbors, k = {ecn.k}", neighbors.make_look(ecn.k), searched)
+    orders = gathers.make_order(ecn.k, ecn.t, ecn.q)
+    indices = [shape(size, dtype=jnp.int32) for size in (rows, gallery)]
+    found = shape(both, ecn.list_length, dtype=jnp.int32)
+    images = [shape(size, features) for size in (counts["query"], gallery)]
+    shared = [*images, shape(gallery), found, indices[1]]
+    yield job(f"ECN, k = {ecn.k}", orders, indices[:1], shared)
+    methods = {"": None, " after ECN": ecn, " after k-reciprocal": rerank.KReciprocal()}
+    for name, method in methods.items():
+        lower = functools.partial(lower_evaluation, devices, counts, features, method, width)
+        yield Job(f"scores{name}, one program", lower, 0, len(devices))
     aqe = rerank.AQE()
     rows = block(gallery)
     yield job(
@@ -260,6 +272,30 @@ def make_searches(
         lambda query, near: rerank.expand_queries(query, near, float(aqe.alpha)),
         [shape(rows, features), shape(rows, aqe.k, features)],
     )
+
+
+def lower_evaluation(
+    devices: Sequence[jax.Device],
+    counts: dict[str, int],
+    features: int,
+    method: rerank.ECN | rerank.KReciprocal | None,
+    most_per_pid: int,
+    _: int,
+) -> jax.stages.Lowered:
+    """A whole evaluation as one program, each device doing a share of it."""
+    whole, axis = PartitionSpec(), "rows"
+    mesh = Mesh(np.asarray(devices), (axis,))
+    function = functools.partial(
+        jitted.evaluate, most_per_pid=most_per_pid, rerank=method, axis_name=axis
+    )
+    shared = jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    sizes = counts["query"], counts["gallery"]
+    shapes: list[tuple[tuple[int, ...], Any]]
+    shapes = [((size, features), jnp.float32) for size in sizes]
+    shapes += [((size,), jnp.int32) for size in sizes * 2]
+    sharding = NamedSharding(mesh, whole)
+    arguments = [jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
+    return jax.jit(shared).lower(*arguments)
 
 
 class Memory(NamedTuple):

@@ -45,6 +45,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """Decoded images of all workers: the embedded ones are rendered once."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "images"
+
+
 @pytest.fixture
 def recorded(request):
     """`recorded(compute)`: the arrays by name that `compute` gets from PyTorch, or once got."""

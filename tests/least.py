@@ -41,10 +41,10 @@ def get_config(arg):
 """
 
 
-def write_config(directory, monkeypatch):
+def write_config(directory, cache_dir, monkeypatch):
     """Write a config of the network `Mean` on the tiny data set; the words that name it."""
     monkeypatch.setitem(NETWORKS, "mean", Mean)
     path = directory / "mean.py"
     path.write_text(_CONFIG.format(demo=str(ROOT / "configs" / "demo.py")))
-    values = {**TINY, "dataset.cache_dir": directory / "cache"}
+    values = {**TINY, "dataset.cache_dir": cache_dir}
     return [f"--config={path}", *(f"--config.{name}={value}" for name, value in values.items())]

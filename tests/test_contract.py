@@ -73,13 +73,10 @@ class System:
     def network(self):
         return make_network(self.config, NUM_CLASSES)
 
-    @functools.cached_property
+    @property
     def full(self):
         """Shapes of outputs and variables for two images."""
-        size = self.config.input
-        images = jax.ShapeDtypeStruct((2, size.height, size.width, 3), jnp.float32)
-        init = functools.partial(self.network.init_with_output, train=False)
-        return jax.eval_shape(init, jax.random.key(0), images)
+        return find_shapes(self.network, self.config.input.height, self.config.input.width)
 
     @functools.cached_property
     def tiny(self):
@@ -122,6 +119,14 @@ class Tiny:
             lambda x: x.astype(np.float64), (self.variables, self.own, self.images)
         )
         return wide
+
+
+@functools.cache
+def find_shapes(network, height, width):
+    """Many variants have one network."""
+    images = jax.ShapeDtypeStruct((2, height, width, 3), jnp.float32)
+    init = functools.partial(network.init_with_output, train=False)
+    return jax.eval_shape(init, jax.random.key(0), images)
 
 
 @functools.cache

@@ -20,8 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    cache_dir = tmp_path_factory.mktemp("cache")
+def run(tmp_path_factory, cache_dir):
     return make_run(tmp_path_factory.mktemp("runs") / "small", cache_dir)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from mros_jax import console, extras, report, train
 from mros_jax.data import prepare
+from mros_jax.data.own.pictures import read_video
 from mros_jax.errors import UserError
 from mros_jax.retrieval.neighbors import search_faiss
 from tests.training import ROOT, TINY, make_config
@@ -36,8 +37,8 @@ def bare(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("bare")
-def test_training_needs_no_extra(tmp_path, caplog):
-    config = make_config(tmp_path / "cache", num_epochs=1, report=True)
+def test_training_needs_no_extra(tmp_path, cache_dir, caplog):
+    config = make_config(cache_dir, num_epochs=1, report=True)
     with caplog.at_level(logging.INFO):
         results = train.train(config, tmp_path / "run")
     assert results is not None
@@ -58,6 +59,8 @@ def test_each_purpose_says_what_to_install(tmp_path, capsys):
         report.write_report(tmp_path)
     with pytest.raises(UserError, match=r"needs faiss, .* pip install 'mros_jax\[faiss\]'"):
         search_faiss(np.eye(4, dtype=np.float32), 2)
+    with pytest.raises(UserError, match=r"a video needs av, .* pip install 'mros_jax\[video\]'"):
+        next(read_video(tmp_path / "yard.mp4"))
     words = ["--dataset=market1501", f"--root={tmp_path}", f"--out={tmp_path}"]
     assert console.run(prepare.main, words) == console.MISUSE
     assert "pip install 'mros_jax[tfds]'" in capsys.readouterr().err

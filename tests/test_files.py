@@ -26,6 +26,24 @@ def test_a_failing_writer_leaves_what_was_there(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_directory_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "new" / "data"
+
+    def fill(name, error=None):
+        with files.make_directory_atomically(path) as directory:
+            (directory / name).write_text("")
+            if error:
+                raise error
+
+    with pytest.raises(RuntimeError):
+        fill("half", RuntimeError())
+    assert list(path.parent.iterdir()) == []
+    fill("whole")
+    with pytest.raises(OSError, match="not empty"):
+        fill("other")
+    assert [p.name for p in path.parent.rglob("*")] == ["data", "whole"]
+
+
 def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -20,11 +20,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS = 10
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def _train(config, num_devices, steps=STEPS, *, float64=False):
     """The state and the metrics of every step on `num_devices` devices."""
     devices = jax.local_devices()[:num_devices]

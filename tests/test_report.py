@@ -29,11 +29,6 @@ needs_chromium = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory, cache_dir):
     return make_run(tmp_path_factory.mktemp("runs") / "small", cache_dir)
 

@@ -55,13 +55,13 @@ def environment(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def words(tmp_path):
-    return [*WORDS, f"--config.dataset.cache_dir={tmp_path / 'cache'}"]
+def words(cache_dir):
+    return [*WORDS, f"--config.dataset.cache_dir={cache_dir}"]
 
 
 @pytest.fixture
-def least(tmp_path, monkeypatch):
-    return write_config(tmp_path, monkeypatch)
+def least(tmp_path, cache_dir, monkeypatch):
+    return write_config(tmp_path, cache_dir, monkeypatch)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

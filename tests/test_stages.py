@@ -47,8 +47,8 @@ WORDS = [
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    return [*WORDS, f"--config.dataset.cache_dir={tmp_path_factory.mktemp('cache')}"]
+def words(cache_dir):
+    return [*WORDS, f"--config.dataset.cache_dir={cache_dir}"]
 
 
 def run(words, workdir, *more):

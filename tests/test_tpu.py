@@ -177,7 +177,7 @@ def compile_demo(table, *options):
 @needs_libtpu
 @pytest.mark.parametrize(
     ("step", "topology", "program"),
-    [("train", "v5e:4x4", "train"), ("search", "v5e:2x2", "ranks")],
+    [("train", "v5e:4x4", "train"), ("search", "v5e:2x2", "scores after ECN, one program")],
 )
 def test_a_small_system_compiles(step, topology, program, tmp_path):
     """Its training on four hosts, and all that an evaluation runs on a device."""

@@ -48,11 +48,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, cache_dir):
     workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     output = finish(start(workdir, cache_dir))

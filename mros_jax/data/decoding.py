@@ -8,6 +8,7 @@ import io
 import math
 import os
 import pathlib
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +24,7 @@ VERSION = 3
 # What PIL reads by itself; others, such as EPS, it hands to programs of the machine. Its reader of
 # JPEG takes MPO as well.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000")
-PIL.Image.init()  # PIL loads its formats when they are first asked for, which threads must not do
+_loading_formats = threading.Lock()
 _MAX_PIXELS = 89_478_485  # where PIL begins to warn of decompression bombs
 _EXIF_ORIENTATION = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF
@@ -86,6 +87,8 @@ def decode_image(data: bytes, name: str = "") -> Decoded:
 
 
 def _decode(data: bytes) -> Decoded:
+    with _loading_formats:  # PIL does it when they are first asked for, which threads must not
+        PIL.Image.init()
     with PIL.Image.open(io.BytesIO(data), formats=_FORMATS) as file:
         if math.prod(file.size) > _MAX_PIXELS:
             raise UserError(

@@ -4,6 +4,7 @@ import codecs
 import csv
 import dataclasses
 import io
+import math
 import os
 import pathlib
 import re
@@ -144,6 +145,15 @@ def parse_whole(text: str) -> int | None:
     match = _WHOLE.fullmatch(text.strip())
     number = int(match[1] + match[2]) if match else None
     return number if number is not None and fits_64_bits(number) else None
+
+
+def parse_number(text: str) -> float | None:
+    """Parse a finite number, or None."""
+    try:
+        number = float(text.replace("_", "?"))  # Python takes 1_000
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def fits_64_bits(number: int) -> bool:

@@ -1,6 +1,6 @@
 """What a result is: distances, CMC and mAP, re-ranking. Usable alone on any features."""
 
-from mros_jax.retrieval import bootstrap, descriptors, rerank
+from mros_jax.retrieval import bootstrap, descriptors, jitted, rerank
 from mros_jax.retrieval.blocks import Placement
 from mros_jax.retrieval.distances import compute_distances
 from mros_jax.retrieval.labels import Side
@@ -21,6 +21,7 @@ __all__ = [
     "descriptors",
     "evaluate",
     "evaluate_distances",
+    "jitted",
     "rerank",
     "verify",
     "verify_distances",

@@ -7,7 +7,7 @@ computed needs O(block x gallery) memory and no sort of the gallery.
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Float64, Int, Int64, Shaped
 
 from mros_jax.errors import UserError
-from mros_jax.retrieval import blocks, distances
+from mros_jax.retrieval import blocks, distances, gathers
 from mros_jax.retrieval.inputs import (
     Numbers,
     check_choice,
@@ -202,38 +202,42 @@ def _rank_given(
     return np.concatenate(blocks.map_on_host(rank, parts, placement))
 
 
-def _rank_compared(
-    query: Float32[np.ndarray | Array, "Q D"],
-    gallery: Float32[np.ndarray | Array, "G D"],
-    kind: str,
-    labels: Labels,
-    placement: blocks.Placement,
+Run = Callable[[int, Callable[[slice], Sequence[Any]]], Iterator[tuple[slice, Any]]]
+
+
+def _rank_on_devices(
+    run: Run, rows_of: Callable[[np.ndarray], Any], labels: Labels
 ) -> Int64[np.ndarray, "P"]:
-    """The same from descriptors: where the distances are, on the devices or in memory."""
+    """The same from `count_ranks` of blocks; only ranks leave the devices."""
     matches, removed = labels.matches, labels.removed
-    # On devices queries with equally many matches go together, as wide as the longest list of them.
+    # Queries with equally many matches go together: rows cost as much as the longest list of them.
     order = np.argsort(-matches.lengths, kind="stable")
     order = order[: np.count_nonzero(matches.lengths)]
 
     def get(part: slice) -> tuple[Any, ...]:
         rows = order[part]
-        queries = blocks.take_rows(query, rows)
-        return (queries,) if on_host else (queries, matches.pad(rows), removed.pad(rows))
+        return rows_of(rows), matches.pad(rows), removed.pad(rows)
 
-    def finish(part: slice, block: np.ndarray) -> np.ndarray:
-        rows = order[part]
-        if on_host:
-            return count_on_host(block, rows, labels)
-        counted: np.ndarray = block[ragged_positions(matches.lengths[rows])]
-        return counted
-
-    on_host = placement.is_host()
-    look = None if on_host else count_ranks
-    compared = distances.Gallery(gallery, kind, look=look, placement=placement)
     ranks = np.empty(len(matches.indices), np.int64)
-    for part, found in compared.run(len(order), get, finish):
-        ranks[matches.places(order[part])] = found
+    for part, block in run(len(order), get):
+        rows = order[part]
+        ranks[matches.places(rows)] = block[ragged_positions(matches.lengths[rows])]
     return ranks
+
+
+def _rank_in_memory(
+    compared: distances.Gallery,
+    query: Float32[np.ndarray | Array, "Q D"],
+    labels: Labels,
+) -> Int64[np.ndarray, "P"]:
+    """The same from descriptors: a block is counted while the next one is computed."""
+    rows = np.flatnonzero(labels.matches.lengths)
+    found = compared.run(
+        len(rows),
+        lambda part: [blocks.take_rows(query, rows[part])],
+        lambda part, block: count_on_host(block, rows[part], labels),
+    )
+    return np.concatenate([ranks for _, ranks in found])
 
 
 def rank_by_group(
@@ -495,15 +499,24 @@ def evaluate(
     }
     if rerank is None:
         kind = distances.choose_kind(metric, normalize)
-        ranks = _rank_compared(query, gallery, kind, labels, placement)
+        if placement.is_host():
+            compared = distances.Gallery(gallery, kind, placement=placement)
+            ranks = _rank_in_memory(compared, query, labels)
+        else:
+            compared = distances.Gallery(gallery, kind, look=count_ranks, placement=placement)
+            ranks = _rank_on_devices(compared.run, lambda rows: query[rows], labels)
     else:
         write = rerank.prepare(query, gallery, placement)
-        columns = labels.kept if keep_junk else slice(None)
+        columns = labels.kept if keep_junk else np.arange(len(gallery))
+        if isinstance(write, gathers.ECNRows):
+            run = write.look_at(count_ranks, columns)
+            ranks = _rank_on_devices(run, lambda rows: rows.astype(np.int32), labels)
+        else:
 
-        def rows_of(rows: np.ndarray) -> np.ndarray:
-            block = np.empty((len(rows), len(gallery)), np.float32)
-            write(rows, block)
-            return block[:, columns]
+            def rows_of(rows: np.ndarray) -> np.ndarray:
+                block = np.empty((len(rows), len(gallery)), np.float32)
+                write(rows, block)
+                return block[:, columns] if keep_junk else block
 
-        ranks = _rank_given(rows_of, labels, placement)
+            ranks = _rank_given(rows_of, labels, placement)
     return _summarize(ranks, labels, ap, max_rank, described | dict(protocol or {}))

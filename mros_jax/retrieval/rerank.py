@@ -19,7 +19,7 @@ import scipy.sparse
 from jaxtyping import Array, Float
 
 from mros_jax.errors import UserError
-from mros_jax.retrieval import blocks, distances
+from mros_jax.retrieval import blocks, distances, gathers
 from mros_jax.retrieval.inputs import Numbers, check_choice, check_count, check_number, check_pair
 from mros_jax.retrieval.neighbors import (
     Neighbors,
@@ -158,16 +158,22 @@ class ECN(Rerank):
         for name in ("t", "q"):
             check_count(getattr(self, name), f"{self.name}: {name}", most=num - 1, of=f"other {of}")
 
+    @property
+    def list_length(self) -> int:
+        """How many neighbours of each image are needed, itself counted."""
+        return max(self.k, self.t + 1, self.q + 1)
+
     def _prepare(self, query: _Features, gallery: _Features, placement: blocks.Placement) -> Rows:
         k, t, q = self.k, self.t, self.q
         num_query, num = len(query), len(query) + len(gallery)
         features = stack(query, gallery)
         query, gallery = features[:num_query], features[num_query:]
-        length = max(k, t + 1, q + 1)
         if isinstance(self.neighbors, str) and self.neighbors == "exact":
-            lists = search_neighbors(features, length, placement).indices
+            lists = search_neighbors(features, self.list_length, placement).indices
         else:
-            lists = _take_lists(features, length, self.neighbors, placement)
+            lists = _take_lists(features, self.list_length, self.neighbors, placement)
+        if self.method == "rankdist" and gathers.suit(placement):
+            return gathers.ECNRows(query, gallery, lists, k=k, t=t, q=q, placement=placement)
         first = lists[:, 1 : t + 1]
         expanded = np.concatenate([first, lists[first, 1 : q + 1].reshape(num, t * q)], axis=1)
         chosen = make_rows(expanded, np.ones(expanded.shape, np.float32), num)
@@ -243,11 +249,16 @@ class KReciprocal(Rerank):
         check_count(self.k1, f"{self.name}: k1", most=num - 1, of=f"other {of}")
         check_count(self.k2, f"{self.name}: k2", most=num, of=of)
 
+    @property
+    def list_length(self) -> int:
+        """How many neighbours of each image are needed, itself counted."""
+        return max(self.k1 + 1, self.k2)
+
     def _prepare(self, query: _Features, gallery: _Features, placement: blocks.Placement) -> Rows:
         num_query = len(query)
         features = stack(query, gallery)
         query, gallery = features[:num_query], features[num_query:]
-        found = self._find(features, max(self.k1 + 1, self.k2), placement)
+        found = self._find(features, self.list_length, placement)
         encoded = encode(features, found, self.k1, self.k2)
         encoded_gallery = encoded[num_query:].tocsc()
         cosine_distances = distances.Gallery(gallery, "cosine", placement=placement.alone())

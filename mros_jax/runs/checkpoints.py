@@ -6,6 +6,7 @@ by process 0.
 """
 
 import errno
+import functools
 import hashlib
 import os
 import pathlib
@@ -16,7 +17,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from mros_jax import console, parallel
 from mros_jax.errors import NotFoundError, UserError
@@ -42,8 +42,16 @@ class State(Protocol):
 S = TypeVar("S", bound=State)
 
 
-def _work_alone(directory: pathlib.Path) -> ocp.options.MultiprocessingOptions:
+def _load_orbax() -> Any:
+    """Import orbax where it is first needed: it takes a while."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
+
+
+def _work_alone(directory: pathlib.Path) -> Any:
     """Let this process take part in orbax's barriers alone."""
+    ocp = _load_orbax()
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
     me = jax.process_index()
@@ -52,7 +60,8 @@ def _work_alone(directory: pathlib.Path) -> ocp.options.MultiprocessingOptions:
     )
 
 
-def _make_manager(directory: pathlib.Path) -> ocp.CheckpointManager:
+def _make_manager(directory: pathlib.Path) -> Any:
+    ocp = _load_orbax()
     if jax.process_count() > 1:
         directory.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(
@@ -71,24 +80,25 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike[str]):
         self._directory = pathlib.Path(directory).absolute()
-        self._managers = (
-            {name: _make_manager(self._directory / name) for name in NAMES}
-            if parallel.is_main_process()
-            else {}
-        )
+
+    @functools.cached_property
+    def _managers(self) -> dict[str, Any]:
+        """orbax's, of the process that reads and writes."""
+        return {name: _make_manager(self._directory / name) for name in NAMES}
 
     def step(self, name: str = "last") -> int | None:
         """The step of a complete checkpoint; None where there is none, and in other processes."""
-        return self._managers[name].latest_step() if self._managers else None
+        steps = _list_steps(self._directory / name) if parallel.is_main_process() else []
+        return max(steps, default=None)
 
     def save(self, state: State, name: str = "last") -> None:
         """Save a state as checkpoint `name`, for "best" only its model.
 
         Returns when it is on disk; the former one is removed only then.
         """
-        if not self._managers:
+        if not parallel.is_main_process():
             return
-        manager = self._managers[name]
+        ocp, manager = _load_orbax(), self._managers[name]
         step = int(state.step)
         if step in manager.all_steps():
             return
@@ -137,14 +147,14 @@ class Checkpoints:
         """
         last = self.step()
         step = int(parallel.broadcast(np.asarray(-1 if last is None else last)))
-        if self._managers:
-            for late in self._managers["best"].all_steps():
+        if parallel.is_main_process():
+            for late in _list_steps(self._directory / "best"):
                 if late > step:
                     self._managers["best"].delete(late)
         if step < 0:
             return None
         state = template = make_template(step)
-        if self._managers:
+        if parallel.is_main_process():
             path = self._directory / "last" / str(step)
             restored = _read(self._managers["last"], path, "training", template)
             state = jax.tree.map(_check_like(path), template, restored)
@@ -152,14 +162,18 @@ class Checkpoints:
 
     def close(self) -> None:
         """Release the directory."""
-        for manager in self._managers.values():
+        for manager in self.__dict__.get("_managers", {}).values():
             manager.close()
 
 
 def exists(directory: str | os.PathLike[str]) -> bool:
     """Whether there is a complete last checkpoint in a run's `checkpoints` directory."""
-    # By hand, as one process may ask alone: a checkpoint takes its name when it is complete.
-    return any(path.name.isdigit() for path in pathlib.Path(directory).glob("last/*"))
+    return bool(_list_steps(pathlib.Path(directory) / "last"))
+
+
+def _list_steps(directory: pathlib.Path) -> list[int]:
+    """The steps of complete checkpoints, which take their names when they are complete."""
+    return [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
 
 
 def load_variables(
@@ -177,6 +191,7 @@ def load_variables(
     """
     directory = pathlib.Path(directory).absolute() / name
     if directory.is_dir():
+        ocp = _load_orbax()
         options = ocp.CheckpointManagerOptions(
             read_only=True, multiprocessing_options=_work_alone(directory)
         )
@@ -194,11 +209,9 @@ def digest(tree: Any) -> str:
     return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
 
 
-def _read(
-    manager: ocp.CheckpointManager, path: pathlib.Path, item: str, template: Any = None
-) -> Any:
+def _read(manager: Any, path: pathlib.Path, item: str, template: Any = None) -> Any:
     """An item of a checkpoint; what orbax raises is one of two things that a user can mend."""
-    step = int(path.name)
+    ocp, step = _load_orbax(), int(path.name)
 
     def restore(template: Any) -> tuple[Any, str]:
         arguments = {item: ocp.args.StandardRestore(template), "extra": ocp.args.JsonRestore()}

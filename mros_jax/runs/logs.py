@@ -9,8 +9,9 @@ import json
 import logging
 import os
 import pathlib
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 from mros_jax import extras
@@ -92,8 +93,9 @@ class _Events:
     """
 
     def __init__(self, directory: pathlib.Path, start_step: int):
-        from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
+        with _without("torch"):
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
 
         directory.mkdir(exist_ok=True)
         self._writer = event_file_writer.EventsWriter(str(directory / "events"))
@@ -107,6 +109,18 @@ class _Events:
 
     def add_scalar(self, step: int, name: str, value: float) -> None:
         self._add(step, summary=self._make_scalar(name, value))
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Let what is imported do without a package: where it is installed it can take seconds."""
+    loaded = {name: sys.modules[name]} if name in sys.modules else {}
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        sys.modules.update(loaded)
 
 
 def _reopen(

@@ -190,8 +190,9 @@ def _check_parts(config: ConfigDict) -> None:
     params = jax.eval_shape(make_params, key, image)
     optimizers.label_params(params, groups)
     _check_weights(config, network, params["network"])
-    if config.eval.crops == "none":
-        shape_outputs(network, *configs.find_size(config, config.eval))  # the test size works too
+    test_size = configs.find_size(config, config.eval)
+    if config.eval.crops == "none" and test_size != (config.input.height, config.input.width):
+        shape_outputs(network, *test_size)
 
 
 def _check_weights(config: ConfigDict, network: Network, params: Any) -> None:

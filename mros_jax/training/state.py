@@ -67,7 +67,7 @@ def make_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=optimizer.init(params),
+        opt_state=jax.jit(optimizer.init)(params),  # eagerly, a program for every shape
         ema_params=variables["params"] if use_ema else None,
     )
     on_host: TrainState = jax.tree.map(np.asarray, state)

@@ -15,6 +15,8 @@ from mros_jax.systems.dare import DaRe
 from mros_jax.training.optimizers import make_groups, make_schedules
 from tests.training import ROOT
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 
 

@@ -95,6 +95,7 @@ def test_half_precision_keeps_float32_statistics():
     assert {x.dtype for x in maps.values()} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_kernels_start_with_the_variance_of_their_inputs():
     model = TRUNKS["tiny_densenet"].make()
     init = jax.jit(functools.partial(model.init, train=False))

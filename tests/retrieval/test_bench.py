@@ -34,6 +34,12 @@ def test_reranked_distances_agree(data):
 
 
 @pytest.mark.slow
+def test_scores_after_ecn_agree(data):
+    expected = bench.ours_rerank_scores("ecn")(data)
+    assert bench.ours_jitted(data) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.slow
 def test_every_case_has_its_own_process(tmp_path):
     table = tmp_path / "table.md"
     command = [sys.executable, "-m", "scripts.bench_retrieval", "--quick"]

@@ -43,7 +43,7 @@ def test_healthy(market):
         "median": [16, 8],
         "largest": [16, 8],
     }
-    assert "no errors, no other findings" in doctor.format_report(report)
+    assert "no errors, no other findings" in examination.format_report(report)
 
 
 def test_counts_against_the_published(market, monkeypatch):
@@ -57,7 +57,7 @@ def test_counts_against_the_published(market, monkeypatch):
         "3 cameras (published: 6)"
     )
     assert report.healthy  # a subset is no error
-    text = doctor.format_report(report)
+    text = examination.format_report(report)
     assert "19,732" in text
     exact = {
         "train": Counts(5, 2, 3),

@@ -19,9 +19,11 @@ from mros_jax import extract
 from mros_jax.data import cache
 from mros_jax.data.datasets import prepared
 from mros_jax.data.datasets.cuhk03 import _Mat
-from mros_jax.data.datasets.layouts import parse_market_name
+from mros_jax.data.datasets.layouts import BadFiles, parse_market_name
 from mros_jax.data.datasets.sources import load_dataset
 from mros_jax.data.decoding import decode_image
+from mros_jax.data.own.preparation import FORMATS
+from mros_jax.data.own.sightings import LeftOut
 from mros_jax.data.text import read_lines, read_table
 from mros_jax.errors import UserError
 
@@ -236,3 +238,28 @@ def load_and_read(root: pathlib.Path):
     for split in load_dataset("market1501", root).splits:
         split.images.digest()
         list(split.images.map(lambda picture: picture.error))
+
+
+def test_own_data(trial, tmp_path):
+    (tmp_path / "yard").mkdir()
+    for name in ("yard/1.png", "a.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    tracks, table, labels = (tmp_path / name for name in ("yard.txt", "own.csv", "own.json"))
+    whole = json.dumps(
+        {
+            "images": [{"id": 1, "file_name": "a.jpg", "video_id": 2}],
+            "videos": [{"id": 2, "name": "yard"}],
+            "annotations": [{"id": 3, "image_id": 1, "bbox": [1, 2, 3, 4], "track_id": 5}],
+        }
+    )
+    for number in rounds(0.2):
+        rng = np.random.default_rng([9, number])
+        text = make_text(rng)
+        tracks.write_bytes(mutate(rng, b"1,2,3,4,5,6,1,1,1\n1,3,3,4,5,6\n") if number % 2 else text)
+        table.write_bytes(text.replace(b"pid,camid", b"identity,camera"))
+        labels.write_bytes(mutate(rng, whole.encode()))
+        for name, root in (("mot", tmp_path), ("csv", table), ("coco", labels)):
+            trial(FORMATS[name], root, BadFiles("error"), LeftOut(list))
+            trial(FORMATS[name], root, BadFiles("skip"), LeftOut(list))
+    assert trial.refused
+    assert trial.taken

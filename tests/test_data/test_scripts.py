@@ -24,8 +24,8 @@ def test_decoding_and_plans(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_step_of_a_config(tmp_path, monkeypatch, capsys):
-    words = write_config(tmp_path, monkeypatch)
+def test_the_step_of_a_config(tmp_path, cache_dir, monkeypatch, capsys):
+    words = write_config(tmp_path, cache_dir, monkeypatch)
     assert bench_data.main([*words, "--part=step", "--repeats=1", "--images=8"]) == 0
     printed = capsys.readouterr().out
     assert "mean, mean, 96 x 32, batch 8" in printed

@@ -367,8 +367,10 @@ def test_jpeg_is_what_libjpeg_makes(quality):
 
 
 def test_a_perfect_sensor_changes_nothing_and_a_coarse_one_keeps_the_mean():
-    cameras = pedestrians.draw_cameras(0, jnp.array([1, 2])).replace(
-        blur=jnp.array([0.05, 0.8]), resolution=jnp.array([1.0, 0.5])
+    cameras = dataclasses.replace(
+        pedestrians.draw_cameras(0, jnp.array([1, 2])),
+        blur=jnp.array([0.05, 0.8]),
+        resolution=jnp.array([1.0, 0.5]),
     )
     vertical, horizontal = imaging.make_sensors(cameras, 128, 64)
     np.testing.assert_allclose(vertical[0], np.eye(128), atol=1e-6)

@@ -23,7 +23,8 @@ from mros_jax.errors import UserError
 TABLE = "images.csv"
 PERSON_PARTS = ("train", "query", "gallery")
 _COLUMNS = ("path", "pid", "camid", "split")
-_CAMERA = re.compile(r"(?<![a-z0-9])c(?:am(?:era)?)?[-_]?([0-9]+)(?:s([0-9]+))?", re.IGNORECASE)
+# The camera, and the recording if wanted, in the name of a file: c1, cam02, Camera_3s1.
+CAMERA = re.compile(r"(?<![a-z0-9])c(?:am(?:era)?)?[-_]?([0-9]+)(?:s([0-9]+))?", re.IGNORECASE)
 
 
 def read_folder(root: pathlib.Path, *, on_bad_image: OnBadImage = "error") -> Dataset:
@@ -99,7 +100,7 @@ def _read_people(base: pathlib.Path, bad_files: BadFiles) -> list[list[Entry]]:
         entries = []
         for name in images:
             person, _, file = name.partition("/")
-            match = _CAMERA.search(file)
+            match = CAMERA.search(file)
             camid = parse_whole(match[1]) if match else None
             sequence = parse_whole(match[2] or "0") if match else None
             if camid is None or sequence is None:

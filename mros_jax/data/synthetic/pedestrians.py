@@ -9,11 +9,11 @@ differ in two of eight *details*, each at one height of the body: hat, collar, l
 hem, knee band, socks, shoes. The whole-picture average tells members of one group apart poorly.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +66,8 @@ _LEATHER = ((0.08, 0.07, 0.07), (0.25, 0.16, 0.10), (0.35, 0.35, 0.36))
 _HAIR_WEIGHTS = (5, 5, 3, 2, 1.5, 0.7)
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Person:
     """What an identity looks like. Lengths are in body heights, colours sRGB in 0..1.
 
@@ -99,7 +100,8 @@ class Person:
     detail_colour: Float[Array, "*b 8 3"]
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Camera:
     """How one camera sees: what is behind the people, and what the picture goes through.
 
@@ -128,7 +130,8 @@ class Camera:
     jpeg: Float[Array, "*b"]
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Picture:
     """One picture of a person: pose, box, surroundings.
 
