@@ -23,6 +23,7 @@ from mros_jax.data import augment, decoding
 from mros_jax.errors import UserError
 from mros_jax.models.counting import count_multiply_adds
 from mros_jax.models.outputs import Network, Outputs
+from mros_jax.retrieval import blocks
 from mros_jax.runs.checkpoints import describe_difference, load_variables
 from mros_jax.runs.run import Run
 
@@ -164,7 +165,7 @@ class Embedder:
         parts = parallel.share(starts, work) if together else work(starts)
         if not parts:
             return {k: np.zeros((0, size), np.float32) for k, size in self.descriptor_sizes.items()}
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {name: blocks.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     @functools.cached_property
     def descriptor_sizes(self) -> dict[str, int]:

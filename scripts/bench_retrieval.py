@@ -3,27 +3,36 @@
     python -m scripts.bench_retrieval --quick                     # a smoke test, seconds
     python -m scripts.bench_retrieval                             # about five minutes
     python -m scripts.bench_retrieval --growth --plot docs/images/retrieval_growth.png
-    python -m scripts.bench_retrieval --slow --peer_python PEERS/bin/python
+    python -m scripts.bench_retrieval --slow --peer_python PEERS/bin/python --fastreid FAST-REID
 
-Descriptors are random with Market-1501's shape: 3,368 queries of 750 people, six cameras. Every
-case runs in a process of its own, which reports the time of the best of its repeats (without
-compiling; the first call is given beside it) and its peak memory (of the whole process, libraries
-and input included).
+Descriptors are random with Market-1501's shape: 3,368 queries of 750 people, six cameras; or they
+have the labels of a file (--labels, an .npz file with query_pids, gallery_pids, query_camids and
+gallery_camids, junk with pid -1 included). Every case runs in a process of its own, which reports
+the time of the best of its repeats (without compiling; the first call is given beside it) and its
+peak memory (of the whole process, libraries and input included). Cases that compute the same take
+turns, and the ratio to the first of them is the median of the rounds': what else the machine does
+slows all of them alike.
 
 Peers are public packages where an interpreter with them is named by --peer_python (pip install
-faiss-cpu; pip install --no-deps torchreid), and otherwise formulas written here: those have the
-algorithm and the N x N arrays of public codes, not their text. --slow adds the peers that take a
-minute or ten gigabytes.
+faiss-cpu; pip install --no-deps torchreid), fast-reid where --fastreid names a clone of
+https://github.com/JDAI-CV/fast-reid in which its evaluator is compiled (make -C
+fastreid/evaluation/rank_cylib), and otherwise formulas written here: those have the algorithm and
+the N x N arrays of public codes, not their text. --slow adds the peers that take a minute or ten
+gigabytes.
 """
 
 import argparse
 import dataclasses
+import importlib
+import itertools
 import json
 import os
 import pathlib
 import resource
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,24 +46,56 @@ MARKET, MARKET_ALL = 15913, 19732  # gallery without and with junk
 QUERIES = 3368
 
 
-def make_data(num_query: int, num_gallery: int, size: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Descriptors around a centre for each person; one in six of the gallery is a distractor."""
-    rng = np.random.default_rng(seed)
+def make_labels(num_query: int, num_gallery: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Random labels; one in six of the gallery is a distractor."""
     people = max(2, round(750 * num_gallery / MARKET))
-    centres = rng.standard_normal((people + 1, size), np.float32)
-    data: dict[str, np.ndarray] = {}
+    labels: dict[str, Any] = {}
     for name, num in (("query", num_query), ("gallery", num_gallery)):
-        pids = rng.integers(1, people + 1, num)
-        if name == "gallery":
-            pids[rng.random(num) < 1 / 6] = 0
-        features = rng.standard_normal((num, size), np.float32)
-        features *= 2.2
-        for start in range(0, num, 65536):  # no second array of this size
-            part = slice(start, start + 65536)
-            features[part] += centres[pids[part]] * (pids[part] > 0)[:, None]
-        data[f"{name}_features"] = features
-        data[f"{name}_pids"] = pids
-        data[f"{name}_camids"] = rng.integers(1, 7, num)
+        labels[f"{name}_pids"] = rng.integers(1, people + 1, num)
+        labels[f"{name}_camids"] = rng.integers(1, 7, num)
+    labels["gallery_pids"][rng.random(num_gallery) < 1 / 6] = 0
+    return labels
+
+
+def load_labels(path: str, num_gallery: int) -> dict[str, Any]:
+    """Labels of a file, without junk where only so the gallery has this size."""
+    with np.load(path) as file:
+        labels = {name: file[name].astype(np.int64) for name in ARRAYS[2:]}
+    if len(labels["gallery_pids"]) != num_gallery:
+        kept = labels["gallery_pids"] != -1
+        labels |= {name: labels[name][kept] for name in ("gallery_pids", "gallery_camids")}
+    return labels
+
+
+def make_features(pids: np.ndarray, centres: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Descriptors around a centre for each person, in memory that begins at a multiple of 64 bytes.
+
+    So does what the package's own extraction makes; JAX copies what begins elsewhere.
+    """
+    size = centres.shape[1]
+    raw = np.empty(len(pids) * size + 16, np.float32)
+    begin = -raw.ctypes.data % 64 // 4
+    features = raw[begin : begin + len(pids) * size].reshape(len(pids), size)
+    rng.standard_normal(dtype=np.float32, out=features)
+    features *= 2.2
+    step = max(1, 2**22 // size)  # no second array of this size
+    for start in range(0, len(pids), step):
+        part = pids[start : start + step]
+        features[start : start + step] += centres[np.maximum(part, 0)] * (part > 0)[:, None]
+    return features
+
+
+def make_data(
+    num_query: int, num_gallery: int, size: int, seed: int = 0, labels: str | None = None
+) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    data: dict[str, Any] = (
+        load_labels(labels, num_gallery) if labels else make_labels(num_query, num_gallery, rng)
+    )
+    most = max(data["query_pids"].max(), data["gallery_pids"].max())
+    centres = rng.standard_normal((most + 1, size), np.float32)
+    for name in ("query", "gallery"):
+        data[f"{name}_features"] = make_features(data[f"{name}_pids"], centres, rng)
     return data
 
 
@@ -102,7 +143,7 @@ def ours_rerank_scores(method: str) -> Callable[[dict[str, np.ndarray]], float]:
     def run(data: dict[str, np.ndarray]) -> float:
         from mros_jax.retrieval import evaluate
 
-        return evaluate(*(data[name] for name in ARRAYS), rerank=method).mAP
+        return evaluate(*(data[name] for name in ARRAYS), rerank=method, keep_junk=True).mAP
 
     return run
 
@@ -255,6 +296,28 @@ def torchreid_k_reciprocal(data: dict[str, np.ndarray]) -> float:
     return float(result[::7, ::7].mean())
 
 
+def fastreid_scores(data: dict[str, np.ndarray]) -> float:
+    rank = importlib.import_module("rank_cy")
+    labels = [data[name] for name in ARRAYS[2:]]
+    return float(rank.evaluate_cy(data["distance"], *labels, 50)[1].mean())
+
+
+def fastreid_features(data: dict[str, np.ndarray]) -> float:
+    add_distance(data)
+    return fastreid_scores(data)
+
+
+def fastreid_k_reciprocal(data: dict[str, np.ndarray]) -> float:
+    """Its Jaccard distances of all pairs, with lists by faiss on the CPU."""
+    import torch
+
+    compute = importlib.import_module("utils.compute_dist").compute_jaccard_distance
+    features = normalize(np.concatenate([data["query_features"], data["gallery_features"]]))
+    distance = compute(torch.from_numpy(features), search_option=3)
+    num_query = len(data["query_features"])
+    return float(distance[:num_query:7, num_query::7].mean())
+
+
 def faiss_neighbors(data: dict[str, np.ndarray]) -> float:
     import faiss
 
@@ -275,35 +338,52 @@ class Case:
     size: int
     repeats: int = 3
     slow: bool = False  # a minute, or ten gigabytes
-    package: bool = False  # needs --peer_python
+    needs: str = ""  # "peer_python" or "fastreid": an argument
     distance: bool = False  # starts from a matrix of distances
 
+    def group(self) -> tuple[Any, ...]:
+        """The same for cases that take turns."""
+        return self.title, self.gallery, self.size
 
-SCORES = "CMC, mAP, mINP from a distance matrix"
+
+PEER, FASTREID = "peer_python", "fastreid"
+SCORES, FEATURES = "CMC, mAP, mINP from a distance matrix", "the same from descriptors"
+PRODUCT = "the float32 product alone, NumPy"
 CASES = {
-    "product-512": Case("float32 product alone", "NumPy", product, MARKET, 512, 5),
     "scores": Case(SCORES, "ours", ours_distances, MARKET, 512, 5, distance=True),
     "scores-sort": Case(
         SCORES, "argsort (formula)", sorted_distances, MARKET, 512, 1, distance=True
     ),
     "scores-torchreid": Case(
-        SCORES, "torchreid", torchreid_scores, MARKET, 512, 1, True, True, distance=True
+        SCORES, "torchreid", torchreid_scores, MARKET, 512, 1, True, PEER, distance=True
     ),
-    "features-512": Case("the same from descriptors", "ours", ours_features, MARKET, 512, 3),
-    "features-512-sort": Case(
-        "the same from descriptors", "argsort (formula)", sorted_features, MARKET, 512, 1
+    "scores-fastreid": Case(
+        SCORES,
+        "fast-reid, compiled",
+        fastreid_scores,
+        MARKET,
+        512,
+        3,
+        needs=FASTREID,
+        distance=True,
     ),
-    "product-2048": Case("float32 product alone", "NumPy", product, MARKET, 2048),
-    "features-2048": Case("the same from descriptors", "ours", ours_features, MARKET, 2048),
-    "product-15360": Case("float32 product alone", "NumPy", product, MARKET, 15360, 2),
-    "features-15360": Case("the same from descriptors", "ours", ours_features, MARKET, 15360, 2),
-    "features-96k": Case("the same from descriptors", "ours", ours_features, 96000, 512, 2),
+    "features-512": Case(FEATURES, "ours", ours_features, MARKET, 512, 5),
+    "product-512": Case(FEATURES, PRODUCT, product, MARKET, 512, 5),
+    "features-512-fastreid": Case(
+        FEATURES, "fast-reid, compiled", fastreid_features, MARKET, 512, 3, needs=FASTREID
+    ),
+    "features-512-sort": Case(FEATURES, "argsort (formula)", sorted_features, MARKET, 512, 1),
+    "features-2048": Case(FEATURES, "ours", ours_features, MARKET, 2048),
+    "product-2048": Case(FEATURES, PRODUCT, product, MARKET, 2048),
+    "features-15360": Case(FEATURES, "ours", ours_features, MARKET, 15360, 3),
+    "product-15360": Case(FEATURES, PRODUCT, product, MARKET, 15360, 3),
+    "features-96k": Case(FEATURES, "ours", ours_features, 96000, 512, 2),
     "features-96k-sort": Case(
-        "the same from descriptors", "argsort (formula)", sorted_features, 96000, 512, 1, slow=True
+        FEATURES, "argsort (formula)", sorted_features, 96000, 512, 1, slow=True
     ),
     "neighbors": Case("25 neighbours of every image", "ours", ours_neighbors, MARKET_ALL, 512, 2),
     "neighbors-faiss": Case(
-        "25 neighbours of every image", "faiss", faiss_neighbors, MARKET_ALL, 512, 2, package=True
+        "25 neighbours of every image", "faiss", faiss_neighbors, MARKET_ALL, 512, 2, needs=PEER
     ),
     "ecn": Case(
         "ECN distances", "ours, float64", ours_reranked("ecn", np.float64), MARKET_ALL, 512, 2
@@ -315,6 +395,12 @@ CASES = {
     "k_reciprocal": Case(
         "k-reciprocal distances", "ours", ours_reranked("k_reciprocal"), MARKET, 512, 2
     ),
+    "k_reciprocal-fastreid": Case(
+        "k-reciprocal distances",
+        "fast-reid with faiss (Jaccard of all pairs)",
+        fastreid_k_reciprocal,
+        *(MARKET, 512, 1, True, FASTREID),
+    ),
     "k_reciprocal-scores": Case(
         "scores after k-reciprocal", "ours", ours_rerank_scores("k_reciprocal"), MARKET, 512, 2
     ),
@@ -322,7 +408,7 @@ CASES = {
         "k-reciprocal distances", "dense (formula)", dense_k_reciprocal, MARKET, 512, 1, slow=True
     ),
     "k_reciprocal-torchreid": Case(
-        "k-reciprocal distances", "torchreid", torchreid_k_reciprocal, MARKET, 512, 1, True, True
+        "k-reciprocal distances", "torchreid", torchreid_k_reciprocal, MARKET, 512, 1, True, PEER
     ),
 }
 GROWTH = {
@@ -335,40 +421,112 @@ GROWTH = {
 }
 
 
-def measure(case: Case, quick: bool) -> dict[str, Any]:
-    """Run a case in this process."""
+def make_input(case: Case, quick: bool, labels: str | None = None) -> dict[str, np.ndarray]:
     scale = 0.02 if quick else 1.0
-    data = make_data(int(QUERIES * scale), int(case.gallery * scale), case.size)
+    sizes = int(QUERIES * scale), int(case.gallery * scale)
+    data = make_data(*sizes, case.size, labels=labels)
     if case.distance:
         add_distance(data)
-    times = []
-    # The first call compiles; what takes a minute is timed at once.
-    warm = case.who.startswith("ours") and case.gallery < 1000000
-    for _ in range(case.repeats + warm):
-        start = time.perf_counter()
-        check = case.run(data)
-        times.append(time.perf_counter() - start)
+    return data
+
+
+def run_once(case: Case, data: dict[str, np.ndarray]) -> dict[str, float]:
+    start, used = time.perf_counter(), time.process_time()
+    check = case.run(data)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - used
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {
-        "seconds": min(times),
-        "first": times[0],
-        "peak_gb": peak,
-        "check": check,
-        "gallery": len(data["gallery_pids"]),
+    return {"seconds": seconds, "cpu": cpu, "peak_gb": peak, "check": check}
+
+
+def measure(case: Case, quick: bool) -> dict[str, Any]:
+    """Run one of our cases in this process."""
+    data = make_input(case, quick)
+    times = [run_once(case, data)["seconds"] for _ in range(case.repeats + 1)]
+    return {"seconds": min(times), "first": times[0], "gallery": len(data["gallery_pids"])}
+
+
+def serve(case: Case, args: argparse.Namespace) -> None:
+    """Run a case in this process, once for each line of the input."""
+    data = make_input(case, args.quick, args.labels)
+    print(flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(run_once(case, data)), flush=True)
+
+
+class Child:
+    """A process in which a case runs."""
+
+    def __init__(self, name: str, case: Case, args: argparse.Namespace):
+        self.name, self.case = name, case
+        self.runs: list[dict[str, Any]] = []
+        python = (args.peer_python if case.needs else None) or sys.executable
+        options = [f"--labels={args.labels}"] * bool(args.labels) + ["--quick"] * args.quick
+        options += [f"--fastreid={args.fastreid}"] * (case.needs == FASTREID)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
+        self._process = subprocess.Popen(
+            [python, __file__, "--child", name, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def wait(self) -> str:
+        """The next line that it prints; what it says if it has ended instead."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            last = self._errors.read().strip().splitlines()[-1:]
+            print(f"{self.name} failed: {' '.join(last)}", file=sys.stderr)
+        return line
+
+    def run(self) -> bool:
+        """Run the case once more; whether that worked."""
+        if self._process.poll() is not None:
+            return False
+        print(file=self._process.stdin, flush=True)
+        line = self.wait()
+        if line:
+            self.runs.append(json.loads(line))
+        return bool(line)
+
+    def end(self) -> None:
+        """Let it end."""
+        self._process.communicate()
+
+
+def take_turns(cases: dict[str, Case], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Run cases that compute the same, in turns."""
+    children = [Child(name, case, args) for name, case in cases.items()]
+    children = [child for child in children if child.wait()]
+    # The first call compiles; what takes a minute is timed at once.
+    warm = {
+        child.name
+        for child in children
+        if child.case.who.startswith("ours") and child.case.gallery < 1000000 and child.run()
     }
-
-
-def spawn(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Run a case in a process of its own."""
-    python = args.peer_python if case.package else sys.executable
-    command = [python, __file__, "--child", name, *(["--quick"] if args.quick else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:]
-        print(f"{name} failed: {' '.join(last)}", file=sys.stderr)
-        return None
-    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return measured
+    for turn in range(max((child.case.repeats for child in children), default=0)):
+        for child in children:
+            if turn < child.case.repeats:
+                child.run()
+    results: dict[str, dict[str, Any]] = {}
+    for child in children:
+        child.end()
+        timed = [run["seconds"] for run in child.runs[child.name in warm :]]
+        if timed:
+            results[child.name] = child.runs[-1] | {
+                "seconds": min(timed),
+                "cpu": min(run["cpu"] for run in child.runs[child.name in warm :]),
+                "first": child.runs[0]["seconds"],
+                "peak_gb": child.runs[0]["peak_gb"],
+                "turns": timed,
+            }
+    ours: list[float] = next((got["turns"] for got in results.values()), [])
+    for got in results.values():
+        got["ratio"] = statistics.median(a / b for a, b in zip(got["turns"], ours, strict=False))
+    return results
 
 
 def format_table(results: dict[str, dict[str, Any]], cases: dict[str, Case]) -> str:
@@ -377,17 +535,19 @@ def format_table(results: dict[str, dict[str, Any]], cases: dict[str, Case]) -> 
     lines = [
         f"Measured by `scripts/bench_retrieval.py` on {common.describe_machine()}. "
         f"{QUERIES:,} queries; seconds without compiling (in brackets: the first call), "
-        "peak memory of the process.",
+        "peak memory of the process after the first call, ratio of the seconds to the first row of "
+        "the same, processor time.",
         "",
-        "| what | gallery | numbers | by | seconds | peak GB | check |",
-        "| --- | --: | --: | --- | --: | --: | --: |",
+        "| what | gallery | numbers | by | seconds | peak GB | check | ratio | CPU s |",
+        "| --- | --: | --: | --- | --: | --: | --: | --: | --: |",
     ]
     for name, got in results.items():
         case = cases[name]
         first = f" ({got['first']:.1f})" if got["first"] > 1.2 * got["seconds"] else ""
         lines.append(
             f"| {case.title} | {case.gallery:,} | {case.size:,} | {case.who} | "
-            f"{got['seconds']:.2f}{first} | {got['peak_gb']:.2f} | {got['check']:.6g} |"
+            f"{got['seconds']:.2f}{first} | {got['peak_gb']:.2f} | {got['check']:.6g} | "
+            f"{got['ratio']:.2f} | {got['cpu']:.2f} |"
         )
     return "\n".join(lines)
 
@@ -419,6 +579,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="1/50 of the size: a smoke test")
     parser.add_argument("--slow", action="store_true", help="also peers of a minute or 10 GB")
     parser.add_argument("--peer_python", help="an interpreter with faiss and torchreid")
+    parser.add_argument("--fastreid", help="a clone of fast-reid with its evaluator compiled")
+    parser.add_argument("--labels", help="an .npz file with Market-1501's labels")
     parser.add_argument("--growth", action="store_true", help="only galleries of 20k to 1M")
     parser.add_argument("--only", help="names of cases, with commas")
     parser.add_argument("--plot", type=pathlib.Path, help="where --growth draws its picture")
@@ -427,8 +589,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     cases = CASES | GROWTH
     if args.child:
-        print(json.dumps(measure(cases[args.child], args.quick)))
+        if args.fastreid:
+            root = pathlib.Path(args.fastreid, "fastreid")
+            sys.path[:0] = [str(root), str(root / "evaluation" / "rank_cylib")]
+        serve(cases[args.child], args)
         return 0
+    if args.labels and args.quick:
+        parser.error("--quick has random labels: leave out --labels")
     if args.only:
         unknown = set(args.only.split(",")) - set(cases)
         if unknown:
@@ -437,12 +604,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         chosen = GROWTH if args.growth else CASES
         chosen = {n: c for n, c in chosen.items() if args.slow or args.quick or not c.slow}
+    if args.labels:
+        chosen = {n: c for n, c in chosen.items() if c.gallery in (MARKET, MARKET_ALL)}
+    chosen = {n: c for n, c in chosen.items() if not c.needs or getattr(args, c.needs)}
     results = {}
-    for name, case in chosen.items():
-        if case.package and not args.peer_python:
-            continue
-        got = spawn(name, case, args)
-        if got is not None:
+    groups = itertools.groupby(chosen.items(), lambda item: item[1].group())
+    for _, group in groups:
+        for name, got in take_turns(dict(group), args).items():
             results[name] = got
             print(f"{name}: {got['seconds']:.2f} s, {got['peak_gb']:.2f} GB", file=sys.stderr)
     from scripts import common  # which the interpreter of the peers does not have

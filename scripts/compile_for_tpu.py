@@ -252,9 +252,6 @@ def make_searches(
     lists = [shape(rows, width, dtype=jnp.int32)] * 2
     ranked = [shape(rows, gallery), *lists]
     yield job("ranks", metrics.count_ranks, ranked)
-    yield job("ranks, given distances", metrics.count_given, ranked)
-    groups = [shape(gallery, dtype=jnp.int32)]
-    yield job("ranks, by camera", metrics.count_grouped, ranked, groups)
     rows = block(both)
     searched = [shape(rows, both), shape(rows, dtype=jnp.int32)]
     yield job(f"neighbors, k = {ecn.k}", neighbors.make_look(ecn.k), searched)

@@ -11,7 +11,6 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from mros_jax import console
-from mros_jax.errors import UserError
 from mros_jax.retrieval import blocks, evaluate_distances
 from scripts import compile_for_tpu, hlo
 from tests.training import ROOT
@@ -150,20 +149,6 @@ def test_a_topology_that_is_none(monkeypatch, capsys):
 
 class Device:
     platform = "tpu"
-
-
-def test_float64_is_for_the_cpu(monkeypatch, unchecked):
-    tpus = blocks.Placement([Device(), Device()], block_size=64)
-    assert tpus.choose_for(np.dtype(np.float32)) is tpus
-    chosen = tpus.choose_for(np.dtype(np.float64))
-    assert chosen == blocks.Placement(jax.local_devices(backend="cpu"), block_size=64)
-    monkeypatch.setattr(jax, "local_devices", refuse_cpu)
-    with pytest.raises(UserError, match="JAX_PLATFORMS=tpu,cpu"):
-        tpus.choose_for(np.dtype(np.float64))
-
-
-def refuse_cpu(*, backend):
-    raise RuntimeError(f"Unknown backend {backend}")
 
 
 def test_float64_distances_are_ranked_where_there_are_tpus(unchecked):

@@ -1,10 +1,12 @@
 """One way to map functions over blocks of rows, spread over devices and processes."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,15 @@ from mros_jax import parallel
 from mros_jax.errors import UserError
 from mros_jax.retrieval.inputs import check_count
 
-MULTIPLE = 32  # blocks have a multiple of so many rows on each device
+MULTIPLE = 8  # blocks have a multiple of so many rows on each device
 _NARROW = 512  # numbers of a descriptor
 _AXIS = "rows"
 _ALIGNMENT = 64  # bytes; what XLA asks for
 _BYTES = 64 * 2**20  # of one block of float32 distances on one device
+_THREADS = 8  # at most: each holds a block
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +54,9 @@ class Placement:
         """The devices, all local ones where none are named."""
         return tuple(jax.local_devices() if self.devices is None else self.devices)
 
-    def choose_for(self, dtype: np.dtype) -> "Placement":
-        """Where numbers of a type are exact: the host's CPU for float64 in place of a TPU.
-
-        Raises:
-            UserError: JAX was told not to use the CPU.
-        """
-        if dtype != np.float64 or all(x.platform != "tpu" for x in self.list_devices()):
-            return self
-        try:
-            return dataclasses.replace(self, devices=jax.local_devices(backend="cpu"))
-        except RuntimeError as error:
-            raise UserError(
-                "a TPU has no float64, and JAX_PLATFORMS leaves out the CPU that would be used "
-                "for it; add it, as in JAX_PLATFORMS=tpu,cpu, or give float32 numbers"
-            ) from error
+    def is_host(self) -> bool:
+        """Whether the devices are the host's own processor, with its memory."""
+        return all(device.platform == "cpu" for device in self.list_devices())
 
     def alone(self) -> "Placement":
         """The same for what one process does by itself."""
@@ -75,7 +69,7 @@ EVERYWHERE = Placement()
 def choose_block(
     num_columns: int, num_features: int = _NARROW, block_size: int | None = None
 ) -> int:
-    """Rows of a block on one device, a multiple of 32.
+    """Rows of a block on one device, a multiple of 8.
 
     128 rows of distances stay near a CPU's cache while they are looked at. Wide descriptors need up
     to 512, since all of the gallery is read again for each block. At most 64 MiB of distances, but
@@ -110,6 +104,24 @@ def take_rows(
         return array[rows]
     out = empty_aligned((len(rows), array.shape[1]))
     return np.take(array, rows, axis=0, out=out, mode="clip")
+
+
+def concatenate(parts: Sequence[Float32[np.ndarray, "_ D"]]) -> Float32[np.ndarray, "N D"]:
+    """Rows of all parts, in memory that JAX can use on a CPU without another copy."""
+    out = empty_aligned((sum(map(len, parts)), parts[0].shape[1]))
+    return np.concatenate(parts, out=out)
+
+
+def map_on_host(
+    function: Callable[[S], T], items: Sequence[S], placement: Placement = EVERYWHERE
+) -> list[T]:
+    """Results of all items, in threads; processes that work together share the items."""
+    with concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+
+        def work(own: Sequence[S]) -> list[T]:
+            return list(pool.map(function, own))
+
+        return parallel.share(items, work) if placement.together else work(items)
 
 
 class BlockMap:
@@ -159,6 +171,7 @@ class BlockMap:
         num_rows: int,
         num_columns: int,
         get: Callable[[slice], Sequence[Any]],
+        finish: Callable[[slice, Any], Any] | None = None,
         *,
         num_features: int = _NARROW,
     ) -> Iterator[tuple[slice, Any]]:
@@ -170,22 +183,25 @@ class BlockMap:
             num_rows: rows in all.
             num_columns: numbers in a row of what a block computes, which decides its size.
             get: the row arrays of a slice of rows.
+            finish: what to make of a slice and its result on the host, while the devices are at
+                the next block; the result if None.
             num_features: numbers in a descriptor that a block starts from.
 
         Yields:
-            The slice of rows, and the function's result on the host.
+            The slice of rows, and the function's result on the host, or what `finish` made of it.
         """
         least = MULTIPLE * self._num_devices
         step = choose_block(num_columns, num_features, self._placement.block_size)
         together = self._placement.together
         share = -(-num_rows // (jax.process_count() if together else 1))
-        step = min(step * self._num_devices, -(-share // least) * least)
+        num_blocks = -(-share // (step * self._num_devices))
+        step = -(-share // (num_blocks * least)) * least  # as even as can be
         slices = [slice(i, min(i + step, num_rows)) for i in range(0, num_rows, step)]
 
         def work(slices: Sequence[slice]) -> Iterator[Any]:
             waiting = None
             for rows in slices:
-                started = rows, self(*(_pad_rows(array, step) for array in get(rows)))
+                started = rows, self(*(pad_rows(array, step) for array in get(rows)))
                 if waiting is not None:
                     yield fetch(*waiting)
                 waiting = started
@@ -194,7 +210,8 @@ class BlockMap:
 
         def fetch(rows: slice, result: Any) -> Any:
             num = rows.stop - rows.start
-            return jax.tree.map(lambda array: array[:num], jax.device_get(result))
+            block = jax.tree.map(lambda array: array[:num], jax.device_get(result))
+            return block if finish is None else finish(rows, block)
 
         results = parallel.share(slices, lambda own: list(work(own))) if together else work(slices)
         return zip(slices, results, strict=True)
@@ -258,7 +275,7 @@ def lower(
     return _compile(function, len(shared), tuple(devices)).lower(*arguments)
 
 
-def _pad_rows(array: np.ndarray | jax.Array, rows: int) -> np.ndarray | jax.Array:
+def pad_rows(array: np.ndarray | jax.Array, rows: int) -> np.ndarray | jax.Array:
     """Repeat the last row until there are `rows` (the extra results are thrown away)."""
     missing = rows - len(array)
     if missing == 0:

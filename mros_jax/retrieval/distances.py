@@ -112,10 +112,16 @@ class Gallery:
         self._map = blocks.BlockMap(KINDS[kind].measure, shared, look=look, placement=placement)
 
     def run(
-        self, num_rows: int, get: Callable[[slice], Sequence[Any]]
+        self,
+        num_rows: int,
+        get: Callable[[slice], Sequence[Any]],
+        finish: Callable[[slice, Any], Any] | None = None,
     ) -> Iterator[tuple[slice, Any]]:
-        """Results block by block; `get` returns the queries of a slice, and what `look` needs."""
-        return self._map.run(num_rows, self._shape[0], get, num_features=self._shape[1])
+        """Results block by block; `get` returns the queries of a slice, and what `look` needs.
+
+        `finish`: see `blocks.BlockMap.run`.
+        """
+        return self._map.run(num_rows, self._shape[0], get, finish, num_features=self._shape[1])
 
     def __call__(self, query: Any, *others: Any) -> Any:
         """Results of (Q, D) queries; `others` are what `look` needs, of as many rows.

@@ -62,6 +62,10 @@ class Lists:
         """Length of each list."""
         return np.diff(self.starts)
 
+    def of(self, row: int | np.integer) -> Int64[np.ndarray, "L"]:
+        """The list of one row."""
+        return self.indices[self.starts[row] : self.starts[row + 1]]
+
     def places(self, rows: Int[np.ndarray, "B"]) -> Int64[np.ndarray, "K"]:
         """Where in `indices` the lists of `rows` are, one after the other."""
         row, position = ragged_positions(self.lengths[rows])

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Float64, Int, Int32
 
 from mros_jax import extras, parallel
 from mros_jax.errors import UserError
-from mros_jax.retrieval import blocks, distances
+from mros_jax.retrieval import blocks, distances, tiles
 from mros_jax.retrieval.inputs import Numbers
 
 _FAISS_BLOCK = 1024  # queries that a process gives to faiss at once, where several search
@@ -81,6 +81,17 @@ def search_neighbors(
         k: length of the lists, at most N.
         placement: devices and block size.
     """
+    if placement.is_host():
+        return Neighbors(*tiles.search(np.asarray(features), k, placement))
+    return search_blocks(features, k, placement)
+
+
+def search_blocks(
+    features: Float32[np.ndarray | Array, "N D"],
+    k: int,
+    placement: blocks.Placement = blocks.EVERYWHERE,
+) -> Neighbors:
+    """`search_neighbors` where only lists leave the devices: each block has all similarities."""
     search = distances.Gallery(features, "similarity", look=make_look(k), placement=placement)
     return Neighbors(*search(features, np.arange(len(features), dtype=np.int32)))
 
@@ -127,7 +138,7 @@ def compute_cosines(
     features = np.asarray(features)
     norms = np.sqrt(np.einsum("nd,nd->n", features, features))
     result = np.empty(len(row))
-    step = max(1, 2**24 // features.shape[1])  # two gathers of at most 64 MiB
+    step = max(1, 2**18 // features.shape[1])  # two gathers of at most 1 MiB, a core's cache
     for start in range(0, len(row), step):
         i, j = row[start : start + step], column[start : start + step]
         product = np.einsum("pd,pd->p", features[i], features[j])
@@ -141,8 +152,7 @@ def stack(
     """Queries above gallery; on a CPU, JAX then uses this copy as it is."""
     if isinstance(query, jax.Array) or isinstance(gallery, jax.Array):
         return jnp.concatenate([query, gallery])
-    out = blocks.empty_aligned((len(query) + len(gallery), query.shape[1]))
-    return np.concatenate([query, gallery], out=out)
+    return blocks.concatenate([query, gallery])
 
 
 def check_search(neighbors: str) -> None:

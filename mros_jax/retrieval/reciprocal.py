@@ -109,16 +109,16 @@ def compute_jaccard(
     query: scipy.sparse.csr_array, gallery: scipy.sparse.csc_array
 ) -> Float64[np.ndarray, "B G"]:
     """1 - sum of minima / sum of maxima of each pair of rows that each sum to 1."""
-    num_gallery = gallery.shape[0]
-    row = np.repeat(np.arange(query.shape[0]), np.diff(query.indptr))
-    lengths = np.diff(gallery.indptr)[query.indices]
-    entry = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(len(entry)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    place += gallery.indptr[query.indices][entry]
-    minima = np.minimum(query.data[entry], gallery.data[place])
-    cell = row[entry] * num_gallery + gallery.indices[place]
-    shared = np.bincount(cell, minima, minlength=query.shape[0] * num_gallery)
-    shared = shared.reshape(query.shape[0], num_gallery)
+    num, num_gallery = query.shape[0], gallery.shape[0]
+    starts = gallery.indptr[query.indices]
+    lengths = gallery.indptr[query.indices + 1] - starts
+    place = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    place += np.arange(len(place))
+    cell = np.repeat(np.repeat(np.arange(num) * num_gallery, np.diff(query.indptr)), lengths)
+    cell += gallery.indices[place]
+    minima = np.minimum(np.repeat(query.data, lengths), gallery.data[place])
+    shared = np.bincount(cell, minima, minlength=num * num_gallery)
+    shared = shared.reshape(num, num_gallery)
     distance = np.subtract(2.0, shared)
     np.divide(shared, distance, out=distance)
     return np.subtract(1.0, distance, out=distance)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 from jaxtyping import Array, Float
 
 from mros_jax.errors import UserError
@@ -35,6 +36,7 @@ from mros_jax.retrieval.reciprocal import compute_jaccard, encode, make_rows, sc
 # Called with query indices and an array, it writes the distances of those queries into the array.
 Rows = Callable[[np.ndarray, np.ndarray], None]
 _Features = Float[np.ndarray | Array, "_ D"]
+_FEW = 8  # queries whose shared neighbours are listed at once: a core's cache holds them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +96,14 @@ class Rerank(abc.ABC):
         write = self.prepare(query_features, gallery_features, placement)
         num_query, num_gallery = len(query_features), len(gallery_features)
         result = np.empty((num_query, num_gallery), dtype)
-        step = blocks.choose_block(num_gallery, np.shape(gallery_features)[1])
-        for start in range(0, num_query, step):
-            rows = np.arange(start, min(start + step, num_query))
-            write(rows, result[start : start + step])
+        size = np.shape(gallery_features)[1]
+        step = blocks.choose_block(num_gallery, size, placement.block_size)
+
+        def work(start: int) -> None:
+            part = result[start : start + step]
+            write(np.arange(start, start + len(part)), part)
+
+        blocks.map_on_host(work, range(0, num_query, step))
         return result
 
     def describe(self) -> dict[str, Any]:
@@ -191,14 +197,18 @@ class ECN(Rerank):
         weights = np.broadcast_to(np.arange(k, 0, -1, dtype=np.float32), (num, k))
         rank = make_rows(lists[:, :k], weights, num)
         mean = chosen @ rank
-        rank_t, mean_t = rank[num_query:].T.tocsr(), mean[num_query:].T.tocsr()
+        of_query = scipy.sparse.hstack([mean[:num_query], rank[:num_query]], format="csr")
+        of_gallery = scipy.sparse.vstack(
+            [rank[num_query:].T.tocsr(), mean[num_query:].T.tocsr()], format="csr"
+        )
         cosine_distances = distances.Gallery(gallery, "cosine", placement=placement.alone())
 
         def write_ranks(rows: np.ndarray, out: np.ndarray) -> None:
-            total = mean[rows] @ rank_t + rank[rows] @ mean_t
+            total = of_query[rows] @ of_gallery
             np.copyto(out, cosine_distances(query[rows]))
-            row = np.repeat(np.arange(len(rows)), np.diff(total.indptr))
-            out[row, total.indices] = total.data.astype(np.float64) / (-2 * count)
+            values = total.data.astype(np.float64) / (-2 * count)
+            for row, begin, end in zip(out, total.indptr, total.indptr[1:], strict=False):
+                row[total.indices[begin:end]] = values[begin:end]
 
         return write_ranks
 
@@ -255,7 +265,9 @@ class KReciprocal(Rerank):
 
         def write(rows: np.ndarray, out: np.ndarray) -> None:
             share = 1 - self.lambda_value
-            np.multiply(compute_jaccard(encoded[rows], encoded_gallery), share, out=out)
+            for i in range(0, len(rows), _FEW):
+                jaccard = compute_jaccard(encoded[rows[i : i + _FEW]], encoded_gallery)
+                np.multiply(jaccard, share, out=out[i : i + _FEW])
             original = scale_distances(cosine_distances(query[rows]), found.smallest[rows, None])
             original *= self.lambda_value
             out += original

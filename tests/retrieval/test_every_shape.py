@@ -30,6 +30,13 @@ QUICK = [(1, 1, 1), (2, 5, 4), (5, 40, 8)]
 KINDS = list(itertools.product(("cosine", "euclidean"), (True, False)))
 
 
+class Elsewhere(Placement):
+    """Ranks on the devices, as where they are no processor of the host."""
+
+    def is_host(self):
+        return False
+
+
 def make_case(shape, *, whole, seed):
     """Features and labels, the first query with a match at least."""
     size = shape[2]
@@ -79,11 +86,12 @@ def check_shape(shape, num_devices, metric, normalize, *, whole):
         if shape[2] == 1 and normalize:  # one number becomes a sign: ties, whatever the seed
             return
     ranks = rank_plainly(distance, *case[2:])
-    placement = Placement(devices=jax.local_devices()[:num_devices])
-    result = evaluate(*case, metric=metric, normalize=normalize, placement=placement)
-    np.testing.assert_array_equal(result.first_match_rank, [r[0] for r in ranks])
-    expected = [np.mean([(i + 1) / r for i, r in enumerate(found)]) for found in ranks]
-    np.testing.assert_allclose(result.ap, expected, rtol=1e-12)
+    for kind in (Placement, Elsewhere):
+        placement = kind(devices=jax.local_devices()[:num_devices])
+        result = evaluate(*case, metric=metric, normalize=normalize, placement=placement)
+        np.testing.assert_array_equal(result.first_match_rank, [r[0] for r in ranks])
+        expected = [np.mean([(i + 1) / r for i, r in enumerate(found)]) for found in ranks]
+        np.testing.assert_allclose(result.ap, expected, rtol=1e-12)
 
 
 def check_all(shapes, num_devices):

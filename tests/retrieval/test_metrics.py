@@ -16,6 +16,9 @@ from mros_jax.retrieval import (
     evaluate,
     evaluate_distances,
 )
+from mros_jax.retrieval.labels import check_labels
+from mros_jax.retrieval.metrics import rank_by_group
+from tests.retrieval.test_every_shape import Elsewhere
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "data"
 LABELS = ("query_pids", "gallery_pids", "query_camids", "gallery_camids")
@@ -41,8 +44,9 @@ def check_golden(result, golden):
     assert result.mINP == pytest.approx(golden["inp"].mean(), abs=1e-9)
 
 
-def test_features_equal_golden(golden):
-    check_golden(evaluate(*(golden[name] for name in DATA)), golden)
+@pytest.mark.parametrize("kind", [Placement, Elsewhere])
+def test_features_equal_golden(golden, kind):
+    check_golden(evaluate(*(golden[name] for name in DATA), placement=kind()), golden)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -63,10 +67,11 @@ def test_normalised_euclidean_equals_cosine(golden):
     check_golden(evaluate(*(golden[name] for name in DATA), metric="euclidean"), golden)
 
 
+@pytest.mark.parametrize("kind", [Placement, Elsewhere])
 @pytest.mark.parametrize("name", ["ecn_rankdist_k25_t3_q8", "kreciprocal_k20_6_l0.3"])
-def test_reranked_mAP_equals_golden(golden, name):
+def test_reranked_mAP_equals_golden(golden, name, kind):
     method = "ecn" if name.startswith("ecn") else "k_reciprocal"
-    result = evaluate(*(golden[key] for key in DATA), rerank=method)
+    result = evaluate(*(golden[key] for key in DATA), rerank=method, placement=kind())
     assert result.mAP == pytest.approx(float(golden[f"mAP_after_{name}"]), abs=1e-6)
 
 
@@ -174,6 +179,23 @@ def test_many_ties_equal_a_stable_sort(ap):
     distance = np.random.default_rng(1).integers(0, 8, (40, 200)).astype(np.float32)
     result = evaluate_distances(distance, *labels_of(data), ap=ap)
     np.testing.assert_allclose(result.ap, rank_by_sorting(distance, data, ap), atol=1e-12)
+
+
+def test_ranks_by_group_equal_those_of_each_group_alone():
+    data = make_data(4)
+    distance = np.random.default_rng(1).integers(0, 8, (40, 200)).astype(np.float32)
+    arrays = {name: data[name] for name in LABELS}
+    labels = check_labels(**arrays, num_query=40, num_gallery=200, junk_pid=None, distractor_pid=0)
+    groups = data["gallery_camids"]
+    rows = np.array([3, 0, 21])
+    among_all, grouped = rank_by_group(distance[rows], rows, labels, groups)
+    row, column = labels.matches.cells(rows)
+    for i, match, rank, rank_in_group in zip(row, column, among_all, grouped, strict=True):
+        order = np.argsort(distance[rows[i]], kind="stable")
+        order = order[~np.isin(order, labels.removed.of(rows[i]))]
+        assert rank == 1 + np.flatnonzero(order == match)[0]
+        own = order[groups[order] == groups[match]]
+        assert rank_in_group == 1 + np.flatnonzero(own == match)[0]
 
 
 def test_float64_distances_are_not_rounded():

@@ -131,9 +131,10 @@ def test_whole_distances_are_not_rounded():
 
 
 def test_a_rank_that_cannot_be_is_an_internal_error(monkeypatch):
-    monkeypatch.setattr(
-        metrics, "_rank_matches", lambda run, rows, labels: np.zeros_like(labels.matches.indices)
-    )
+    def count(distance, rows, labels):
+        return np.zeros(labels.matches.lengths[rows].sum(), np.int64)
+
+    monkeypatch.setattr(metrics, "count_on_host", count)
     with pytest.raises(RuntimeError, match="internal error") as error:
         evaluate(Side(QUERY, LABELS[0], LABELS[2]), Side(GALLERY, LABELS[1], LABELS[3]))
     assert not isinstance(error.value, UserError)
