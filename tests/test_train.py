@@ -640,10 +640,13 @@ def test_training_in_a_thread(copy, cache_dir):
     assert found[0]["results"]
 
 
-def test_importing_defines_no_flags():
+def test_importing_defines_no_flags_and_loads_nothing_that_comes_later():
     code = """
+import sys
 from absl import flags
 import mros_jax.train, importlib
+late = {"orbax.checkpoint", "scipy.sparse", "PIL.TiffImagePlugin", "tensorboardX", "matplotlib"}
+assert not late & set(sys.modules), late & set(sys.modules)
 importlib.reload(mros_jax.train)
 assert not {"config", "workdir"} & set(flags.FLAGS)
 """

@@ -3,13 +3,13 @@
 from typing import Any
 
 import numpy as np
-import scipy.sparse
+import scipy  # whose modules are imported when they are used
 from jaxtyping import Bool, Float64, Int, Int32
 
 from mros_jax.retrieval.neighbors import Neighbors, compute_cosines
 
 
-def make_rows(columns: np.ndarray, data: np.ndarray, num: int) -> scipy.sparse.csr_array:
+def make_rows(columns: np.ndarray, data: np.ndarray, num: int) -> "scipy.sparse.csr_array":
     """Sparse rows from equally long lists of columns; columns met twice add up in products."""
     starts = np.arange(0, columns.size + 1, columns.shape[1], dtype=np.int32)
     return scipy.sparse.csr_array(
@@ -28,7 +28,7 @@ def find_reciprocal(lists: Int32[np.ndarray, "N k"], block: int = 4096) -> Bool[
     return result
 
 
-def _reciprocal_rows(lists: Int32[np.ndarray, "N k"]) -> scipy.sparse.csr_array:
+def _reciprocal_rows(lists: Int32[np.ndarray, "N k"]) -> "scipy.sparse.csr_array":
     """Reciprocal neighbours as a 0/1 matrix."""
     mask = find_reciprocal(lists)
     starts = np.concatenate([[0], np.cumsum(mask.sum(1))]).astype(np.int32)
@@ -39,7 +39,7 @@ def _reciprocal_rows(lists: Int32[np.ndarray, "N k"]) -> scipy.sparse.csr_array:
     return rows
 
 
-def expand_sets(lists: Int32[np.ndarray, "N k"], k1: int) -> scipy.sparse.csr_array:
+def expand_sets(lists: Int32[np.ndarray, "N k"], k1: int) -> "scipy.sparse.csr_array":
     """Expanded k-reciprocal sets as a 0/1 matrix (Eq. 4 of the paper).
 
     A candidate's half-sized reciprocal set joins where more than two thirds of it are members.
@@ -76,7 +76,7 @@ def _pair_cosines(
     return result
 
 
-def encode(features: Any, neighbors: Neighbors, k1: int, k2: int) -> scipy.sparse.csr_array:
+def encode(features: Any, neighbors: Neighbors, k1: int, k2: int) -> "scipy.sparse.csr_array":
     """Row-normalised Gaussian weights over the expanded sets, averaged over k2 neighbours.
 
     Distances are squared Euclidean ones of unit vectors, divided by the largest of the row, as in
@@ -106,7 +106,7 @@ def scale_distances(cosine_distance: np.ndarray, smallest: np.ndarray) -> np.nda
 
 
 def compute_jaccard(
-    query: scipy.sparse.csr_array, gallery: scipy.sparse.csc_array
+    query: "scipy.sparse.csr_array", gallery: "scipy.sparse.csc_array"
 ) -> Float64[np.ndarray, "B G"]:
     """1 - sum of minima / sum of maxima of each pair of rows that each sum to 1."""
     num, num_gallery = query.shape[0], gallery.shape[0]
