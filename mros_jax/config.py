@@ -105,11 +105,13 @@ def base(dataset: str = "market1501") -> ConfigDict:
     config.schedule.warmup_factor = 0.01  # the first epoch's share of the rate
     config.schedule.warmup_per = "epoch"  # or "iteration"
     config.schedule.warmup = "linear"  # or "exponential"
-    config.schedule.decay = "steps"  # or "exponential"
+    config.schedule.decay = "steps"  # or "exponential", "cosine_restarts"
     config.schedule.decay_epochs = ()  # "steps": the rate is multiplied by the factor at each
     config.schedule.decay_start = 0  # "exponential": the training step t0 where it begins, and
     config.schedule.decay_length = 1  # l: the rate is multiplied by factor^((t - t0) / l)
     config.schedule.decay_factor = 0.1
+    config.schedule.cycle_epochs = 10  # "cosine_restarts": of the first cycle, after the warm-up
+    config.schedule.cycle_growth = 2  # each cycle is so many times as long as the one before
     config.clip_norm = 0.0  # largest global norm of the network's gradient; 0: no clipping
     config.accumulate_steps = 1  # batches averaged into one update
     config.ema_decay = 0.0  # moving average of parameters for evaluation; 0: none
@@ -205,10 +207,13 @@ def shrink(config: ConfigDict) -> ConfigDict:
         network.trunk = find_trunk(network.trunk).smallest
     if "widths" in network:
         network.widths = (16, 32, 48)
+    if "depth" in network:
+        network.depth = min(network.depth, 2)  # the last map has 6 rows
     config.weights = "none"
     config.schedule.warmup_epochs = min(config.schedule.warmup_epochs, 4)
     if config.schedule.decay == "steps":
         config.schedule.decay_epochs = (20, 28)
+    config.schedule.cycle_epochs = min(config.schedule.cycle_epochs, 4)
     config.eval.every_epochs = 8
     return config
 

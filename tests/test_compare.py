@@ -68,7 +68,7 @@ def read_csv(text):
 def test_the_papers_tables_are_whole():
     tables = paper.load_tables()["table"]
     sizes = {table["number"]: len(table["row"]) for table in tables}
-    assert sizes == {1: 4, 2: 10, 3: 8, 4: 4}
+    assert sizes == {1: 4, 2: 10, 3: 8, 4: 4, 5: 1}
     rows = {(t["number"], r["name"]): r for t in tables for r in t["row"]}
     assert rows[2, "Proposed MROS"]["rank10"] == 98.7
     assert rows[3, "Proposed MROS"]["mAP"] == 93.5
@@ -176,6 +176,28 @@ def test_a_row_with_a_protocol_of_its_own(tmp_path, capsys):
         assert row["mismatches"] == mismatches
 
 
+def test_a_reconstruction_is_never_the_system(tmp_path, capsys):
+    """No row is its own; where it stands at all, it says what it is."""
+    run = write_run(tmp_path / "a", [make_entry(0.83)], system="tbn_plus-reconstruction")
+    rows = read_csv(call(run, "--format=csv", capsys=capsys)[1])
+    ours = [i for i, row in enumerate(rows) if row["source"] != "paper"]
+    assert {rows[i]["name"] for i in ours} == {"ours, tbn_plus-reconstruction"}
+    assert all(rows[i - 1]["name"] != "TBN+" for i in ours)
+    named = {row.get("system") for table in paper.load_tables()["table"] for row in table["row"]}
+    assert not any(name.startswith("tbn") for name in named if name)
+
+
+def test_a_system_whose_rows_are_of_mirrored_images(tmp_path, capsys):
+    entries = [make_entry(0.84, flip_test=True), make_entry(0.93, "k_reciprocal", flip_test=True)]
+    entries[1]["protocol"]["rerank_options"] = {"k1": 20, "k2": 6, "lambda_value": 0.3}
+    run = write_run(tmp_path / "a", entries, system="mfbn")
+    rows = read_csv(call(run, "--format=csv", capsys=capsys)[1])
+    ours = {row["table"]: row for row in rows if row["source"] != "paper"}
+    assert float(ours["2"]["mAP_difference"]) == pytest.approx(84.0 - 84.9)
+    assert float(ours["5"]["mAP_difference"]) == pytest.approx(93.0 - 93.2)
+    assert ours["2"]["mismatches"] == ours["5"]["mismatches"] == ""
+
+
 def test_other_reranking_and_other_network_are_flagged(tmp_path, capsys):
     entries = [make_entry(0.8, "k_reciprocal"), make_entry(0.8, "ecn")]
     entries[1]["protocol"]["rerank_options"] = ECN | {"k": 10}
@@ -190,7 +212,7 @@ def test_markdown_is_a_table(tmp_path, capsys):
     out = call(write_run(tmp_path / "a", [make_entry()]), "--format=markdown", capsys=capsys)[1]
     lines = [line for line in out.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in lines} == {7}
-    assert out.count("### Table") == 4
+    assert out.count("### Table") == 5
 
 
 def make_result(seed, shift):

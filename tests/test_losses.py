@@ -222,6 +222,55 @@ def test_no_share_of_a_batch(share):
         losses.smoothed_cross_entropy(jnp.asarray(x), jnp.asarray(labels), share=share)
 
 
+def make_peers():
+    return 3 * np.random.default_rng(7).standard_normal((B, 3, N)).astype(np.float32)
+
+
+def test_mutual_divergence_is_pytorchs(recorded):
+    """Each classifier's softmax, held fixed, is a target for all others."""
+
+    def compute():
+        import torch
+        from torch.nn import functional as F
+
+        z = torch.tensor(make_peers(), requires_grad=True)
+        pairs = [
+            F.kl_div(z[:, j].log_softmax(1), z[:, i].detach().softmax(1), reduction="batchmean")
+            for i in range(3)
+            for j in range(3)
+            if i != j
+        ]
+        loss = sum(pairs) / len(pairs)
+        loss.backward()
+        return {"loss": loss.detach(), "gradient": z.grad}
+
+    theirs = recorded(compute)
+    value, gradient = jax.jit(jax.value_and_grad(losses.mutual_divergence))(make_peers())
+    np.testing.assert_allclose(value, theirs["loss"], rtol=1e-5)
+    np.testing.assert_allclose(gradient, theirs["gradient"], rtol=1e-4, atol=1e-6)
+
+
+def test_classifiers_that_agree_learn_nothing_from_each_other():
+    same = jnp.repeat(make_peers()[:, :1], 3, axis=1)
+    value, gradient = jax.jit(jax.value_and_grad(losses.mutual_divergence))(same)
+    np.testing.assert_allclose(value, 0, atol=1e-6)
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+def test_mutual_divergence_of_the_batch_of_all_devices():
+    logits = make_peers()
+    whole = jax.jit(losses.mutual_divergence)(logits)
+    on_a_device = functools.partial(losses.mutual_divergence, axis_name="d")
+    found = jax.pmap(on_a_device, axis_name="d")(logits.reshape(4, B // 4, 3, N))
+    np.testing.assert_allclose(found, np.full(4, whole), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(B, N), (B, 1, N)])
+def test_one_classifier_alone_has_no_peers(shape, unchecked):
+    with pytest.raises(UserError, match="S of 2 or more classifiers"):
+        losses.mutual_divergence(jnp.zeros(shape))
+
+
 def test_cross_entropy_of_huge_logits_is_finite():
     logits = jnp.array([[1e4, -1e4, 0.0]])
     assert losses.smoothed_cross_entropy(logits, jnp.array([0]), smoothing=0) == 0

@@ -9,7 +9,7 @@ import pytest
 
 from mros_jax.config import read
 from mros_jax.errors import UserError
-from mros_jax.losses import make_objective
+from mros_jax.losses import make_objective, mutual_divergence
 from mros_jax.models.outputs import Outputs
 from tests.test_losses import triplet_by_hand
 
@@ -117,6 +117,17 @@ def test_heads_are_averaged_or_summed():
     }
     mean, total = (float(losses[h]({}, outputs, labels)[0]) for h in ("mean", "sum"))
     assert total == pytest.approx(10 * mean, rel=1e-6)
+
+
+def test_classifiers_of_several_outputs_learn_from_each_other():
+    outputs, labels = make_outputs("IV", np.random.default_rng(8)), random_labels(8)
+    objective = make_objective({"x": {"loss": "mutual", "on": ("t3", "t4"), "weight": 0.5}})
+    together = jnp.concatenate([outputs.logits["t3"], outputs.logits["t4"]], axis=1)
+    expected = mutual_divergence(together)
+    total, parts = objective({}, outputs, labels)
+    assert expected > 0.1
+    np.testing.assert_allclose(parts["x"], expected, rtol=1e-6)
+    np.testing.assert_allclose(total, expected / 2, rtol=1e-6)
 
 
 def test_several_outputs_of_one_term_are_averaged_over_their_vectors():

@@ -64,6 +64,31 @@ def test_exponential_decay_by_the_step():
         np.testing.assert_allclose(jax.jit(rate)(step), value, rtol=1e-5)
 
 
+def test_cosine_with_growing_restarts():
+    """MFBN's: warm-up to epoch 10, counted from 1, then cycles of 10, 20, 40, ... epochs."""
+    rate = make_schedule(
+        lr=2e-3, steps_per_epoch=46, warmup_epochs=9, warmup_factor=0.1, decay="cosine_restarts",
+        decay_epochs=(), cycle_epochs=10, cycle_growth=2,
+    )  # fmt: skip
+    expected = {1: 2e-4, 5: 1e-3, 11: 1.951057e-3, 15: 1e-3, 19: 4.894348e-5, 600: 7.612047e-5}
+    expected |= dict.fromkeys((10, 20, 40, 80, 160, 320), 2e-3)
+    for epoch, value in expected.items():
+        for step in (46 * (epoch - 1), 46 * (epoch - 1) + 45):
+            np.testing.assert_allclose(jax.jit(rate)(step), value, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("first", "growth"), [(7, 1), (2, 3)])
+def test_cycles_of_a_cosine(first, growth):
+    rate = make_schedule(
+        lr=1, steps_per_epoch=1, warmup_epochs=0, decay="cosine_restarts", decay_epochs=(),
+        cycle_epochs=first, cycle_growth=growth,
+    )  # fmt: skip
+    lengths = [first * growth**i for i in range(12)]
+    shares = [i / length for length in lengths for i in range(length)][:80]
+    expected = (1 + np.cos(np.pi * np.array(shares))) / 2
+    np.testing.assert_allclose(jax.jit(jax.vmap(rate))(jnp.arange(80)), expected, rtol=1e-6)
+
+
 def test_schedule_options():
     rate = make_schedule(
         lr=2, steps_per_epoch=1, warmup_epochs=0, decay_epochs=(1, 3), decay_factor=0.5
@@ -82,8 +107,11 @@ def test_schedule_options():
         ({"decay_factor": 10}, "decay_factor 10"),
         ({"warmup_per": "step"}, "warmup_per is 'step'"),
         ({"warmup": "square"}, "warmup is 'square'; .* 'exponential'"),
-        ({"decay": "cosine"}, "decay is 'cosine'; .* 'exponential'"),
+        ({"decay": "cosine"}, "decay is 'cosine'; .* 'exponential' or 'cosine_restarts'"),
         ({"decay": "exponential"}, r"decay_epochs \(30, 60, 90\) are of decay 'steps'"),
+        ({"decay": "cosine_restarts"}, r"of decay 'steps'; 'cosine_restarts' needs \(\)"),
+        ({"cycle_epochs": 0}, "cycle_epochs 0 and cycle_growth 2 must be 1 or more"),
+        ({"cycle_growth": 0}, "cycle_epochs 10 and cycle_growth 0 must be"),
         ({"decay_length": 0}, "decay_length 0 at least 1"),
     ],
 )

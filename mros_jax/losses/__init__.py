@@ -7,6 +7,7 @@ get from the whole batch.
 
 from mros_jax.losses.center import center_loss
 from mros_jax.losses.classification import smoothed_cross_entropy
+from mros_jax.losses.mutual import mutual_divergence
 from mros_jax.losses.objective import Objective, make_objective
 from mros_jax.losses.reduce import check_labels
 from mros_jax.losses.triplet import batch_hard_triplet
@@ -17,5 +18,6 @@ __all__ = [
     "center_loss",
     "check_labels",
     "make_objective",
+    "mutual_divergence",
     "smoothed_cross_entropy",
 ]

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from mros_jax.errors import UserError
 from mros_jax.losses.center import center_loss
 from mros_jax.losses.classification import smoothed_cross_entropy
+from mros_jax.losses.mutual import mutual_divergence
 from mros_jax.losses.reduce import Reduction, Scalar, check_reduction, check_share
 from mros_jax.losses.triplet import batch_hard_triplet
 from mros_jax.models.outputs import Outputs
@@ -209,10 +210,28 @@ class CrossEntropy(Base):
         return loss * logits.shape[1] if self.heads == "sum" else loss
 
 
+@dataclasses.dataclass(frozen=True)
+class Mutual(Base):
+    """What all classifiers of the named outputs learn from each other; see `mutual_divergence`."""
+
+    def __call__(
+        self,
+        params: Params,
+        outputs: Outputs,
+        labels: Int[Array, "B"],
+        *,
+        axis_name: str | None = None,
+    ) -> Scalar:
+        """Compute the unweighted loss."""
+        logits = jnp.concatenate([outputs.scores(name) for name in self.on], axis=1)  # (B, S, N)
+        return mutual_divergence(logits, axis_name=axis_name)
+
+
 # What `config.objective.NAME.loss` may say. The rest of the section are the term's fields.
 TERMS: dict[str, Callable[..., Term]] = {
     "center": Center,
     "cross_entropy": CrossEntropy,
+    "mutual": Mutual,
     "triplet": Triplet,
 }
 

@@ -18,6 +18,15 @@ _classifier_init = nn.initializers.normal(0.001)
 # Uniform within 1 / sqrt(inputs), PyTorch's default of linear layers and convolutions.
 uniform_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
+# As public code of MGN and MFBN starts reductions: normal, of variance 2 / inputs; and the scales
+# of their normalization: N(1, 0.02).
+kaiming_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def near_one_init(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
+    """N(1, 0.02)."""
+    return 1 + 0.02 * jax.random.normal(key, shape, dtype)
+
 
 class Classifiers(nn.Module):
     """One linear layer for each of S vectors.
@@ -68,7 +77,7 @@ class CosineClassifiers(nn.Module):
 
 
 class Reduction(nn.Module):
-    """Linear layer, batch normalization and ReLU on each of S vectors.
+    """Linear layer, batch normalization and an activation on each of S vectors.
 
     Attributes:
         features: numbers that come out, F.
@@ -76,6 +85,7 @@ class Reduction(nn.Module):
         use_bias: of the linear layer.
         kernel_init: of the linear layer.
         scale_init: of the batch normalization's scale.
+        activation: what the normalized numbers pass last.
         bn_axis_name: axis over which batch statistics are shared.
         dtype: of the normalization's result.
     """
@@ -85,6 +95,7 @@ class Reduction(nn.Module):
     use_bias: bool = False
     kernel_init: Any = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     scale_init: Any = nn.initializers.ones
+    activation: Callable[[Array], Array] = nn.relu
     bn_axis_name: str | None = None
     dtype: Any = jnp.float32
 
@@ -104,7 +115,7 @@ class Reduction(nn.Module):
             dtype=self.dtype,
             name="bn",
         )
-        return nn.relu(norm(y, train=train))
+        return self.activation(norm(y, train=train))
 
 
 def _each(init: Callable[..., Array]) -> Callable[..., Array]:

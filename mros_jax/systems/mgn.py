@@ -3,19 +3,16 @@
 from typing import Any, Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, Shaped
 
 from mros_jax.errors import UserError
-from mros_jax.models.heads import Classifiers, Reduction
+from mros_jax.models.heads import Classifiers, Reduction, kaiming_init, near_one_init
 from mros_jax.models.outputs import Outputs, Part, check_images
 from mros_jax.models.resnet import ResNet, TrunkSpec, torchvision_name
 from mros_jax.models.stripes import check_height, pool_stripes, stripe_edges
 from mros_jax.models.trunks import find_resnet
-
-_reduction_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class MGN(nn.Module):
@@ -106,8 +103,8 @@ class MGN(nn.Module):
             f = Reduction(
                 self.reduced,
                 shared=False,
-                kernel_init=_reduction_init,
-                scale_init=_scale_init,
+                kernel_init=kaiming_init,
+                scale_init=near_one_init,
                 bn_axis_name=self.bn_axis_name,
                 dtype=jnp.promote_types(self.dtype, jnp.float32),
                 name=f"reduction_{kind}",
@@ -156,8 +153,3 @@ class MGN(nn.Module):
             )
         for count in self.stripes:
             check_height(height, spec.stride("t4"), count, f"part{count}")
-
-
-def _scale_init(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
-    """N(1, 0.02), as public code starts the reductions' normalization."""
-    return 1 + 0.02 * jax.random.normal(key, shape, dtype)

@@ -23,11 +23,13 @@ def make_schedule(
     warmup_factor: float = 0.01,
     warmup_per: Literal["epoch", "iteration"] = "epoch",
     warmup: Literal["linear", "exponential"] = "linear",
-    decay: Literal["steps", "exponential"] = "steps",
+    decay: Literal["steps", "exponential", "cosine_restarts"] = "steps",
     decay_epochs: Sequence[int] = (30, 60, 90),
     decay_start: int = 0,
     decay_length: int = 1,
     decay_factor: float = 0.1,
+    cycle_epochs: int = 10,
+    cycle_growth: int = 2,
 ) -> Schedule:
     """Make the learning rate: a warm-up, then down.
 
@@ -35,7 +37,10 @@ def make_schedule(
     `warmup_epochs`, in an "exponential" one at lr * warmup_factor^(1 - e/E); per "iteration" e is
     the fractional epoch. With decay by "steps" the rate is multiplied by `decay_factor` from each
     epoch in `decay_epochs` on; with "exponential" decay it is multiplied by
-    decay_factor^((t - t0) / l) from training step t0 = `decay_start` on, l = `decay_length`.
+    decay_factor^((t - t0) / l) from training step t0 = `decay_start` on, l = `decay_length`. With
+    "cosine_restarts" cycles follow the warm-up, the first of `cycle_epochs` epochs, each
+    `cycle_growth` times as long as the one before; epoch e (from 0) of a cycle of c epochs runs at
+    lr * (1 + cos(pi * e / c)) / 2 (SGDR; Loshchilov & Hutter, 2017, Eq. 5).
 
     Args:
         lr: the rate after warm-up (1e-3 in the paper).
@@ -44,12 +49,14 @@ def make_schedule(
         warmup_factor: first epoch's share of the rate.
         warmup_per: the rate changes with every "epoch" or every "iteration" of the warm-up.
         warmup: the rate grows by equal differences ("linear") or by equal ratios ("exponential").
-        decay: "steps" or "exponential".
+        decay: "steps", "exponential" or "cosine_restarts".
         decay_epochs: increasing epochs, counted from 0; of "steps".
         decay_start: training step, counted from 0, up to which the rate stays; of "exponential".
         decay_length: training steps in which the rate is multiplied by the factor; of
             "exponential".
         decay_factor: of the rate at each of the epochs, or in each length.
+        cycle_epochs: length of the first cycle; of "cosine_restarts".
+        cycle_growth: a whole number, 1: all cycles are of one length; of "cosine_restarts".
 
     Returns:
         Function of the integer training step, usable under `jit`.
@@ -74,14 +81,20 @@ def make_schedule(
         raise UserError(f"warmup_per is {warmup_per!r}; it must be 'epoch' or 'iteration'")
     if warmup not in ("linear", "exponential"):
         raise UserError(f"warmup is {warmup!r}; it must be 'linear' or 'exponential'")
-    if decay not in ("steps", "exponential"):
-        raise UserError(f"decay is {decay!r}; it must be 'steps' or 'exponential'")
-    if decay == "exponential" and milestones:
-        raise UserError(f"decay_epochs {milestones} are of decay 'steps'; 'exponential' needs ()")
+    if decay not in ("steps", "exponential", "cosine_restarts"):
+        raise UserError(
+            f"decay is {decay!r}; it must be 'steps', 'exponential' or 'cosine_restarts'"
+        )
+    if decay != "steps" and milestones:
+        raise UserError(f"decay_epochs {milestones} are of decay 'steps'; {decay!r} needs ()")
     if decay_start < 0 or decay_length < 1:
         raise UserError(
             f"decay_start {decay_start} must not be negative, and decay_length {decay_length} at "
             "least 1 training step"
+        )
+    if cycle_epochs < 1 or cycle_growth < 1:
+        raise UserError(
+            f"cycle_epochs {cycle_epochs} and cycle_growth {cycle_growth} must be 1 or more"
         )
 
     def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
@@ -94,6 +107,11 @@ def make_schedule(
         if decay == "exponential":
             lengths = jnp.maximum(step - decay_start, 0) / decay_length
             rate = rate * jnp.float32(decay_factor) ** lengths.astype(jnp.float32)
+        elif decay == "cosine_restarts":
+            done = jnp.maximum(epoch - warmup_epochs, 0)
+            left = _find_rest_of_cycle(done, cycle_epochs, cycle_growth)
+            # (1 + cos(pi * (1 - left))) / 2, without its cancellation near the end of a cycle.
+            rate = rate * jnp.sin(jnp.float32(np.pi / 2) * left) ** 2
         if warmup_epochs == 0:
             return rate
         done = epoch if warmup_per == "epoch" else step / steps_per_epoch
@@ -105,6 +123,21 @@ def make_schedule(
         return rate
 
     return schedule
+
+
+def _find_rest_of_cycle(epoch: Int[Array, ""], first: int, growth: int) -> Float[Array, ""]:
+    """The share of its cycle that is left at an epoch: all of it at the cycle's first."""
+    if growth == 1:
+        start, length = epoch // first * first, jnp.asarray(first)
+    else:
+        largest = np.iinfo(np.int32).max
+        lengths = [first]
+        while sum(lengths) + lengths[-1] * growth <= largest:
+            lengths.append(lengths[-1] * growth)
+        starts = jnp.asarray(np.cumsum([0, *lengths[:-1]]), jnp.int32)
+        cycle = jnp.sum(epoch >= starts) - 1
+        start, length = starts[cycle], jnp.asarray(lengths, jnp.int32)[cycle]
+    return ((start + length - epoch) / length).astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,10 +26,12 @@ from mros_jax.training.optimizers import make_groups, make_schedules
 from tests.parity import (
     torch_dare,
     torch_hacnn,
+    torch_mfbn,
     torch_pcb,
     torch_pcb_rpp,
     torch_spherereid,
     torch_strong,
+    torch_tbn_plus,
     torch_trinet,
 )
 from tests.parity.common import (
@@ -182,11 +184,35 @@ def _dare(variant, trunk):
     )
 
 
+def _mfbn():
+    return Case(
+        "mfbn",
+        "",
+        lambda layout: torch_mfbn.TorchMFBN(NUM_CLASSES, layout),
+        torch_mfbn.total_loss,
+        torch_mfbn.make_optimizers,
+        torch_mfbn.rate,
+    )
+
+
+def _tbn_plus(depth):
+    return Case(
+        "tbn_plus",
+        "",
+        lambda layout: torch_tbn_plus.TorchTBNPlus(NUM_CLASSES, layout, depth),
+        torch_tbn_plus.total_loss,
+        torch_tbn_plus.make_optimizers,
+        torch_tbn_plus.rate,
+        changes={"depth": depth},
+    )
+
+
 CASES = {
     "dare": _dare("", "tiny"),
     "dare-densenet201": _dare("densenet201", "tiny_densenet"),
     "hacnn": _hacnn("", torch_hacnn.make_sgd, torch_hacnn.rate, 0.1),
     "hacnn-paper": _hacnn("paper", torch_hacnn.make_adam, lambda epoch: 1.0, 0.0, False),
+    "mfbn": _mfbn(),
     "strong": _strong("", torch_strong.rate),
     "strong-authors": _strong("authors", torch_strong.rate_of_authors),
     "pcb": _pcb(""),
@@ -194,6 +220,7 @@ CASES = {
     "pcb_rpp": _pcb_rpp("", "stage3"),
     "pcb_rpp-authors": _pcb_rpp("authors", "stage2"),
     "spherereid": _spherereid(),
+    "tbn_plus": _tbn_plus(2),  # the images' last map has 6 rows
     "trinet": _trinet(),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -230,7 +257,7 @@ def to_torch(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def make_pair(case, layout=None, *, monkeypatch=None):
+def make_pair(case, layout=None, *, height=HEIGHT, monkeypatch=None):
     """Give both frameworks one network; with `monkeypatch`, after `widen_gaps`."""
     layout = layout or case.trunk
     theirs = randomise(case.theirs(layout))
@@ -240,7 +267,7 @@ def make_pair(case, layout=None, *, monkeypatch=None):
     config.network.update(case.changes)
     ours = make_network(config, NUM_CLASSES)
     objective = make_objective(config.objective.to_dict())
-    images = make_images(len(LABELS), HEIGHT, WIDTH)
+    images = make_images(len(LABELS), height, WIDTH)
     if monkeypatch is not None:
         widen_gaps(theirs, to_torch(images), monkeypatch)
     init = functools.partial(ours.init_with_output, train=False)
@@ -448,6 +475,14 @@ def test_both_dropouts_of_the_authors_part_pooling():
     masks = torch.from_numpy(vectors).double(), to_torch(columns).double()
     with jax.enable_x64(True):
         check_training(pair.to_float64(), 1e-9, 1e-9, torch.float64, keys, masks)
+
+
+def test_tree_of_three_levels():
+    """As the config has it; the halves of a half."""
+    with jax.enable_x64(True):
+        pair = make_pair(_tbn_plus(3), height=64).to_float64()
+        assert pair.images.shape[1] // 16 == 4
+        check_training(pair, 1e-9, 1e-9, torch.float64)
 
 
 def test_steps_across_the_edges_of_stages():

@@ -54,7 +54,10 @@ class Reduce(nn.Module):
     def forward(self, vectors):
         # The ReLU comes right after its normalization, where `widen_gaps` looks for it.
         triples = zip(vectors, self.linear, self.bn, strict=True)
-        return [F.relu(bn(linear(x))) for x, linear, bn in triples]
+        return [self.activate(bn(linear(x))) for x, linear, bn in triples]
+
+    def activate(self, x):
+        return F.relu(x)
 
 
 class TorchMGN(nn.Module):
