@@ -165,7 +165,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--crops", choices=CROPS, help="mean over crops (default: as the run)")
     source.add_argument("--batch_size", type=console.count, default=128, help="images in a batch")
     source.add_argument(
-        "--features", metavar="NPZ", help=f"file with {', '.join(descriptors.ARRAYS)}"
+        "--features",
+        metavar="FILE",
+        help=f".npz file with {', '.join(descriptors.ARRAYS)}; or a .mat file with "
+        f"{', '.join(descriptors.MATLAB_ARRAYS)}",
     )
     source.add_argument("--query_features", metavar="NPZ", help="file: features, pids, camids")
     source.add_argument("--gallery_features", metavar="NPZ", help="file: features, pids, camids")

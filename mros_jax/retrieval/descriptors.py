@@ -1,4 +1,4 @@
-"""Descriptors on disk, ours and anybody's: `.npz` files with named arrays.
+"""Descriptors on disk, ours and anybody's: `.npz` files with named arrays, or MATLAB's `.mat`.
 
 Of a network that has further descriptors, such as those of early exits, `exits` (E,) has their
 names, `query_exit_NAME` and `gallery_exit_NAME` (N, D) are theirs, and `multiply_adds` (E + 1,) is
@@ -26,6 +26,16 @@ ARRAYS = (
     "gallery_camids",
 )
 _PARTS = ("features", "pids", "camids")
+# What layumi/Person_reID_baseline_pytorch and the many codes that began with it save as
+# pytorch_result.mat; in their order those of `ARRAYS`.
+MATLAB_ARRAYS = (
+    "query_f",
+    "gallery_f",
+    "query_label",
+    "gallery_label",
+    "query_cam",
+    "gallery_cam",
+)
 
 
 def save_features(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
@@ -53,9 +63,7 @@ def load_arrays(path: str | os.PathLike[str], required: Iterable[str]) -> dict[s
         UserError: not a `.npz` file, or an array that is missing, there twice, or cannot be read;
             names the file and the array.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise NotFoundError(f"{path} does not exist" if not path.exists() else f"{path} is no file")
+    path = _find_file(path)
     # A damaged file may raise nearly anything: numpy and zipfile check little of what they parse.
     try:
         # numpy.load leaves a broken file open if it opened it itself.
@@ -84,6 +92,13 @@ def load_arrays(path: str | os.PathLike[str], required: Iterable[str]) -> dict[s
         return {name: _read_array(file, name, path) for name in names}
 
 
+def _find_file(path: str | os.PathLike[str]) -> pathlib.Path:
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise NotFoundError(f"{path} does not exist" if not path.exists() else f"{path} is no file")
+    return path
+
+
 def _read_array(file: Any, name: str, path: pathlib.Path) -> np.ndarray:
     try:
         array = file[name]
@@ -102,14 +117,38 @@ def _read_array(file: Any, name: str, path: pathlib.Path) -> np.ndarray:
 def load_features(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Read one file with all six arrays of `ARRAYS`, and whatever else it holds.
 
+    Args:
+        path: `.npz`, or a `.mat` file with the arrays of `MATLAB_ARRAYS`.
+
     Raises:
         NotFoundError, UserError: as `load_arrays`; arrays of types or shapes that do not fit.
     """
-    arrays = load_arrays(path, ARRAYS)
+    is_matlab = pathlib.Path(path).suffix == ".mat"
+    arrays = _load_matlab(path) if is_matlab else load_arrays(path, ARRAYS)
     for split in ("query", "gallery"):
         _check_split(arrays, f"{split}_", path)
     _check_exits(arrays, path)
     return arrays
+
+
+def _load_matlab(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of `MATLAB_ARRAYS` in a file, by their names in `ARRAYS`."""
+    import scipy.io
+
+    path = _find_file(path)
+    try:
+        file = scipy.io.loadmat(path, variable_names=MATLAB_ARRAYS)
+    except NotImplementedError as error:
+        raise UserError(f"{path} is a MATLAB file of version 7.3; save it without -v7.3") from error
+    except Exception as error:  # scipy raises many types on damaged files
+        raise UserError(f"{path} is not a complete MATLAB file: {error}") from error
+    if missing := [name for name in MATLAB_ARRAYS if name not in file]:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}; expected are {', '.join(MATLAB_ARRAYS)}"
+        )
+    arrays = dict(zip(ARRAYS, map(file.__getitem__, MATLAB_ARRAYS), strict=True))
+    # MATLAB has no vectors: labels are rows or columns.
+    return {name: x if name.endswith("features") else x.ravel() for name, x in arrays.items()}
 
 
 def list_exits(arrays: Mapping[str, np.ndarray]) -> tuple[str, ...]:

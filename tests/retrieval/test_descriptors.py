@@ -6,6 +6,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import scipy.io
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,3 +124,36 @@ def test_saved_is_loaded(tmp_path):
         name: array.tolist() for name, array in GOOD.items()
     }
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def save_matlab(path, **changes):
+    arrays = dict(zip(descriptors.MATLAB_ARRAYS, GOOD.values(), strict=True)) | changes
+    scipy.io.savemat(path, {k: v for k, v in arrays.items() if v is not None})
+    return path
+
+
+def test_matlab_files_are_read(tmp_path):
+    """Labels as a Python list or a vector become a row there."""
+    path = save_matlab(tmp_path / "pytorch_result.mat", query_label=[-1, 7], query_cam=[[3], [4]])
+    arrays = descriptors.load_features(path)
+    assert arrays.keys() == GOOD.keys()
+    expected = GOOD | {"query_pids": np.array([-1, 7]), "query_camids": np.array([3, 4])}
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+def test_matlab_files_that_cannot_be_read(tmp_path):
+    path = tmp_path / "result.mat"
+    with pytest.raises(NotFoundError, match="does not exist"):
+        descriptors.load_features(path)
+    with pytest.raises(UserError, match="lacks gallery_cam; expected are query_f, gallery_f"):
+        descriptors.load_features(save_matlab(path, gallery_cam=None))
+    with pytest.raises(UserError, match=r"gallery_pids has shape \(2,\); expected \(3,\)"):
+        descriptors.load_features(save_matlab(path, gallery_label=[1, 2]))
+    data = save_matlab(path).read_bytes()
+    path.write_bytes(data[:124] + b"\x00\x02" + data[126:])
+    with pytest.raises(UserError, match=r"version 7.3; save it without -v7.3"):
+        descriptors.load_features(path)
+    path.write_bytes(b"text")
+    with pytest.raises(UserError, match="is not a complete MATLAB file"):
+        descriptors.load_features(path)
