@@ -12,6 +12,7 @@ _MODULES = {
     "cuhk03": ("h5py",),
     "faiss": ("faiss",),
     "video": ("av",),
+    "explore": ("gradio", "jinja2"),
 }
 
 
