@@ -8,6 +8,7 @@ import base64
 import contextlib
 import functools
 import html
+import math
 import os
 import pathlib
 import tempfile
@@ -21,6 +22,7 @@ from mros_jax.explorer.exploration import KINDS, ORDERS, Exploration
 from mros_jax.inspection.markup import make_environment
 
 HOST = "127.0.0.1"
+_ANY = "any"
 _MOST_QUERIES = 200  # in the list to choose from
 _LARGEST_UPLOAD = "32mb"
 _POINTS = 300  # of a line of the chart
@@ -38,10 +40,11 @@ def make_page(runs: Sequence[Exploration]) -> Any:
     gr = import_gradio()
     run = runs[0]
     views = make_environment("mros_jax.explorer").get_template("explorer.html").module
-    pids, camids = (np.unique(run.features[f"query_{x}"]).tolist() for x in ("pids", "camids"))
+    pids, camids = (_list_values(run.features[f"query_{x}"]) for x in ("pids", "camids"))
 
-    def find(pid: int | None, camid: int | None, order: Any) -> Any:
-        found = run.find_queries(pid, camid, order)
+    def find(pid: str, camid: str, order: Any) -> Any:
+        wanted = (None if text == _ANY else int(text) for text in (pid, camid))
+        found = run.find_queries(*wanted, order)
         shown = found[:_MOST_QUERIES].tolist()
         choices = [(run.describe_query(row), row) for row in shown]
         label = f"Query ({len(found):,} found"
@@ -61,11 +64,8 @@ def make_page(runs: Sequence[Exploration]) -> Any:
             return ""
         path = pathlib.Path(file)
         data = path.read_bytes()
-        return str(
-            views.query_view(
-                [(own.title, own.edges, own.list_upload(data, path.name, top)) for own in runs]
-            )
-        )
+        shown = [(own.title, own.edges, own.list_upload(data, path.name, top)) for own in runs]
+        return str(views.query_view(shown, known=False))
 
     @_tell
     def show_threshold(threshold: float) -> str:
@@ -84,8 +84,10 @@ def make_page(runs: Sequence[Exploration]) -> Any:
         except UserError:
             return gr.update(), show_threshold(0.0)
         low, high = (float(scores.thresholds[i]) for i in (0, -1))
-        start = min(max(scores.eer_threshold, low), high)
-        slider = gr.update(minimum=low, maximum=high, step=(high - low) / 1000 or 1, value=start)
+        digits = 3 - math.floor(math.log10(max(high - low, 1e-30)))  # 1,000 to 10,000 steps
+        low, high, start = (round(x, digits) for x in (low, high, scores.eer_threshold))
+        step = 10.0**-digits
+        slider = gr.update(minimum=low, maximum=high + step, step=step, value=start)
         return slider, show_threshold(start)
 
     @_tell
@@ -108,19 +110,20 @@ def make_page(runs: Sequence[Exploration]) -> Any:
     private: Any = {"api_name": False, "show_progress": "minimal"}
     with gr.Blocks(title=f"{run.title} - explorer", analytics_enabled=False) as page:
         names = " against ".join(own.title for own in runs)
-        gr.HTML(f"<h1>Explorer</h1><p>{html.escape(names)}</p>", elem_classes="page-title")
-        gr.HTML(str(views.dialog()))
+        title = f"<h1>Explorer</h1><p>{html.escape(names)}</p>"
+        gr.HTML(title + str(views.dialog()), elem_classes="page-title")
         with gr.Tab("Ranked lists"):
             with gr.Row():
-                anybody: list[Any] = [("any", None)]
-                pid = gr.Dropdown(anybody + [(str(x), x) for x in pids], label="Identity")
-                camid = gr.Dropdown(anybody + [(str(x), x) for x in camids], label="Camera")
+                pid = gr.Dropdown([_ANY, *pids], value=_ANY, label="Identity")
+                camid = gr.Dropdown([_ANY, *camids], value=_ANY, label="Camera")
                 order = gr.Dropdown(list(ORDERS), value=ORDERS[0], label="Order")
                 top = gr.Slider(5, 50, value=10, step=5, label="Places")
             query = gr.Dropdown([], label="Query")
             listed = gr.HTML(elem_id="listed")
         with gr.Tab("Upload"):
-            upload = gr.File(label="A picture of a person", type="filepath", height=140)
+            with gr.Row():
+                upload = gr.File(label="A picture of a person", type="filepath", height=140)
+                places = gr.Slider(5, 50, value=10, step=5, label="Places")
             found = gr.HTML(elem_id="found")
         with gr.Tab("Threshold") as thresholds:
             threshold = gr.Slider(0, 1, label="Threshold", elem_id="threshold")
@@ -140,7 +143,7 @@ def make_page(runs: Sequence[Exploration]) -> Any:
             **private,
         )
         gr.on([query.change, top.change], show_query, [query, top], listed, **private)
-        upload.change(show_upload, [upload, top], found, **private)
+        gr.on([upload.change, places.change], show_upload, [upload, places], found, **private)
         thresholds.select(open_thresholds, None, [threshold, errors], **private)
         threshold.input(show_threshold, threshold, errors, trigger_mode="always_last", **private)
         gr.on([maps.select, what.change], show_map, what, placed, **private)
@@ -233,6 +236,10 @@ def _tell(show: Callable[..., str]) -> Callable[..., str]:
             return f'<p class="note" role="alert">{html.escape(str(error))}</p>'
 
     return told
+
+
+def _list_values(labels: np.ndarray) -> list[str]:
+    return [str(value) for value in np.unique(labels)]
 
 
 def _join(x: np.ndarray, y: np.ndarray) -> str:
