@@ -107,11 +107,12 @@ def make_page(runs: Sequence[Exploration]) -> Any:
         return str(views.pairs_view(run.edges, groups, link, counts))
 
     # No function is an address of its own for other programs.
-    private: Any = {"api_name": False, "show_progress": "minimal"}
+    private: Any = {"api_visibility": "private", "show_progress": "minimal"}
+    plain: Any = {"apply_default_css": False}  # gradio's colors of text
     with gr.Blocks(title=f"{run.title} - explorer", analytics_enabled=False) as page:
         names = " against ".join(own.title for own in runs)
         title = f"<h1>Explorer</h1><p>{html.escape(names)}</p>"
-        gr.HTML(title + str(views.dialog()), elem_classes="page-title")
+        gr.HTML(title + str(views.dialog()), elem_classes="page-title", **plain)
         with gr.Tab("Ranked lists"):
             with gr.Row():
                 pid = gr.Dropdown([_ANY, *pids], value=_ANY, label="Identity")
@@ -119,21 +120,21 @@ def make_page(runs: Sequence[Exploration]) -> Any:
                 order = gr.Dropdown(list(ORDERS), value=ORDERS[0], label="Order")
                 top = gr.Slider(5, 50, value=10, step=5, label="Places")
             query = gr.Dropdown([], label="Query")
-            listed = gr.HTML(elem_id="listed")
+            listed = gr.HTML(elem_id="listed", **plain)
         with gr.Tab("Upload"):
             with gr.Row():
                 upload = gr.File(label="A picture of a person", type="filepath", height=140)
                 places = gr.Slider(5, 50, value=10, step=5, label="Places")
-            found = gr.HTML(elem_id="found")
+            found = gr.HTML(elem_id="found", **plain)
         with gr.Tab("Threshold") as thresholds:
             threshold = gr.Slider(0, 1, label="Threshold", elem_id="threshold")
-            errors = gr.HTML(elem_id="errors")
+            errors = gr.HTML(elem_id="errors", **plain)
         with gr.Tab("Map") as maps:
             what = gr.Radio(["camera", "identity"], value="camera", label="Colored by")
-            placed = gr.HTML(elem_id="placed")
+            placed = gr.HTML(elem_id="placed", **plain)
         with gr.Tab("Hard pairs") as hard:
             first = gr.Slider(10, 100, value=20, step=10, label="Pairs of each kind")
-            pairs = gr.HTML(elem_id="pairs")
+            pairs = gr.HTML(elem_id="pairs", **plain)
 
         gr.on(
             [page.load, pid.change, camid.change, order.change],
@@ -186,8 +187,7 @@ def serve(page: Any, port: int | None = None) -> Iterator[str]:
                 theme=gr.themes.Default(
                     font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
                 ),
-                css="\n".join(path.read_text(encoding="utf-8") for path in _STYLES),
-                head=f"<script>{_SCRIPT.read_text(encoding='utf-8')}</script>",
+                head=_make_head(),
                 app_kwargs={"middleware": [Middleware(_Fence)]},
             )
         except OSError as error:
@@ -236,6 +236,12 @@ def _tell(show: Callable[..., str]) -> Callable[..., str]:
             return f'<p class="note" role="alert">{html.escape(str(error))}</p>'
 
     return told
+
+
+def _make_head() -> str:
+    """Styles and scripts. As gradio's `css` the rules for dark pages would get lost."""
+    styles = "\n".join(path.read_text(encoding="utf-8") for path in _STYLES)
+    return f"<style>{styles}</style><script>{_SCRIPT.read_text(encoding='utf-8')}</script>"
 
 
 def _list_values(labels: np.ndarray) -> list[str]:
