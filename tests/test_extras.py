@@ -10,7 +10,7 @@ import tomllib
 import numpy as np
 import pytest
 
-from mros_jax import console, extras, report, train
+from mros_jax import console, explore, extras, report, train
 from mros_jax.data import prepare
 from mros_jax.data.own.pictures import read_video
 from mros_jax.errors import UserError
@@ -57,6 +57,8 @@ def test_training_needs_no_extra(tmp_path, cache_dir, caplog):
 def test_each_purpose_says_what_to_install(tmp_path, capsys):
     with pytest.raises(UserError, match=r"a report needs .* pip install 'mros_jax\[report\]'"):
         report.write_report(tmp_path)
+    with pytest.raises(UserError, match=r"needs gradio and jinja2, .*'mros_jax\[explore\]'"):
+        explore.main([str(tmp_path)])
     with pytest.raises(UserError, match=r"needs faiss, .* pip install 'mros_jax\[faiss\]'"):
         search_faiss(np.eye(4, dtype=np.float32), 2)
     with pytest.raises(UserError, match=r"a video needs av, .* pip install 'mros_jax\[video\]'"):
