@@ -4,8 +4,8 @@
     python -m scripts.bench_explorer
 
 Descriptors of 512 numbers are random, 3,368 queries in a gallery of 19,732; a JPEG of 64 x 128
-pixels stands for every image of a person. The times of lists are of the whole view: ranked, marked, split
-into parts, pictures read and encoded, written as HTML.
+pixels stands for every image of a person. The times of lists are of the whole view: ranked, marked,
+split into parts, pictures read and encoded, written as HTML.
 """
 
 import pathlib

@@ -10,6 +10,7 @@ import os
 import pathlib
 import select
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -140,14 +141,23 @@ class Tab:
         file.write_bytes(base64.b64decode(taken["data"]))
 
 
+# The browser reads its commands from file 3 and answers on 4.
+_START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
 @contextlib.contextmanager
 def open_tab() -> Iterator[Tab]:
     """A tab of a new browser, which is closed at the end."""
     to_read, to_write = os.pipe()
     from_read, from_write = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        # The browser reads its commands from 3 and answers on 4.
-        command = ["sh", "-c", f'exec "$@" 3<&{to_read} 4>&{from_write}', "sh"]
+        command = [sys.executable, "-I", "-c", _START, str(to_read), str(from_write)]
         command += make_command(profile, "--remote-debugging-pipe", "about:blank")
         process = subprocess.Popen(
             command, pass_fds=(to_read, from_write), stderr=subprocess.DEVNULL

@@ -1,4 +1,4 @@
-"""The explorer: what it lists, marks and counts is the protocol's; its page shows it, to us alone."""
+"""The explorer: what it lists and counts is the protocol's; its page shows that, to us alone."""
 
 import base64
 import csv
