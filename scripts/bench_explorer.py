@@ -22,8 +22,8 @@ from configs import trinet
 from mros_jax import config as configs
 from mros_jax import console, parallel
 from mros_jax.explorer.exploration import KINDS, Exploration
+from mros_jax.explorer.page import load_views
 from mros_jax.files import write_json
-from mros_jax.inspection.markup import make_environment
 from mros_jax.retrieval import descriptors
 from mros_jax.runs import provenance
 from mros_jax.runs.results import evaluate_features
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         start = time.perf_counter()
         run = Exploration(path)
         print(f"opening, with both re-rankings: {time.perf_counter() - start:.1f} s")
-        views = make_environment("mros_jax.explorer").get_template("explorer.html").module
+        views = load_views()
         taken = []
         for query in np.linspace(0, len(data["query_pids"]) - 1, _LISTS).astype(int).tolist():
             start = time.perf_counter()

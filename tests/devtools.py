@@ -106,9 +106,9 @@ class Tab:
         return answer["result"].get("value")
 
     def wait(self, expression: str) -> Any:
-        """Wait until an expression is true; returns its value."""
+        """Wait until an expression is true (an element is, too); returns its value."""
         deadline = time.monotonic() + _PATIENCE
-        while not (value := self.ask(expression)):
+        while (value := self.ask(expression)) in (None, False, 0, ""):
             complaints = "\n".join(self.complaints)
             assert time.monotonic() < deadline, f"never true: {expression}\n{complaints}"
             self._read(0.1)
@@ -121,7 +121,7 @@ class Tab:
 
     def press(self, element: str) -> None:
         """Wait for an element, given as an expression, and press the mouse on its middle."""
-        self.wait(f"!!({element})")
+        self.wait(element)
         x, y = self.ask(
             f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'center'}});"
             "const b = e.getBoundingClientRect();"

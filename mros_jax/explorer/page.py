@@ -35,16 +35,21 @@ _SCRIPT = pathlib.Path(__file__).parents[1] / "inspection" / "lists.js"
 _POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 
 
+def load_views() -> Any:
+    """The macros of `explorer.html` as functions."""
+    return make_environment("mros_jax.explorer").get_template("explorer.html").module
+
+
 def make_page(runs: Sequence[Exploration]) -> Any:
     """The page of a run, or of a run and another to compare with, as `gradio.Blocks`."""
     gr = import_gradio()
     run = runs[0]
-    views = make_environment("mros_jax.explorer").get_template("explorer.html").module
+    views = load_views()
     pids, camids = (_list_values(run.features[f"query_{x}"]) for x in ("pids", "camids"))
 
     def find(pid: str, camid: str, order: Any) -> Any:
-        wanted = (None if text == _ANY else int(text) for text in (pid, camid))
-        found = run.find_queries(*wanted, order)
+        who, where = (None if text == _ANY else int(text) for text in (pid, camid))
+        found = run.find_queries(who, where, order)
         shown = found[:_MOST_QUERIES].tolist()
         choices = [(run.describe_query(row), row) for row in shown]
         label = f"Query ({len(found):,} found"

@@ -154,11 +154,12 @@ class Ranking:
         query = descriptor[None]
         if self._method is None:
             metric, normalize = self._protocol["metric"], self._protocol["normalize"]
-            return compute_distances(query, self._gallery, metric=metric, normalize=normalize)[0]
+            block = compute_distances(query, self._gallery, metric=metric, normalize=normalize)
+            return block.ravel()
         plain = compute_distances(query, self._gallery)[0]
         near = np.argsort(plain, kind="stable")[:SHORTLIST]
         block = self._method.distances(query, self._gallery[near], dtype=np.float32)
-        return self._spread(block, self._columns[near])[0]
+        return self._spread(block, self._columns[near]).ravel()
 
     def _spread(
         self, block: Float[np.ndarray, "B C"], columns: np.ndarray
