@@ -80,6 +80,7 @@ class Exploration:
         self._aps = [
             _spread_ap(result, len(features["query_pids"])) for result in self.run.rankings
         ]
+        self.list_query(0, 1)  # compiles what every list needs
 
     @property
     def title(self) -> str:
