@@ -7,6 +7,7 @@ The page is served to this machine alone, and fetches nothing from elsewhere.
 """
 
 import argparse
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -35,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [Exploration(path, progress=True) for path in (args.run, args.against) if path]
     for other in runs[1:]:
         runs[0].check_same_images(other)
-    with page.serve(page.make_page(runs), args.port) as address:
+    # Ended by another program it cleans up as after Ctrl-C: there may be uploads.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with page.serve(runs, args.port) as address:
         print(f"Explorer of {args.run}: {address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
     return 0

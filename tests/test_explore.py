@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -271,17 +272,29 @@ def trained(tmp_path_factory, cache_dir):
 
 
 @pytest.fixture(scope="module")
-def address(trained):
+def address(trained, tmp_path_factory):
+    temporary = tmp_path_factory.mktemp("temporary")
     command = [sys.executable, "-m", "mros_jax.explore", str(trained), "--against", str(trained)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
-    line = process.stdout.readline()
-    found = re.search(r"http://127\.0\.0\.1:\d+/", line)
-    assert found, line
-    yield found.group()
-    process.terminate()
-    process.wait()
-    process.stdout.close()
+    with process:
+        try:
+            line = process.stdout.readline()
+            found = re.search(r"http://127\.0\.0\.1:\d+/", line)
+            assert found, line
+            yield found.group()
+            (kept,) = temporary.iterdir()
+            assert "person.png" in [path.name for path in kept.rglob("*")]
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+    assert list(temporary.iterdir()) == []  # uploads are gone
 
 
 def _open(tab, name):

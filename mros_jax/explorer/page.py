@@ -158,11 +158,11 @@ def make_page(runs: Sequence[Exploration]) -> Any:
 
 
 @contextlib.contextmanager
-def serve(page: Any, port: int | None = None) -> Iterator[str]:
-    """Serve a page to this machine alone, until the context ends.
+def serve(runs: Sequence[Exploration], port: int | None = None) -> Iterator[str]:
+    """Serve the page of `make_page` to this machine alone, until the context ends.
 
     Args:
-        page: of `make_page`.
+        runs: as for `make_page`.
         port: None: the first free one from 7860.
 
     Yields:
@@ -171,11 +171,12 @@ def serve(page: Any, port: int | None = None) -> Iterator[str]:
     Raises:
         UserError: the port is not free.
     """
-    gr = import_gradio()
-    from starlette.middleware import Middleware
-
     with tempfile.TemporaryDirectory(prefix="mros_explorer_") as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # read when gradio is imported
+        gr = import_gradio()
+        from starlette.middleware import Middleware
+
+        page = make_page(runs)
         try:
             _, address, _ = page.launch(
                 server_name=HOST,
