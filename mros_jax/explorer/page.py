@@ -113,7 +113,7 @@ def make_page(runs: Sequence[Exploration]) -> Any:
 
     # No function is an address of its own for other programs.
     private: Any = {"api_visibility": "private", "show_progress": "minimal"}
-    plain: Any = {"apply_default_css": False}  # gradio's colors of text
+    plain: Any = {"apply_default_css": False}  # gradio's would color our text
     with gr.Blocks(title=f"{run.title} - explorer", analytics_enabled=False) as page:
         names = " against ".join(own.title for own in runs)
         title = f"<h1>Explorer</h1><p>{html.escape(names)}</p>"
