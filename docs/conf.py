@@ -50,6 +50,7 @@ data
 synthetic
 evaluation
 report
+explore
 export
 exactness
 benchmarks

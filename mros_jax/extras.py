@@ -14,6 +14,7 @@ _MODULES = {
     "video": ("av",),
     "stablehlo": ("flatbuffers",),
     "export": ("jax2onnx", "onnx", "onnxruntime"),
+    "explore": ("gradio", "jinja2"),
 }
 
 

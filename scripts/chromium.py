@@ -20,7 +20,6 @@ _FLAGS = (
     "--disable-sync",
     "--hide-scrollbars",
     "--enable-logging=stderr",
-    "--virtual-time-budget=4000",
 )
 # A frame, because a window of Chromium cannot be as narrow as a phone.
 FRAME = """<body style="margin:0">
@@ -46,17 +45,24 @@ def run_chromium(
         NotFoundError: there is no browser.
         subprocess.CalledProcessError: it failed.
     """
-    executable = find_chromium()
-    if executable is None:
-        raise NotFoundError(f"none of {', '.join(NAMES)} is installed")
     with tempfile.TemporaryDirectory() as profile:
         command = [
-            executable,
-            *_FLAGS,
-            *(["--no-sandbox"] if os.geteuid() == 0 else []),
-            f"--user-data-dir={profile}",
+            *make_command(profile, "--virtual-time-budget=4000"),
             f"--blink-settings=preferredColorScheme={0 if dark else 1}",
             *flags,
             page.absolute().as_uri(),
         ]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+def make_command(profile: str, *flags: str) -> list[str]:
+    """What starts a headless browser, whose files are in the directory `profile`.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    executable = find_chromium()
+    if executable is None:
+        raise NotFoundError(f"none of {', '.join(NAMES)} is installed")
+    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+    return [executable, *_FLAGS, *sandbox, f"--user-data-dir={profile}", *flags]

@@ -93,6 +93,12 @@ def run(command, directory):
     return done.stdout
 
 
+def write_pictures(directory):
+    """Those that the README's commands write, where no test has run them."""
+    if not (directory / "data" / "synthetic").exists():
+        run("python -m mros_jax.data.synthetic --out data/synthetic --preset small", directory)
+
+
 @pytest.mark.slow
 def test_readme_commands(workspace):
     for block in read_blocks(ROOT / "README.md", "bash"):
@@ -111,9 +117,7 @@ def test_python_examples(page, workspace, tmp_path):
     assert blocks
     assert all(block.note is None for block in blocks)
     if page == "README.md":
-        photos = workspace / "data" / "synthetic" / "query"
-        if not photos.exists():
-            run("python -m mros_jax.data.synthetic --out data/synthetic --preset small", workspace)
+        write_pictures(workspace)
     script = tmp_path / "example.py"
     script.write_text("\n".join(block.code for block in blocks))
     run(f"python {script}", workspace)
@@ -122,7 +126,7 @@ def test_python_examples(page, workspace, tmp_path):
 @pytest.mark.slow
 def test_index_page(workspace, tmp_path):
     page = ROOT / "docs" / "index_search.md"
-    run("python -m mros_jax.data.synthetic --out data/synthetic --preset small", workspace)
+    write_pictures(workspace)
     for block in read_blocks(page, "bash"):
         for command in split_commands(block.code):
             run(command.replace("gallery.index", "page.index"), workspace)

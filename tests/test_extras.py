@@ -10,7 +10,7 @@ import tomllib
 import numpy as np
 import pytest
 
-from mros_jax import console, extras, report, train
+from mros_jax import console, explore, extras, report, train
 from mros_jax.data import prepare
 from mros_jax.data.own.pictures import read_video
 from mros_jax.errors import UserError
@@ -59,6 +59,8 @@ def test_training_needs_no_extra(tmp_path, cache_dir, caplog):
 def test_each_purpose_says_what_to_install(tmp_path, capsys):
     with pytest.raises(UserError, match=r"a report needs .* pip install 'mros_jax\[report\]'"):
         report.write_report(tmp_path)
+    with pytest.raises(UserError, match=r"needs gradio and jinja2, .*'mros_jax\[explore\]'"):
+        explore.main([str(tmp_path)])
     with pytest.raises(UserError, match=r"needs faiss, .* pip install 'mros_jax\[faiss\]'"):
         search_faiss(np.eye(4, dtype=np.float32), 2)
     with pytest.raises(UserError, match=r"an index needs faiss, .* 'mros_jax\[faiss\]'"):
@@ -78,9 +80,10 @@ def test_extras_are_those_of_the_package():
     optional = project["optional-dependencies"]
     for extra, modules in extras._MODULES.items():
         assert len(optional[extra]) == len(modules)
-    in_all = [extra for extra in extras._MODULES if extra != "export"]
+    in_all = [extra for extra in extras._MODULES if extra not in ("explore", "export")]
     (everything,) = optional["all"]
     assert everything == f"mros_jax[{','.join(in_all)}]"
+    assert "mros_jax[test,explore]" in optional["test-all"]
     for extra in in_all:
         assert all(importlib.util.find_spec(module) for module in extras._MODULES[extra])
 

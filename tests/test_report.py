@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from mros_jax import console
+from mros_jax.inspection import ranking
+from mros_jax.inspection.parts import split_distance
 from mros_jax.models.outputs import Part
 from mros_jax.report import __main__ as command
-from mros_jax.report import build, ranking, write_report
+from mros_jax.report import build, write_report
 from mros_jax.retrieval import compute_distances, descriptors, evaluate
 from mros_jax.runs.run import Run
 from scripts import chromium, shoot_report
@@ -290,7 +292,7 @@ def test_parts_add_up_to_the_distance():
     rng = np.random.default_rng(0)
     made = [Part("t3", 4)] * 5 + [Part("t4", 8)] * 5
     a, b = rng.normal(size=(2, 60))
-    parts = ranking.split_distance(a, b, made)
+    parts = split_distance(a, b, made)
     assert {group: len(p) for group, p in parts.items()} == {"t3": 5, "t4": 5}
     cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
     assert sum(map(sum, parts.values())) == pytest.approx(1 - cosine, abs=1e-12)
@@ -298,7 +300,7 @@ def test_parts_add_up_to_the_distance():
     second = slice(4, 8)
     assert parts["t3"][1] == pytest.approx(((unit[0] - unit[1])[second] ** 2).sum() / 2)
     with pytest.raises(ValueError, match="60 numbers"):
-        ranking.split_distance(a, b, [Part("t4", 8)] * 5)
+        split_distance(a, b, [Part("t4", 8)] * 5)
 
 
 def test_chooses_best_worst_and_random_queries():

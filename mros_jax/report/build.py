@@ -1,7 +1,5 @@
 """Puts a run's numbers, charts and pictures on one page."""
 
-import base64
-import io
 import json
 import logging
 import os
@@ -9,23 +7,27 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
-import PIL.Image
 from ml_collections import ConfigDict
 
 from mros_jax import config as configs
 from mros_jax import console
-from mros_jax.data.images import Picture
-from mros_jax.data.splits import Split
 from mros_jax.errors import UserError
 from mros_jax.files import check_output, write_atomically
 from mros_jax.inference import load_model
+from mros_jax.inspection.markup import (
+    describe_entry,
+    describe_query,
+    format_percent,
+    make_environment,
+    show_name,
+)
+from mros_jax.inspection.parts import list_edges, list_parts
+from mros_jax.inspection.pictures import Pictures, encode_pixels, name_image
+from mros_jax.inspection.ranking import Pairs, Ranking, Scan, choose_queries
 from mros_jax.losses import make_objective
-from mros_jax.models.outputs import Part
 from mros_jax.report import plots
 from mros_jax.report.maps import draw_maps, explain, is_drawn
-from mros_jax.report.ranking import Pairs, Ranking, Scan, choose_queries, split_distance
 from mros_jax.runs.paper import METRICS, find_paper_rows
 from mros_jax.runs.results import get_scores
 from mros_jax.runs.run import Run
@@ -33,9 +35,7 @@ from mros_jax.training.recipe import shape_outputs
 
 log = logging.getLogger(__name__)
 
-_THUMBNAIL = (160, 160)  # largest width and height in pixels
 _MOST_CAMERAS = 30  # rows and columns of the table of camera pairs
-_NAMES = {"plain": "Plain", "ecn": "ECN", "k_reciprocal": "k-reciprocal", "aqe": "AQE"}
 
 
 def write_report(
@@ -97,29 +97,17 @@ def write_report(
         )
     else:
         page |= _describe_retrieval(run, run.features, page["notes"], queries, top, seed, progress)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mros_jax.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = _percent
-    html = environment.get_template("report.html").render(page)
+    html = make_environment("mros_jax.report").get_template("report.html").render(page)
     with write_atomically(path) as file:
         file.write(html)
     return path
-
-
-def _percent(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None or np.isnan(value) else f"{100 * value:.{digits}f}"
 
 
 def _score(result: dict[str, Any]) -> dict[str, Any]:
     scores = get_scores(result)
     values = {name: scores.get(key) for name, key in METRICS.items()}
     return {
-        "name": _NAMES.get(result["name"], result["name"]),
+        "name": show_name(result["name"]),
         "values": values,
         "protocol": _flatten(result["protocol"]),
     }
@@ -218,7 +206,7 @@ def _plot_cmc(run: Run) -> str:
     series = {}
     for result in run.rankings:
         ranks = list(range(1, len(result["cmc"]) + 1))
-        name = _NAMES.get(result["name"], result["name"])
+        name = show_name(result["name"])
         series[name] = (ranks, [100 * value for value in result["cmc"]])
     return plots.plot_lines(
         "cmc",
@@ -242,7 +230,7 @@ def _describe_retrieval(
 ) -> dict[str, Any]:
     """Everything that is computed again from the descriptors."""
     rankings = [Ranking(arrays, result) for result in run.rankings]
-    names = [_NAMES.get(ranking.name, ranking.name) for ranking in rankings]
+    names = [show_name(ranking.name) for ranking in rankings]
     scans: list[Scan] = []
     for ranking in console.progress(rankings, desc="ranking", unit=" lists", disable=not progress):
         scans.append(ranking.scan(seed))
@@ -273,7 +261,7 @@ def _describe_retrieval(
         **_draw_views(run, arrays, [group[0][0] for group in chosen.values() if group], notes),
         "histograms": histograms,
         "cameras": cameras,
-        "edges": _list_edges(_list_parts(run)),
+        "edges": list_edges(list_parts(run)),
     }
 
 
@@ -282,11 +270,12 @@ def _tabulate(pairs: Pairs) -> dict[str, Any]:
     rows, row = np.unique(pairs.query_camids, return_inverse=True)
     columns, column = np.unique(pairs.gallery_camids, return_inverse=True)
     if max(len(rows), len(columns)) > _MOST_CAMERAS:
-        low, high = pairs.mAP.min(), pairs.mAP.max()
+        mean, low, high = (f(pairs.mAP) for f in (np.mean, np.min, np.max))
         return {
             "summary": f"{len(rows)} cameras of queries and {len(columns)} of the gallery make "
             f"{len(pairs.mAP)} pairs that share a person, too many for a table. Their mAP is "
-            f"{_percent(pairs.mAP.mean())} on average, from {_percent(low)} to {_percent(high)}."
+            f"{format_percent(mean)} on average, from {format_percent(low)} to "
+            f"{format_percent(high)}."
         }
     cells = np.full((len(rows), len(columns), 2), np.nan)
     cells[row, column] = np.stack([pairs.mAP, pairs.rank1], axis=1)
@@ -307,20 +296,6 @@ def _agree(run: Run, scans: Sequence[Scan]) -> bool:
     )
 
 
-def _list_parts(run: Run) -> tuple[Part, ...]:
-    """What the run's descriptor is made of, as the network says."""
-    config = ConfigDict(run.config)
-    return configs.make_network(config, 2).parts(*configs.find_size(config, config.eval))
-
-
-def _list_edges(parts: Sequence[Part]) -> dict[str, list[tuple[float, float]]]:
-    """Group -> top and bottom of its parts in the image, in order."""
-    edges: dict[str, list[tuple[float, float]]] = {}
-    for part in parts:
-        edges.setdefault(part.group, []).append((part.top, part.bottom))
-    return edges
-
-
 def _list_queries(
     run: Run,
     arrays: dict[str, np.ndarray],
@@ -332,7 +307,7 @@ def _list_queries(
     top: int,
 ) -> list[dict[str, Any]]:
     """Ranked lists of the chosen queries, grouped as best, worst and random."""
-    parts = _list_parts(run)
+    parts = list_parts(run)
     indices = np.array([query for group in chosen.values() for query, _, _ in group])
     rows = [ranking.rows(indices) for ranking in rankings]
     lists = {
@@ -345,46 +320,26 @@ def _list_queries(
     wanted = sorted({e.index for own in lists.values() for entries in own for e in entries})
     pictures = _load_pictures(run, arrays, indices.tolist(), wanted, notes)
 
-    def describe_entry(query: int, entry: Any) -> dict[str, Any]:
-        added = split_distance(
-            arrays["query_features"][query], arrays["gallery_features"][entry.index], parts
-        )
-        return {
-            "picture": pictures["gallery"].get(entry.index),
-            "name": _name(arrays, "gallery", entry.index),
-            "camera": int(arrays["gallery_camids"][entry.index]),
-            "pid": int(arrays["gallery_pids"][entry.index]),
-            "rank": entry.rank,
-            "distance": entry.distance,
-            "status": entry.status,
-            "parts": {group: np.round(x, 6).tolist() for group, x in added.items()},
-        }
-
-    def describe_query(query: int) -> dict[str, Any]:
-        return {
-            "picture": pictures["query"].get(query),
-            "name": _name(arrays, "query", query),
-            "camera": int(arrays["query_camids"][query]),
-            "pid": int(arrays["query_pids"][query]),
-            "lists": [
-                {
-                    "name": name,
-                    "ap": float(scan.ap[query]),
-                    "entries": [describe_entry(query, entry) for entry in entries],
-                }
-                for name, scan, entries in zip(names, scans, lists[query], strict=True)
-            ],
-        }
+    def describe(query: int) -> dict[str, Any]:
+        descriptor = arrays["query_features"][query]
+        shown = describe_query(arrays, query, pictures["query"].get(query))
+        shown["lists"] = [
+            {
+                "name": name,
+                "ap": float(scan.ap[query]),
+                "entries": [
+                    describe_entry(arrays, descriptor, entry, parts, pictures["gallery"])
+                    for entry in entries
+                ],
+            }
+            for name, scan, entries in zip(names, scans, lists[query], strict=True)
+        ]
+        return shown
 
     return [
-        {"kind": kind, "queries": [describe_query(query) for query, _, _ in group]}
+        {"kind": kind, "queries": [describe(query) for query, _, _ in group]}
         for kind, group in chosen.items()
     ]
-
-
-def _name(arrays: dict[str, np.ndarray], split: str, index: int) -> str:
-    names = arrays.get(f"{split}_names")
-    return f"{split} {index}" if names is None else str(names[index])
 
 
 def _load_pictures(
@@ -395,12 +350,11 @@ def _load_pictures(
     notes: list[str],
 ) -> dict[str, dict[int, str]]:
     """Data URIs of the images that the lists need; none, and a note why, if the data are gone."""
-    config = ConfigDict(run.config)
     try:
-        dataset = configs.load_dataset(config)
+        pictures = Pictures(run, arrays)
         return {
-            split.name: _read_pictures(split, rows, arrays)
-            for split, rows in ((dataset.query, queries), (dataset.gallery, gallery))
+            split: pictures.encode(split, rows)
+            for split, rows in (("query", queries), ("gallery", gallery))
         }
     except (OSError, ValueError, KeyError) as error:
         notes.append(f"The data set could not be read, so there are no pictures: {error}")
@@ -421,8 +375,7 @@ def _draw_views(
     checkpoint = str(arrays.get("checkpoint_id", "last")).partition("-")[0]
     try:
         model = load_model(run.path, checkpoint)
-        split = configs.load_dataset(config).query
-        pictures = _select(split, queries, arrays)
+        pictures = Pictures(run, arrays).select("query", queries)
     except (OSError, ValueError, KeyError) as error:
         notes.append(f"What the network looks at cannot be shown: {error}")
         return {}
@@ -432,39 +385,11 @@ def _draw_views(
     return {
         "views": [
             {
-                "name": _name(arrays, "query", query),
-                "picture": _encode_pixels(array),
+                "name": name_image(arrays, "query", query),
+                "picture": encode_pixels(array),
                 "drawings": own,
             }
             for query, array, own in zip(queries, pixels, drawings, strict=True)
         ],
         "view_notes": explain(names),
     }
-
-
-def _select(split: Split, rows: Sequence[int], arrays: dict[str, np.ndarray]) -> Any:
-    """The images of some rows of the descriptors."""
-    index = {str(name): i for i, name in enumerate(split.names)}
-    names = arrays.get(f"{split.name}_names")
-    # Images that were skipped as unreadable shift the rows: names find them again.
-    places = [row if names is None else index[str(names[row])] for row in rows]
-    return split.images.select(np.array(places))
-
-
-def _read_pictures(
-    split: Split, rows: Sequence[int], arrays: dict[str, np.ndarray]
-) -> dict[int, str]:
-    chosen = _select(split, rows, arrays)
-    return dict(zip(rows, chosen.map(_encode), strict=True))
-
-
-def _encode(picture: Picture) -> str:
-    return _encode_pixels(picture.require())
-
-
-def _encode_pixels(pixels: np.ndarray) -> str:
-    image = PIL.Image.fromarray(pixels)
-    image.thumbnail(_THUMBNAIL)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -168,6 +168,40 @@ def restore(
     return result
 
 
+def prepare_distances(
+    query_features: Numbers,
+    gallery_features: Numbers,
+    *,
+    metric: str = "cosine",
+    normalize: bool = True,
+    placement: blocks.Placement = blocks.EVERYWHERE,
+) -> Callable[[Any], Float[np.ndarray, "B G"]]:
+    """Do what is done once for all queries; the result gives the distances of some.
+
+    Args:
+        query_features: (Q, D).
+        gallery_features: (G, D).
+        metric: as for `compute_distances`.
+        normalize: as for `compute_distances`.
+        placement: devices and block size.
+
+    Returns:
+        A function of query indices, or a slice of them, to what `compute_distances` has for these.
+
+    Raises:
+        UserError: as `compute_distances`.
+    """
+    check_choice(metric, "metric", METRICS)
+    query, gallery, exponent = check_pair(query_features, gallery_features, normalize=normalize)
+    compute = Gallery(gallery, choose_kind(metric, normalize), placement=placement)
+
+    def compute_rows(rows: Any) -> Float[np.ndarray, "B G"]:
+        result = restore(compute(query[rows]), metric, exponent)
+        return result if result.flags.writeable else result.copy()
+
+    return compute_rows
+
+
 def compute_distances(
     query_features: Numbers,
     gallery_features: Numbers,
@@ -191,8 +225,7 @@ def compute_distances(
     Raises:
         UserError: NaN, infinite or (if normalised) zero rows; different widths; unknown metric.
     """
-    check_choice(metric, "metric", METRICS)
-    query, gallery, exponent = check_pair(query_features, gallery_features, normalize=normalize)
-    compute = Gallery(gallery, choose_kind(metric, normalize), placement=placement)
-    result = restore(compute(query), metric, exponent)
-    return result if result.flags.writeable else result.copy()
+    compute_rows = prepare_distances(
+        query_features, gallery_features, metric=metric, normalize=normalize, placement=placement
+    )
+    return compute_rows(slice(None))

@@ -77,7 +77,7 @@ def encoded_images():
     kinds += [
         (grey, "png"),
         (grey, "tiff"),
-        (PIL.Image.fromarray(np.float32(pixels[..., 0])), "tiff"),
+        (PIL.Image.fromarray(pixels[..., 0].astype(np.float32)), "tiff"),
     ]
     for image, format in kinds:
         buffer = io.BytesIO()

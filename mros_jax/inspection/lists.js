@@ -1,9 +1,8 @@
 "use strict";
 (() => {
-  const edges = {{ (edges if edges is defined else {}) | tojson }};  // group: top and bottom of its parts
-
-  // A row of the image is shaded by the parts over it, on a scale of this pair.
-  function shade(face, parts) {
+  // A row of the image is shaded by the parts over it, on a scale of this pair. `edges` has the top
+  // and bottom of the parts of each group.
+  function shade(face, parts, edges) {
     const cuts = [...new Set([0, 1, ...Object.values(edges).flat(2)])].sort((a, b) => a - b);
     const bands = cuts.slice(1).map((bottom, i) => ({ top: cuts[i], bottom }));
     for (const band of bands) {
@@ -25,6 +24,8 @@
       face.append(band);
     }
   }
+
+  const findEdges = (element) => JSON.parse(element.closest("[data-edges]").dataset.edges);
 
   function fill(panel, query, button) {
     const parts = JSON.parse(button.dataset.parts);
@@ -58,22 +59,21 @@
       }));
       return block;
     }));
-    shade(find("gallery"), parts);
+    shade(find("gallery"), parts, findEdges(button));
   }
 
   for (const card of document.querySelectorAll(".pair-card")) {
-    shade(card.querySelector('[data-role="gallery"]'), JSON.parse(card.dataset.parts));
+    shade(card.querySelector('[data-role="gallery"]'), JSON.parse(card.dataset.parts), findEdges(card));
   }
-  const dialog = document.getElementById("pair-dialog");
-  const template = document.querySelector(".pair");
-  for (const button of document.querySelectorAll(".ranking button")) {
-    button.addEventListener("click", () => {
-      const panel = template.cloneNode(true);
-      fill(panel, button.closest(".query").querySelector(".probe"), button);
-      dialog.querySelector(".slot").replaceChildren(panel);
+  // On the document: lists may come and go.
+  document.addEventListener("click", ({ target }) => {
+    const dialog = document.getElementById("pair-dialog");
+    const button = target.closest(".ranking button");
+    if (button) {
+      fill(dialog.querySelector(".pair"), button.closest(".query").querySelector(".probe"), button);
       dialog.showModal();
-    });
-  }
-  dialog.querySelector(".close").addEventListener("click", () => dialog.close());
-  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
+    } else if (dialog && (target === dialog || target.closest("#pair-dialog .close"))) {
+      dialog.close();
+    }
+  });
 })();

@@ -1,20 +1,20 @@
 """Ranked lists, distances and camera pairs, computed again from a run's descriptors."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
-from mros_jax.errors import UserError
-from mros_jax.models.outputs import Part
 from mros_jax.retrieval import compute_distances, rerank
+from mros_jax.retrieval.distances import prepare_distances
 from mros_jax.retrieval.labels import check_labels, ragged_positions
 from mros_jax.retrieval.metrics import average_precisions, rank_by_group
 
-Status = Literal["match", "wrong", "distractor", "junk"]
+Status = Literal["match", "wrong", "distractor", "junk", "unknown"]
 _BLOCK = 2**23  # distances at a time: 32 MiB
+SHORTLIST = 1000  # images that a descriptor which is none of the run's is re-ranked among
 _SAMPLES = 300_000  # distances of each kind that are kept for the histogram
 
 
@@ -27,13 +27,16 @@ class Entry:
         rank: its place from 1; None if it does not count.
         distance: to the query, of the ranking that the list shows.
         status: "match", "wrong", "distractor", or "junk": not counted, because it is a junk image
-            or shows the query's identity in the query's camera.
+            or shows the query's identity in the query's camera; "unknown" where nobody says who
+            the query is.
+        reason: why it does not count, "junk" or "own camera"; empty if it does.
     """
 
     index: int
     rank: int | None
     distance: float
     status: Status
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,21 @@ class Scan:
     different: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class HardPairs:
+    """Of each query its hardest pair of a kind, the hardest first.
+
+    Attributes:
+        queries: (P,) rows of queries.
+        gallery: (P,) rows of the gallery.
+        distances: (P,) between them.
+    """
+
+    queries: np.ndarray
+    gallery: np.ndarray
+    distances: np.ndarray
+
+
 class Ranking:
     """Distances of one ranking of a run, row by row, and which gallery images count.
 
@@ -99,35 +117,74 @@ class Ranking:
         dropped = result["rerank"] is not None and protocol["junk"] == "dropped"
         self._columns = self._labels.kept if dropped else np.arange(len(pids))
         self._gallery = gallery[self._columns] if self._labels.num_junk and dropped else gallery
-        self._write = None
-        if result["rerank"] is not None:
+        self._method: rerank.Rerank | None = None
+        if result["rerank"] is None:
+            self._compute = prepare_distances(
+                features["query_features"],
+                gallery,
+                metric=protocol["metric"],
+                normalize=protocol["normalize"],
+            )
+        else:
             options = dict(protocol["rerank_options"] or {})
             options.pop("neighbors", None)
-            (method,) = rerank.parse([result["rerank"]], {result["rerank"]: options})
-            self._write = method.prepare(features["query_features"], self._gallery)
+            (self._method,) = rerank.parse([result["rerank"]], {result["rerank"]: options})
+            self._write = self._method.prepare(features["query_features"], self._gallery)
 
     def rows(self, queries: np.ndarray) -> Float[np.ndarray, "B G"]:
         """Distances of some queries; NaN where junk took no part."""
-        if self._write is None:
-            return compute_distances(
-                self._arrays["query_features"][queries],
-                self._gallery,
-                metric=self._protocol["metric"],
-                normalize=self._protocol["normalize"],
-            )
+        if self._method is None:
+            return self._compute(queries)
         block = np.empty((len(queries), len(self._columns)), np.float32)
         self._write(queries, block)
         if block.shape[1] == len(self._arrays["gallery_pids"]):
             return block
-        result = np.full((len(queries), len(self._arrays["gallery_pids"])), np.nan, np.float32)
-        result[:, self._columns] = block
+        return self._spread(block, self._columns)
+
+    def compare(self, descriptor: Float[np.ndarray, "D"]) -> Float[np.ndarray, "G"]:
+        """Distances of another descriptor; NaN where an image took no part.
+
+        A re-ranking compares it with the `SHORTLIST` nearest images and these with each other, as
+        neighbours in the whole gallery would have to be searched anew for each descriptor.
+
+        Raises:
+            UserError: it is of another length, or the gallery has fewer images than the
+                re-ranking's parameters ask for.
+        """
+        query = descriptor[None]
+        if self._method is None:
+            metric, normalize = self._protocol["metric"], self._protocol["normalize"]
+            block = compute_distances(query, self._gallery, metric=metric, normalize=normalize)
+            return block.ravel()
+        plain = compute_distances(query, self._gallery)[0]
+        near = np.argsort(plain, kind="stable")[:SHORTLIST]
+        block = self._method.distances(query, self._gallery[near], dtype=np.float32)
+        return self._spread(block, self._columns[near]).ravel()
+
+    def _spread(
+        self, block: Float[np.ndarray, "B C"], columns: np.ndarray
+    ) -> Float[np.ndarray, "B G"]:
+        """Distances to some gallery images as a block of all; NaN for the others."""
+        result = np.full((len(block), len(self._arrays["gallery_pids"])), np.nan, np.float32)
+        result[:, columns] = block
         return result
 
     def list_top(
-        self, query: int, row: Shaped[np.ndarray, "G"], top: int, most_junk: int = 5
+        self, query: int | None, row: Shaped[np.ndarray, "G"], top: int, most_junk: int = 5
     ) -> list[Entry]:
-        """The first `top` places of a query, and up to `most_junk` uncounted images among them."""
-        counted, matches = self._labels.mark(query)
+        """The first `top` places of a query, and up to `most_junk` uncounted images among them.
+
+        Args:
+            query: its row; None: an image that is none of the run's.
+            row: its distances.
+            top: places to list.
+            most_junk: uncounted images to list.
+        """
+        kept = np.zeros(len(row), bool)
+        kept[self._labels.kept] = True
+        counted = kept
+        if query is not None:
+            counted, matches = self._labels.mark(query)
         distractor = self._arrays["gallery_pids"] == self._protocol["distractor_pid"]
         entries: list[Entry] = []
         rank = skipped = 0
@@ -136,12 +193,15 @@ class Ranking:
                 break
             if not counted[index]:
                 if skipped < most_junk:
-                    entries.append(Entry(int(index), None, float(row[index]), "junk"))
+                    reason = "own camera" if kept[index] else "junk"
+                    entries.append(Entry(int(index), None, float(row[index]), "junk", reason))
                 skipped += 1
                 continue
             rank += 1
             status: Status = "distractor" if distractor[index] else "wrong"
-            if matches[index]:
+            if query is None:
+                status = "unknown"
+            elif matches[index]:
                 status = "match"
             entries.append(Entry(int(index), rank, float(row[index]), status))
         return entries
@@ -179,6 +239,34 @@ class Ranking:
             same=same if len(same) <= _SAMPLES else rng.choice(same, _SAMPLES, replace=False),
             different=np.concatenate(different),
         )
+
+    def find_hard(self) -> tuple[HardPairs, HardPairs]:
+        """Each query's nearest image of somebody else, and its farthest true match.
+
+        Queries without one are left out. Distractors are somebody else.
+        """
+        labels = self._labels
+        impostors: list[tuple[int, int, float]] = []
+        mates: list[tuple[int, int, float]] = []
+        for rows, block in self._blocks():
+            row, column = labels.matches.cells(rows)
+            if len(row):
+                order = np.lexsort((block[row, column], row))
+                last = order[np.flatnonzero(np.diff(row[order], append=-1))]
+                own = column[last]
+                found = rows[row[last]], labels.kept[own], block[row[last], own]
+                mates += zip(*(part.tolist() for part in found), strict=True)
+            others = block.copy()
+            for lists in (labels.matches, labels.removed):
+                others[lists.cells(rows)] = np.inf
+            nearest = others.argmin(1)
+            distance = others[np.arange(len(rows)), nearest]
+            some = np.isfinite(distance)
+            found = rows[some], labels.kept[nearest[some]], distance[some]
+            impostors += zip(*(part.tolist() for part in found), strict=True)
+        impostors.sort(key=lambda pair: pair[2])
+        mates.sort(key=lambda pair: -pair[2])
+        return _gather(impostors), _gather(mates)
 
     def _sample(
         self,
@@ -224,6 +312,11 @@ class Ranking:
         )
 
 
+def _gather(pairs: list[tuple[int, int, float]]) -> HardPairs:
+    queries, gallery, distances = zip(*pairs, strict=True) if pairs else ((), (), ())
+    return HardPairs(np.array(queries, int), np.array(gallery, int), np.array(distances))
+
+
 def choose_queries(
     result: Mapping[str, Any], count: int, seed: int = 0
 ) -> dict[str, list[tuple[int, float, int]]]:
@@ -264,35 +357,3 @@ def choose_queries(
         ]
         for kind, picks in chosen.items()
     }
-
-
-def split_distance(
-    query: Shaped[np.ndarray, "D"], gallery: Shaped[np.ndarray, "D"], parts: Sequence[Part]
-) -> dict[str, list[float]]:
-    """What each part of the descriptor adds to the cosine distance of two of them.
-
-    The cosine distance of unit vectors a and b is `|a - b|^2 / 2`, a sum over their entries, and
-    the descriptor is the concatenation of its parts: the sum over the parts is the distance,
-    exactly.
-
-    Args:
-        query: a descriptor.
-        gallery: a descriptor.
-        parts: what they are made of, in order.
-
-    Returns:
-        group -> what its parts add, in order, all >= 0.
-
-    Raises:
-        UserError: the descriptor has another length than the parts together.
-    """
-    if sum(part.size for part in parts) != len(query):
-        sizes = [part.size for part in parts]
-        raise UserError(f"a descriptor of {len(query)} numbers does not consist of parts {sizes}")
-    a, b = (np.asarray(x, np.float64) for x in (query, gallery))
-    entries = np.square(a / np.linalg.norm(a) - b / np.linalg.norm(b)) / 2
-    sums = np.add.reduceat(entries, np.cumsum([0, *(part.size for part in parts[:-1])]))
-    result: dict[str, list[float]] = {}
-    for part, value in zip(parts, sums, strict=True):
-        result.setdefault(part.group, []).append(float(value))
-    return result

@@ -1,0 +1,1 @@
+"""One local page over a run, to look into its results by hand."""

@@ -1,0 +1,1 @@
+"""What the report and the explorer show of a run: ranked lists, parts of pairs, pictures."""
