@@ -93,5 +93,5 @@ $(VENV)-export/.test: pyproject.toml
 	touch $@
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
-	$(PIP) --editable '.[docs,report]'
+	$(PIP) --editable '.[docs,report,tfds]'
 	touch $@ $(VENV)/.runtime

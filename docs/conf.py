@@ -33,6 +33,7 @@ default_role = "code"  # of names in docstrings
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_mock_imports = ["jax2onnx", "onnx", "onnxruntime"]  # which want an environment of their own
 html_theme = "furo"
 html_show_copyright = False
 html_title = f"mros_jax {release}"
@@ -49,6 +50,7 @@ training
 data
 synthetic
 evaluation
+index_search
 report
 explore
 export
