@@ -131,7 +131,7 @@ def test_index_page(workspace, tmp_path):
         for command in split_commands(block.code):
             run(command.replace("gallery.index", "page.index"), workspace)
     blocks = read_blocks(page, "python")
-    assert len(blocks[0].code.splitlines()) == 5
+    assert len(list(filter(None, blocks[0].code.splitlines()))) == 5
     script = tmp_path / "example.py"
     script.write_text("\n".join(block.code for block in blocks))
     run(f"python {script}", workspace)
