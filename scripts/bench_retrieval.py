@@ -18,7 +18,8 @@ faiss-cpu; pip install --no-deps torchreid), fast-reid where --fastreid names a 
 https://github.com/JDAI-CV/fast-reid in which its evaluator is compiled (make -C
 fastreid/evaluation/rank_cylib), and otherwise formulas written here: those have the algorithm and
 the N x N arrays of public codes, not their text. --slow adds the peers that take a minute or ten
-gigabytes.
+gigabytes. --before names a clone of this project at another commit (git worktree add BEFORE
+COMMIT): its package takes turns with ours.
 """
 
 import argparse
@@ -340,6 +341,7 @@ class Case:
     slow: bool = False  # a minute, or ten gigabytes
     needs: str = ""  # "peer_python" or "fastreid": an argument
     distance: bool = False  # starts from a matrix of distances
+    package: str = ""  # a clone whose package is measured in place of this one
 
     def group(self) -> tuple[Any, ...]:
         """The same for cases that take turns."""
@@ -347,6 +349,7 @@ class Case:
 
 
 PEER, FASTREID = "peer_python", "fastreid"
+BEFORE = "-before"  # after the name of a case: of another package
 SCORES, FEATURES = "CMC, mAP, mINP from a distance matrix", "the same from descriptors"
 PRODUCT = "the float32 product alone, NumPy"
 CASES = {
@@ -462,9 +465,11 @@ class Child:
         python = (args.peer_python if case.needs else None) or sys.executable
         options = [f"--labels={args.labels}"] * bool(args.labels) + ["--quick"] * args.quick
         options += [f"--fastreid={args.fastreid}"] * (case.needs == FASTREID)
+        path = {"PYTHONPATH": os.path.abspath(case.package)} if case.package else {}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
         self._process = subprocess.Popen(
-            [python, __file__, "--child", name, *options],
+            [python, __file__, "--child", name.removesuffix(BEFORE), *options],
+            env=os.environ | path,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -580,6 +585,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--slow", action="store_true", help="also peers of a minute or 10 GB")
     parser.add_argument("--peer_python", help="an interpreter with faiss and torchreid")
     parser.add_argument("--fastreid", help="a clone of fast-reid with its evaluator compiled")
+    parser.add_argument("--before", help="a clone of this project at another commit")
     parser.add_argument("--labels", help="an .npz file with Market-1501's labels")
     parser.add_argument("--growth", action="store_true", help="only galleries of 20k to 1M")
     parser.add_argument("--only", help="names of cases, with commas")
@@ -607,6 +613,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.labels:
         chosen = {n: c for n, c in chosen.items() if c.gallery in (MARKET, MARKET_ALL)}
     chosen = {n: c for n, c in chosen.items() if not c.needs or getattr(args, c.needs)}
+    if args.before:
+        if not pathlib.Path(args.before, "mros_jax").is_dir():
+            parser.error(f"--before: {args.before} is no clone of this project")
+        for name, case in [item for item in chosen.items() if item[1].who.startswith("ours")]:
+            who = f"{case.who}, before"
+            chosen[name + BEFORE] = dataclasses.replace(case, who=who, package=args.before)
+        chosen = dict(sorted(chosen.items(), key=lambda item: list(map(str, item[1].group()))))
     results = {}
     groups = itertools.groupby(chosen.items(), lambda item: item[1].group())
     for _, group in groups:
@@ -615,7 +628,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name}: {got['seconds']:.2f} s, {got['peak_gb']:.2f} GB", file=sys.stderr)
     from scripts import common  # which the interpreter of the peers does not have
 
-    common.publish(format_table(results, cases), args.markdown)
+    common.publish(format_table(results, chosen), args.markdown)
     if args.plot:
         plot_growth({n: r for n, r in results.items() if n in GROWTH}, args.plot)
     return 0

@@ -1,5 +1,6 @@
 """The benchmark compares like with like: its formulas and ours give the same numbers."""
 
+import functools
 import json
 import os
 import subprocess
@@ -55,6 +56,25 @@ def test_every_case_has_its_own_process(tmp_path):
     assert [row[4].strip() for row in rows] == ["ours", "argsort (formula)"]
     assert rows[0][7] == rows[1][7]
     assert "failed" not in done.stderr
+
+
+@pytest.mark.slow
+def test_another_commits_package_takes_turns(tmp_path):
+    """Known by what it says: a package that cannot compute anything."""
+    package = tmp_path / "mros_jax"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('the other package')\n")
+    command = [sys.executable, "-m", "scripts.bench_retrieval", "--quick", "--only=ecn"]
+    run = functools.partial(
+        subprocess.run, cwd=common.ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True
+    )
+    done = run([*command, f"--before={tmp_path}"], text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| ours, float64 |" in done.stdout
+    assert "ecn-before failed: RuntimeError: the other package" in done.stderr
+    refused = run([*command, f"--before={tmp_path / 'nowhere'}"], text=True)
+    assert refused.returncode == 2
+    assert "is no clone of this project" in refused.stderr
 
 
 def test_growth_is_drawn(tmp_path):
