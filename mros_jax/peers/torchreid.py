@@ -57,7 +57,11 @@ def _plan_global(state: StateDict) -> Plan:
 
 def _plan_pcb(state: StateDict) -> Plan:
     stripes = len([name for name in state if name.startswith("classifier.")]) // 2
-    changes = {"network.trunk": name_resnet(state), "network.num_stripes": stripes}
+    changes = {
+        "network.trunk": name_resnet(state),
+        "network.num_stripes": stripes,
+        "network.reduced": state["conv5.layers.0.weight"].shape[0],
+    }
     names = (
         (r"trunk\.", ""),
         (r"embedding\.bn\.", "conv5.layers.1."),

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from mros_jax.errors import UserError
+from mros_jax.models.resnet import TrunkSpec
 from mros_jax.models.torch_weights import StateDict
+from mros_jax.models.trunks import TRUNKS
 from mros_jax.peers.plan import Names, Peer, Plan, drop, name_resnet
 
 # Means of grey levels in each channel, as both codes have them.
@@ -45,10 +47,8 @@ def _plan(state: StateDict) -> Plan:
 
 def _read_lasagne(state: StateDict) -> StateDict:
     """Name the arrays: a block's shortcut comes before its three convolutions."""
-    arrays = iter([state[f"arr_{i}"] for i in range(len(state)) if f"arr_{i}" in state])
-    blocks = {273: (3, 4, 6, 3), 528: (3, 4, 23, 3), 783: (3, 8, 36, 3)}.get(len(state))
-    if blocks is None:
-        raise UserError(f"it holds {len(state)} arrays; TriNet's 50 layers have 273")
+    blocks = _find_blocks(len(state))
+    arrays = iter([state[f"arr_{i}"] for i in range(len(state))])
     named: StateDict = {"conv1.weight": next(arrays)}
     bias = next(arrays)
     named |= _read_norm("bn1", arrays)
@@ -68,6 +68,18 @@ def _read_lasagne(state: StateDict) -> StateDict:
     named["embedding.weight"] = next(arrays).T
     named["embedding.bias"] = next(arrays)
     return named
+
+
+def _find_blocks(count: int) -> tuple[int, ...]:
+    """Blocks of each stage: 15 arrays a block, 5 a shortcut, 13 before and after all of them."""
+    counts = {
+        15 * sum(spec.stage_sizes) + 33: spec.stage_sizes
+        for spec in TRUNKS.values()
+        if isinstance(spec, TrunkSpec) and spec.block == "bottleneck"
+    }
+    if count not in counts:
+        raise UserError(f"it holds {count} arrays; TriNet on ResNet-50 has 273")
+    return counts[count]
 
 
 def _read_norm(name: str, arrays: Iterator[np.ndarray]) -> StateDict:
@@ -123,6 +135,6 @@ def _name_slim(module: str, norm: bool) -> str:
 
 PEER = Peer(
     "VisualComputingInstitute/triplet-reid",
-    (r"arr_0|emb/weights", r"arr_272|fully_connected/weights"),
+    (r"arr_0|emb/weights", r"arr_1|fully_connected/weights"),
     _plan,
 )
