@@ -1,6 +1,9 @@
 """Checkpoints as other codes save them become runs, whose descriptors are those of that code."""
 
 import json
+import os
+import pathlib
+import zipfile
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -9,12 +12,19 @@ import numpy as np
 import PIL.Image
 import pytest
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+from mros_jax import compare, evaluate, extract, import_weights, index
+from mros_jax import train as training
+from mros_jax.errors import NotFoundError, UserError
+from mros_jax.export import __main__ as export
 from mros_jax.import_weights import import_run
 from mros_jax.inference import load_model
 from mros_jax.models.resnet import TrunkSpec
 from mros_jax.models.trunks import TRUNKS
+from mros_jax.peers import PEERS
+from mros_jax.report import write_report
+from mros_jax.runs.run import Run
 from tests.recorded import look_up, seeded
 
 
@@ -259,6 +269,7 @@ def small(case):
     return (
         f"--config.input.height={height}",
         f"--config.input.width={width}",
+        "--config.eval.resize=()",
     )
 
 
@@ -300,3 +311,188 @@ def test_descriptors_are_those_of_the_other_code(checkpoint, tmp_path):
 @pytest.mark.parametrize("name", [name for name in CASES if name != "strong-baseline"])
 def test_descriptors_of_every_peer(name, checkpoint, tmp_path):
     check_descriptors(name, checkpoint, tmp_path / "run")
+
+
+def write_market(root):
+    """JPEGs of six people from two cameras, in Market-1501's layout."""
+    rng = np.random.default_rng(0)
+    parts = {"bounding_box_train": (7, 1, 2), "query": (1, 1), "bounding_box_test": (1, 2)}
+    for part, (first, *cameras) in parts.items():
+        (root / part).mkdir(parents=True)
+        for pid in range(first, first + 6):
+            for camera in cameras:
+                pixels = np.full((128, 64, 3), 40 * (pid % 6), np.uint8)
+                pixels[20:60, 10:50] = rng.integers(0, 256, 3)
+                name = f"{pid:04d}_c{camera}s1_{pid:06d}_00.jpg"
+                PIL.Image.fromarray(pixels).save(root / part / name)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.pytorch
+def test_an_imported_run_is_a_run_everywhere(checkpoint, tmp_path, capsys, monkeypatch):
+    """From the command line: evaluated, extracted, indexed, exported, compared and reported."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path, _ = checkpoint("fast-reid of its first releases")
+    out, root = tmp_path / "runs" / "bot", write_market(tmp_path / "market")
+    words = [*small(CASES["fast-reid"]), f"--config.dataset.root={root}"]
+    words += ["--config.input.channels=bgr"]
+    assert import_weights.main(["--from=fast-reid", str(path), f"--out={out}", *words]) == 0
+    assert capsys.readouterr().out == f"{out}: strong on market1501, 7 identities, from {path}\n"
+
+    results = str(out / "results.json")
+    assert evaluate.main([f"--run={out}", f"--out={results}", "--no_progress"]) == 0
+    assert Run(out).features is not None  # kept as the run's own
+    first = Run(out).rankings[0]
+    assert first["protocol"]["num_query"] == 6
+    assert first["protocol"]["system"] == "strong"
+
+    described = tmp_path / "gallery.npz"
+    words = [f"--run={out}", f"--images={root / 'bounding_box_test'}", f"--out={described}"]
+    assert extract.main(words) == 0
+    words = ["build", str(tmp_path / "index"), f"--features={described}"]
+    assert index.main(words) == 0
+
+    assert export.main([str(out), "--format=stablehlo", "--sample=4"]) == 0
+    with zipfile.ZipFile(out / "model.stablehlo.zip") as archive:
+        explained = json.loads(archive.read("metadata.json"))["input"]
+    assert explained["mean"] == [0.5, 0.5, 0.5]
+    assert (explained["channels"], explained["interpolation"]) == ("bgr", "bicubic")
+
+    assert compare.main([str(out)]) == 0
+    assert "strong" in capsys.readouterr().out
+    assert "strong on market1501" in write_report(out).read_text()
+
+    with pytest.raises(UserError, match=r"imported from checkpoint.safetensors .*config.init.run="):
+        training.train(ConfigDict(Run(out).config), out)
+
+
+@pytest.fixture
+def strong(checkpoint):
+    return checkpoint("strong-baseline")[0]
+
+
+def edited(path, change):
+    """A checkpoint of the tensors that are left of another's."""
+    state = {name: value.copy() for name, value in load_file(path).items()}
+    change(state)
+    save_file(state, path)
+    return path
+
+
+def refuse(path, out, match, peer="strong-baseline", overrides=()):
+    """It is refused, and nothing is left or lost."""
+    before = sorted(out.parent.rglob("*"))
+    with pytest.raises(UserError, match=match):
+        import_run(path, peer=peer, out=out, overrides=overrides)
+    assert sorted(out.parent.rglob("*")) == before
+
+
+@pytest.mark.pytorch
+def test_what_does_not_fit_is_listed_by_its_names_there(strong, tmp_path):
+    def change(state):
+        del state["base.layer2.0.conv1.weight"]
+        state["bottleneck.weight"] = state["bottleneck.weight"][:5]
+        state["bottleneck.bias"][3] = 0.25
+        state |= {f"extra{i}.weight": np.zeros(2, np.float32) for i in range(9)}
+
+    path = edited(strong, change)
+    with pytest.raises(UserError) as caught:
+        import_run(
+            path, peer="strong-baseline", out=tmp_path / "run", overrides=small(CASES["pcb"])
+        )
+    lines = str(caught.value).splitlines()
+    assert "as a checkpoint of strong-baseline" in lines[0]
+    assert "    base.layer2.0.conv1.weight (32, 16, 3, 3)" in lines
+    assert "    extra5.weight (2,)" in lines
+    assert "    and 3 more" in lines
+    assert "    bottleneck.weight (5,), expected (128,)" in lines
+    assert "    bottleneck.bias is not 0, and is fixed at 0 in this network" in lines
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.pytorch
+def test_the_wrong_peer_is_named_and_the_right_one_too(checkpoint, tmp_path):
+    path, _ = checkpoint("torchreid resnet")
+    refuse(path, tmp_path / "run", r"no checkpoint of mgn .*fc_id_2048_0.*--from torchreid", "mgn")
+    with pytest.raises(UserError, match="peer is 'bot'; expected one of strong-baseline, "):
+        import_run(path, peer="bot", out=tmp_path / "run")
+
+
+@pytest.mark.pytorch
+def test_only_an_empty_directory_becomes_a_run(strong, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    refuse(strong, out, r"not empty \(it holds notes.txt\)")
+    refuse(strong, out / "notes.txt", "is a file")
+    (out / "notes.txt").unlink()
+    run = import_run(strong, peer="strong-baseline", out=out)
+    assert run.exists()
+    refuse(strong, out, "not empty")
+
+
+@pytest.mark.pytorch
+def test_fields_are_checked(strong, tmp_path):
+    out = tmp_path / "run"
+    refuse(strong, out, "no field 'hight'", overrides=["--config.input.hight=3"])
+    refuse(strong, out, "channels is 'grb'", overrides=["--config.input.channels=grb"])
+    refuse(strong, out, "std above 0", overrides=["--config.input.std=(0.0, 1.0, 1.0)"])
+    refuse(strong, out, "descriptor is 'f_x'", overrides=["--config.network.descriptor=f_x"])
+
+
+@pytest.mark.pytorch
+@pytest.mark.parametrize(
+    ("extra", "what"),
+    [
+        ("base.layer1.0.bn1.IN.weight", "instance normalization"),
+        ("base.layer1.0.se.fc.0.weight", "squeeze-and-excitation"),
+        ("base.layer1.1.conv1.weight", "2, 1, 1, 1 basic blocks of width 16; the ResNets here are"),
+    ],
+)
+def test_networks_that_are_not_here_are_named(strong, tmp_path, extra, what):
+    path = edited(strong, lambda state: state.update({extra: np.zeros(3, np.float32)}))
+    refuse(path, tmp_path / "run", what)
+
+
+def test_damaged_files_are_said_to_be(tmp_path):
+    out = tmp_path / "run"
+    for name in ("w.safetensors", "w.npz"):
+        path = tmp_path / name
+        path.write_bytes(b"PK\x03\x04 no weights")
+        refuse(path, out, "is not a whole")
+    for count, what in ((5, "it holds 5 arrays; TriNet on ResNet-50 has 273"), (273, "width")):
+        np.savez(tmp_path / "w.npz", **{f"arr_{i}": np.zeros(3, np.float32) for i in range(count)})
+        refuse(tmp_path / "w.npz", out, what, "triplet-reid")
+    np.savez(tmp_path / "o.npz", a=np.array([object()]))
+    refuse(tmp_path / "o.npz", out, "is not a whole .npz file of arrays")
+    with pytest.raises(NotFoundError):
+        import_run(tmp_path / "none.pth", peer="mgn", out=out)
+
+
+@pytest.mark.parametrize("wrapper", ["", "model", "state_dict", "net"])
+def test_pytorch_files_are_taken_out_of_their_wrappers(torch, strong, tmp_path, wrapper):
+    state = {f"module.{k}": torch.from_numpy(v) for k, v in load_file(strong).items()}
+    scores = {"epoch": 3, "rank1": np.float64(0.9), "optimizer": {"lr": 1e-3}}
+    path = tmp_path / "w.pth.tar"
+    torch.save({wrapper: state, **scores} if wrapper else state, path)
+    run = import_run(path, peer="strong-baseline", out=tmp_path / "run")
+    assert run.num_classes == 7
+
+
+class Payload:
+    """What a file could do to who unpickles it."""
+
+    def __reduce__(self):
+        return os.makedirs, ("executed",)
+
+
+def test_nothing_in_a_file_is_executed(torch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Payload()}, "w.pth")
+    refuse(tmp_path / "w.pth", tmp_path / "run", r"it holds Python objects, .*model.state_dict\(\)")
+    assert not pathlib.Path("executed").exists()
+
+
+def test_every_peer_has_a_case():
+    assert {case.peer for case in CASES.values()} == set(PEERS)
