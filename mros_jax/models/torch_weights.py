@@ -7,6 +7,7 @@ Nothing here needs PyTorch, except reading a `.pth` file.
 
 import os
 import pathlib
+import pickle
 import re
 import warnings
 import zipfile
@@ -199,9 +200,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
 
 def _read_npz(path: pathlib.Path) -> StateDict:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return dict(file)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    # NumPy lets any of these through; the fourth of a .npy file, which is one array.
+    except (ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise WeightsError(
             f"{path} ({path.stat().st_size} bytes) is not a whole .npz file of arrays: {error}; "
             "download or convert it again"
@@ -224,10 +226,15 @@ def _read_pth(path: pathlib.Path) -> StateDict:
             warnings.filterwarnings("ignore", message="pickle_load_args", category=UserWarning)
             state = torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
     except Exception as error:  # torch has many: RuntimeError, UnpicklingError, EOFError, ...
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
+            raise WeightsError(
+                f"{path} holds Python objects, perhaps a whole model, which are not read; save "
+                "model.state_dict() with the code that wrote it"
+            ) from error
         raise WeightsError(
             f"{path} ({path.stat().st_size} bytes) is not a whole PyTorch weights file: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
-            f"{_find_way_out(str(error))}"
+            "download it again"
         ) from error
     for wrapper in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -252,15 +259,6 @@ def _numpy_numbers() -> list[Any]:
     kinds = ("float32", "float64", "int32", "int64", "bool")
     types = [type(np.dtype(kind)) for kind in kinds]
     return [np.dtype, *types, (make, "numpy.core.multiarray.scalar"), make]
-
-
-def _find_way_out(error: str) -> str:
-    if "Unsupported global" in error or "Unsupported class" in error:
-        return (
-            "it holds Python objects, perhaps a whole model, which are not read; save "
-            "model.state_dict() with the code that wrote it"
-        )
-    return "download it again"
 
 
 def _strip_prefix(state: StateDict) -> StateDict:

@@ -85,6 +85,8 @@ def _find_blocks(count: int) -> tuple[int, ...]:
 def _read_norm(name: str, arrays: Iterator[np.ndarray]) -> StateDict:
     """Lasagne keeps 1 / sqrt(variance + its epsilon)."""
     bias, weight, mean, inverse = itertools.islice(arrays, 4)
+    if not np.all(inverse > 0):
+        raise UserError(f"the inverse standard deviations of {name} are no deviations")
     variance = 1 / np.square(inverse.astype(np.float64)) - _EPSILON
     return {
         f"{name}.weight": weight,
