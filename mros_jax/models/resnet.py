@@ -263,7 +263,7 @@ class ResNet(nn.Module):
             axis_name = self.bn_axis_name
             bn = BatchNorm(pool=centered, axis_name=axis_name, dtype=self.dtype, name="bn1")
             x = bn(x, train=train)
-            x = x if centered else _max_pool_to_end(x)
+            x = x if centered else max_pool_to_end(x)
             x = nn.relu(x) if self.stem_relu else x  # after the pooling, where it gives the same
         stages: dict[str, jax.Array] = {}
         for name in self.blocks:
@@ -289,7 +289,7 @@ class ResNet(nn.Module):
         return 1 if f"layer{stage}_{place + 1}" in self.blocks else of_stage[stage]
 
 
-def _max_pool_to_end(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+def max_pool_to_end(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
     """Maximum over 3x3 windows, stride 2; of an even size the last window reaches over the end."""
     pad = tuple((0, 1 - size % 2) for size in x.shape[1:3])
     largest: Array = nn.max_pool(x, (3, 3), (2, 2), padding=pad)
