@@ -227,14 +227,15 @@ def _read_pth(path: pathlib.Path) -> StateDict:
             state = torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
     except Exception as error:  # torch has many: RuntimeError, UnpicklingError, EOFError, ...
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
-            raise WeightsError(
-                f"{path} holds Python objects, perhaps a whole model, which are not read; save "
+            why = (
+                "it holds Python objects, perhaps a whole model, which are not read; save "
                 "model.state_dict() with the code that wrote it"
-            ) from error
+            )
+        else:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            why = f"{first}; download it again"
         raise WeightsError(
-            f"{path} ({path.stat().st_size} bytes) is not a whole PyTorch weights file: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
-            "download it again"
+            f"{path} ({path.stat().st_size} bytes) is not a whole PyTorch weights file: {why}"
         ) from error
     for wrapper in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
