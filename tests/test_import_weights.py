@@ -71,7 +71,7 @@ CASES = {
         "fast-reid",
         lambda peers: peers.FastReID(),
         "strong",
-        _BICUBIC | {"network.stem_relu": True, "network.pooling": "mean"},
+        _BICUBIC | {"network.stem_relu": True, "network.stem_pool": "end"},
         prefix="module.",
     ),
     "fast-reid GeM": Case(
@@ -81,7 +81,11 @@ CASES = {
         "fast-reid",
         lambda peers: peers.FastReID(old=True),
         "strong",
-        {"input.mean": [0.5, 0.5, 0.5], "input.std": [0.2, 0.2, 0.2]},
+        {
+            "input.mean": [0.5, 0.5, 0.5],
+            "input.std": [0.2, 0.2, 0.2],
+            "network.stem_pool": "centered",
+        },
         mean=(127.5, 127.5, 127.5),
         levels=(51.0, 51.0, 51.0),
     ),

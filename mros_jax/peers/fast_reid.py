@@ -1,8 +1,9 @@
 """JDAI-CV/fast-reid: BoT, and other global features of a plain ResNet.
 
-Images are resized bicubically; the maximum of the stem begins with the first pixel. Its releases
-have called the neck "bnneck" and "bottleneck.0", and the classifier "classifier.weight" and
-"weight".
+Images are resized bicubically. Names tell releases apart: up to September 2020, and so of the
+published weights, which are of v0.1.1, the neck is "bnneck" and the stem's maximum is centered;
+later it is "bottleneck.0", and from November 2020 on the maximum begins with the first pixel. The
+classifier is "classifier.weight", and "weight" since March 2021.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ def _plan(state: StateDict) -> Plan:
     changes: dict[str, Any] = {
         "input.interpolation": "bicubic",
         "network.trunk": name_resnet(state, "backbone."),
-        "network.stem_pool": "end",
+        "network.stem_pool": "centered" if neck == "heads.bnneck." else "end",
         "network.pooling": "gem" if "heads.pool_layer.p" in state else "mean",
     }
     for name in ("mean", "std"):

@@ -39,7 +39,7 @@ class StrongBaseline(nn.Module):
 
 
 class FastReID(nn.Module):
-    """With `old` names as of its first releases."""
+    """With `old` names and pooling as up to September 2020."""
 
     def __init__(self, gem=False, old=False):
         super().__init__()
@@ -55,14 +55,15 @@ class FastReID(nn.Module):
         else:
             self.heads.bottleneck = nn.Sequential(norm)
             self.heads.weight = nn.Parameter(torch.zeros(NUM_CLASSES, size))
-        self.neck, self.gem = [norm], gem
+        self.neck, self.gem, self.old = [norm], gem, old
         if gem:
             self.heads.pool_layer = nn.Module()
             self.heads.pool_layer.p = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
         trunk = self.backbone
-        x = F.max_pool2d(F.relu(trunk.bn1(trunk.conv1(x))), 3, 2, ceil_mode=True)
+        x = F.relu(trunk.bn1(trunk.conv1(x)))
+        x = F.max_pool2d(x, 3, 2, 1) if self.old else F.max_pool2d(x, 3, 2, ceil_mode=True)
         for i in (1, 2, 3, 4):
             x = getattr(trunk, f"layer{i}")(x)
         if self.gem:
