@@ -120,6 +120,13 @@ CASES = {
         "pcb",
         {"network.num_stripes": 3, "network.descriptor": "g"},
     ),
+    "torchreid hacnn": Case(
+        "torchreid",
+        lambda peers: peers.TorchreidHACNN(),
+        "hacnn",
+        {"network.stem": 16, "network.widths": [16, 32, 48], "network.embedded": 32},
+        size=(160, 64),
+    ),
     "mfbn": Case("mfbn", lambda peers: peers.MFBN(), "mfbn", _BICUBIC | {"eval.flip_test": True}),
     "mgn of seathiefwang": Case(
         "mgn",

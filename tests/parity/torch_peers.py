@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.parity import torch_densenet
+from tests.parity.torch_hacnn import Conv, cut
 from tests.parity.torch_resnet import ResNet
 
 NUM_CLASSES = 7
@@ -118,6 +119,86 @@ class TorchreidPCB(ResNet):
         v = F.adaptive_avg_pool2d(super().forward(x)["t4"], (self.parts, 1))[..., 0]
         # There the parts of a channel are neighbours; here the channels of a part.
         return F.normalize(v, dim=1).transpose(1, 2).flatten(1)
+
+
+class Beside(nn.Module):
+    """Chains of layers, "stream1" first, side by side."""
+
+    def __init__(self, *chains):
+        super().__init__()
+        for i, chain in enumerate(chains, start=1):
+            self.add_module(f"stream{i}", nn.Sequential(*chain))
+
+    def forward(self, x):
+        return torch.cat([stream(x) for stream in self.children()], dim=1)
+
+
+def _keep(inputs, outputs):
+    m = outputs // 4
+    chains = [[Conv(inputs, m, 1), Conv(m, m, 3)] for _ in range(3)]
+    return Beside(*chains, [nn.AvgPool2d(3, 1, 1), Conv(inputs, m, 1)])
+
+
+def _halve(inputs, outputs):
+    m = outputs // 4
+    return Beside(
+        [Conv(inputs, m, 1), Conv(m, m, 3, 2)],
+        [Conv(inputs, m, 1), Conv(m, m, 3), Conv(m, m, 3, 2)],
+        [nn.MaxPool2d(3, 2, 1), Conv(inputs, 2 * m, 1)],
+    )
+
+
+class Attention(nn.Module):
+    """Of a level of HA-CNN: weights of places and channels, and shifts of four regions."""
+
+    def __init__(self, channels):
+        super().__init__()
+        soft, hard = self.soft_attn, self.hard_attn = nn.Module(), nn.Module()
+        soft.spatial_attn, soft.channel_attn = nn.Module(), nn.Module()
+        soft.spatial_attn.conv1, soft.spatial_attn.conv2 = Conv(1, 1, 3, 2), Conv(1, 1, 1)
+        squeezed = channels // 16
+        soft.channel_attn.conv1 = Conv(channels, squeezed, 1)
+        soft.channel_attn.conv2 = Conv(squeezed, channels, 1)
+        soft.conv = Conv(channels, channels, 1)
+        hard.fc = nn.Linear(channels, 8)
+
+    def forward(self, x):
+        soft = self.soft_attn
+        place = soft.spatial_attn.conv1(x.mean(1, keepdim=True))
+        place = F.interpolate(place, x.shape[2:], mode="bilinear", align_corners=True)
+        channel = soft.channel_attn.conv1(x.mean((2, 3), keepdim=True))
+        channel = soft.channel_attn.conv2(channel)
+        weights = torch.sigmoid(soft.conv(soft.spatial_attn.conv2(place) * channel))
+        return weights, torch.tanh(self.hard_attn.fc(x.mean((2, 3)))).unflatten(1, (4, 2))
+
+
+class TorchreidHACNN(nn.Module):
+    def __init__(self, stem=16, widths=(16, 32, 48), features=32):
+        super().__init__()
+        self.conv = Conv(3, stem, 3, 2)
+        before = stem
+        for i, width in enumerate(widths, start=1):
+            inception = nn.Sequential(_keep(before, width), _halve(width, width))
+            self.add_module(f"inception{i}", inception)
+            self.add_module(f"ha{i}", Attention(width))
+            self.add_module(f"local_conv{i}", _halve(before, width))
+            before = width
+        for kind, size in (("global", before), ("local", 4 * before)):
+            self.add_module(f"fc_{kind}", _embed(size, features))
+            self.add_module(f"classifier_{kind}", nn.Linear(features, NUM_CLASSES))
+
+    def forward(self, x):
+        part = self.get_submodule
+        x, local = self.conv(x), [0, 0, 0, 0]
+        for i, size in enumerate([(24, 28), (12, 14), (6, 7)], start=1):
+            y = part(f"inception{i}")(x)
+            weights, shifts = part(f"ha{i}")(y)
+            windows = [cut(x, shift, size, align_corners=True) for shift in shifts.unbind(1)]
+            pairs = zip(windows, local, strict=True)
+            local = [part(f"local_conv{i}")(window + map_) for window, map_ in pairs]
+            x = y * weights
+        described = self.fc_global(_mean(x)), self.fc_local(torch.cat([_mean(m) for m in local], 1))
+        return torch.cat([F.normalize(e) for e in described], dim=1)
 
 
 class PCBByAuthors(nn.Module):
