@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 _BICUBIC = {"input.interpolation": "bicubic"}
 _PLAIN = {"network.neck": False, "network.head_bias": True, "eval.normalize": False}
-_TRINET = {"levels": (1.0, 1.0, 1.0), "classes": 0, "arrays": True}
+_TRINET: dict[str, Any] = {"levels": (1.0, 1.0, 1.0), "classes": 0, "arrays": True}
 
 CASES = {
     "strong-baseline": Case(
@@ -215,7 +215,7 @@ def look_inside(case):
     inputs = (pictures - np.float32(case.mean)) / np.float32(case.levels)
     x = torch.from_numpy(inputs.transpose(0, 3, 1, 2).astype(np.float32).copy())
     network = case.network(torch_peers)
-    specs = {}
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {}
     with torch.no_grad():
         if case.arrays:
 
@@ -476,7 +476,8 @@ def test_damaged_files_are_said_to_be(tmp_path):
         (5, "it holds 5 arrays; TriNet on ResNet-50 has 273"),
         (273, "no deviations"),
     ):
-        np.savez(tmp_path / "w.npz", **{f"arr_{i}": np.zeros(3, np.float32) for i in range(count)})
+        arrays: Any = {f"arr_{i}": np.zeros(3, np.float32) for i in range(count)}
+        np.savez(tmp_path / "w.npz", **arrays)
         refuse(tmp_path / "w.npz", out, what, "triplet-reid")
     np.savez(tmp_path / "o.npz", a=np.array([object()]))
     refuse(tmp_path / "o.npz", out, "is not a whole .npz file of arrays")

@@ -4,6 +4,8 @@ Written from what those codes compute, of which nothing is copied; shares no cod
 docs/import.md has the figures of the real ones.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -308,7 +310,8 @@ class MFBN(_Branches):
 
     def forward(self, x):
         shared = self.backone(x)
-        attended, maps = 0, []
+        attended: Any = 0
+        maps: list[Any] = []
         for k in (1, 2, 3):
             weights = getattr(self, f"att{k}").fc(_mean(shared))[:, :, None, None]
             attended = shared * weights + attended
