@@ -12,7 +12,7 @@ from mros_jax.models.heads import Classifiers, GeneralizedMean
 from mros_jax.models.outputs import Outputs, Part, check_images
 from mros_jax.models.resnet import BatchNorm, torchvision_name
 from mros_jax.models.stripes import pool_stripes
-from mros_jax.models.trunks import find_resnet, find_trunk
+from mros_jax.models.trunks import find_trunk, find_trunk_with
 
 
 class StrongBaseline(nn.Module):
@@ -66,12 +66,10 @@ class StrongBaseline(nn.Module):
         """
         check_images(images)
         self._check()
-        plain = {"stem_relu": True, "stem_pool": "centered"}
         stem = {"stem_relu": self.stem_relu, "stem_pool": self.stem_pool}
-        # Only ResNets have them.
-        spec = find_trunk(self.trunk) if stem == plain else find_resnet(self.trunk)
+        spec, changed = find_trunk_with(self.trunk, stem)
         trunk = spec.make(
-            **({} if stem == plain else stem),
+            **changed,
             last_stride=self.last_stride,
             dtype=self.dtype,
             bn_axis_name=self.bn_axis_name,
