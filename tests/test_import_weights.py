@@ -284,8 +284,14 @@ def small(case):
     )
 
 
+QUICK = ("strong-baseline", "fast-reid of its first releases", "mgn of GNAYUOHZ")
+
+
 @pytest.mark.pytorch
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 def test_a_checkpoint_becomes_a_run_of_its_system(name, checkpoint, tmp_path):
     case = CASES[name]
     path, _ = checkpoint(name)
