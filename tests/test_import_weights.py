@@ -75,7 +75,10 @@ CASES = {
         prefix="module.",
     ),
     "fast-reid GeM": Case(
-        "fast-reid", lambda peers: peers.FastReID(gem=True), "strong", {"network.pooling": "gem"}
+        "fast-reid",
+        lambda peers: peers.FastReID(gem=True, non_local=(2, 3)),
+        "fast-reid-gem",
+        {"network.pooling": "gem", "network.non_local": ["layer2_0", "layer3_0"]},
     ),
     "fast-reid of its first releases": Case(
         "fast-reid",
