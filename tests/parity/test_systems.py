@@ -16,7 +16,6 @@ import pytest
 import torch
 from flax import traverse_util
 
-from mros_jax.config import make_network
 from mros_jax.data.augment import example_keys
 from mros_jax.losses import make_objective
 from mros_jax.models import torch_weights
@@ -25,6 +24,7 @@ from mros_jax.parallel import AXIS
 from mros_jax.training.optimizers import make_groups, make_schedules
 from tests.parity import (
     torch_dare,
+    torch_gsrw,
     torch_hacnn,
     torch_mfbn,
     torch_pcb,
@@ -42,6 +42,7 @@ from tests.parity.common import (
     difference,
     differentiate,
     make_images,
+    make_network_alone,
     read_stage,
     train_ours,
 )
@@ -184,6 +185,20 @@ def _dare(variant, trunk):
     )
 
 
+def _gsrw(variant, stage):
+    walks = stage == "stage2"
+    return Case(
+        "gsrw",
+        variant,
+        lambda layout: torch_gsrw.TorchGSRW(layout, 2 if variant else 4, 0.95 if walks else 0.0),
+        torch_gsrw.total_loss,
+        torch_gsrw.make_adam if walks else torch_gsrw.make_sgd,
+        lambda epoch: 1.0 if walks or epoch < 40 else 0.1,
+        changes={"dropout": 0.0},
+        stage=stage,
+    )
+
+
 def _mfbn():
     return Case(
         "mfbn",
@@ -210,6 +225,9 @@ def _tbn_plus(depth):
 CASES = {
     "dare": _dare("", "tiny"),
     "dare-densenet201": _dare("densenet201", "tiny_densenet"),
+    "gsrw": _gsrw("", "stage2"),
+    "gsrw-stage1": _gsrw("", "stage1"),
+    "gsrw-k2": _gsrw("k2", "stage2"),
     "hacnn": _hacnn("", torch_hacnn.make_sgd, torch_hacnn.rate, 0.1),
     "hacnn-paper": _hacnn("paper", torch_hacnn.make_adam, lambda epoch: 1.0, 0.0, False),
     "mfbn": _mfbn(),
@@ -265,7 +283,7 @@ def make_pair(case, layout=None, *, height=HEIGHT, monkeypatch=None):
     if "trunk" in config.network:
         config.network.trunk = layout
     config.network.update(case.changes)
-    ours = make_network(config, NUM_CLASSES)
+    ours = make_network_alone(config)
     objective = make_objective(config.objective.to_dict())
     images = make_images(len(LABELS), height, WIDTH)
     if monkeypatch is not None:
