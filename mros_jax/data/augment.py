@@ -250,7 +250,7 @@ def apply_params(
     return jnp.where(erased[..., None], fill, normalized).astype(dtype)
 
 
-def _normalize(levels: Float[Array, "*B H W 3"]) -> Float[Array, "*B H W 3"]:
+def _normalize(levels: Float[Array, "*B 3"]) -> Float[Array, "*B 3"]:
     """Grey levels 0..255 to (level / 255 - mean) / standard deviation of ImageNet."""
     # Subtract, then multiply: a product and a sum after it may or may not be fused by the compiler,
     # and the last bit would depend on the program around it.

@@ -185,12 +185,12 @@ def _dare(variant, trunk):
     )
 
 
-def _gsrw(variant, stage):
+def _gsrw(stage):
     walks = stage == "stage2"
     return Case(
         "gsrw",
-        variant,
-        lambda layout: torch_gsrw.TorchGSRW(layout, 2 if variant else 4, 0.95 if walks else 0.0),
+        "",
+        lambda layout: torch_gsrw.TorchGSRW(layout, alpha=0.95 if walks else 0.0),
         torch_gsrw.total_loss,
         torch_gsrw.make_adam if walks else torch_gsrw.make_sgd,
         lambda epoch: 1.0 if walks or epoch < 40 else 0.1,
@@ -225,9 +225,8 @@ def _tbn_plus(depth):
 CASES = {
     "dare": _dare("", "tiny"),
     "dare-densenet201": _dare("densenet201", "tiny_densenet"),
-    "gsrw": _gsrw("", "stage2"),
-    "gsrw-stage1": _gsrw("", "stage1"),
-    "gsrw-k2": _gsrw("k2", "stage2"),
+    "gsrw": _gsrw("stage2"),
+    "gsrw-stage1": _gsrw("stage1"),
     "hacnn": _hacnn("", torch_hacnn.make_sgd, torch_hacnn.rate, 0.1),
     "hacnn-paper": _hacnn("paper", torch_hacnn.make_adam, lambda epoch: 1.0, 0.0, False),
     "mfbn": _mfbn(),
