@@ -40,4 +40,5 @@ def walk(
         return values
     system = jnp.eye(transitions.shape[-1], dtype=transitions.dtype) - alpha * transitions
     with jax.default_matmul_precision("highest"):
-        return jnp.linalg.solve(system, (1 - alpha) * values)
+        refined: Array = jnp.linalg.solve(system, (1 - alpha) * values)
+    return refined

@@ -66,8 +66,8 @@ def test_no_gradient_through_the_steps():
 def make_heads(heads=2, size=3):
     module = PairHeads(heads, dropout=0.0)
     x = jnp.asarray(rng.standard_normal((4, size)), jnp.float32)
-    call = {"train": False, "salt": 0}
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, x, None, **call))
+    init = functools.partial(module.init, train=False, salt=0)
+    shapes = jax.eval_shape(lambda key: init(key, x, x, None), jax.random.key(0))
     flat = jax.tree_util.tree_map_with_path(
         lambda path, x: draw("/".join(p.key for p in path), x.shape).astype(np.float32), shapes
     )

@@ -103,7 +103,8 @@ def test_one_image_and_all_images(data):
 def test_sure_pairs_are_0_and_1(data):
     """No number is left that a ranking would refuse."""
     query, gallery, _ = data
-    heads = PairHeads(np.zeros((K, C, 2), np.float32), np.tile(np.float32([0, 95]), (K, 1)))
+    bias = np.tile(np.array([0, 95], np.float32), (K, 1))
+    heads = PairHeads(np.zeros((K, C, 2), np.float32), bias)
     got = GSRW(top=20, heads=heads).distances(query, gallery, dtype=np.float32)
     assert (got == 0).all()
     labels = [np.arange(n) % 3 + 1 for n in (9, 20)]
