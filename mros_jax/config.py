@@ -182,12 +182,13 @@ def shrink(config: ConfigDict) -> ConfigDict:
     """Make a system's config laptop-sized, in place: small network and images, embedded data."""
     config.dataset.name = "synthetic"
     config.dataset.preset = "demo"
-    config.num_epochs = 32
+    # A probe brings its gallery images: an epoch is that many times as long.
+    epochs = config.num_epochs = 8 if "probes" in config.batch else 32
     if config.stages:
         stages = list(config.stages.values())
         total = sum(stage.epochs for stage in stages)
         for stage in stages:
-            stage.epochs = max(32 * stage.epochs // total, 1)
+            stage.epochs = max(epochs * stage.epochs // total, 1)
         config.num_epochs = sum(stage.epochs for stage in stages)
     if config.num_steps:
         share = 300 / config.num_steps

@@ -24,11 +24,12 @@ class PairHeads(nn.Module):
     """Heads that each say of two images whether they are of one identity.
 
     A head sees the squared difference of two vectors, through batch normalization over all pairs,
-    dropout and a linear layer of two classes: another identity, the same.
+    dropout and a linear layer of two classes: another identity, the same. Every head compares by
+    every group of features.
 
     Attributes:
         heads: K, with parameters and running statistics each of its own.
-        dropout: rate; every head and pair has a mask of its own.
+        dropout: rate; every pair, group and head has a mask of its own.
     """
 
     heads: int
@@ -37,20 +38,35 @@ class PairHeads(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "R C"],
-        y: Float[Array, "M C"],
-        keys: Key[Array, "R"] | None,
+        probes: Float[Array, "P I C"],
+        gallery: Float[Array, "G I C"],
+        probe_keys: Key[Array, "P"] | None,
+        gallery_keys: Key[Array, "G"] | None,
         *,
         train: bool,
-        salt: int,
-    ) -> Float[Array, "K R M 2"]:
-        """Logits of every head of each x with each y; `salt` is another for each call."""
-        z = jnp.square(x[:, None] - y)[:, :, None]  # (R, M, 1, C)
-        z = jnp.broadcast_to(z, (*z.shape[:2], self.heads, z.shape[3]))
-        norm = BatchNorm(feature_axes=2, epsilon=_EPSILON, dtype=z.dtype, name="bn")
-        z = dropout(norm(z, train=train), self.dropout, keys, train=train, salt=salt)
-        logits = Classifiers(2, name="classifier")(z.reshape(-1, *z.shape[2:]))  # (R M, K, 2)
-        return jnp.moveaxis(logits.reshape(*z.shape[:3], 2), 2, 0)
+    ) -> tuple[Float[Array, "S P G 2"], Float[Array, "S G G 2"]]:
+        """Logits of probes, and of gallery images, with gallery images: S = I K."""
+        norm = BatchNorm(feature_axes=2, epsilon=_EPSILON, dtype=gallery.dtype, name="bn")
+        classify = Classifiers(2, name="classifier")
+
+        def compare(x: Float[Array, "R C"], y: Float[Array, "G C"]) -> Float[Array, "R G K C"]:
+            z = jnp.square(x[:, None] - y)[:, :, None]
+            z = jnp.broadcast_to(z, (*z.shape[:2], self.heads, z.shape[3]))
+            normalized: Float[Array, "R G K C"] = norm(z, train=train)
+            return normalized
+
+        # Running statistics move with each comparison, in this order.
+        compared = [
+            (compare(probes[:, i], gallery[:, i]), compare(gallery[:, i], gallery[:, i]))
+            for i in range(gallery.shape[1])
+        ]
+        logits = []
+        for kind, keys in enumerate((probe_keys, gallery_keys)):
+            z = jnp.stack([pair[kind] for pair in compared], axis=2)  # (R, G, I, K, C)
+            z = dropout(z, self.dropout, keys, train=train, salt=kind)
+            y = classify(z.reshape(-1, *z.shape[3:])).reshape(*z.shape[:2], -1, 2)
+            logits.append(jnp.moveaxis(y, 2, 0))
+        return logits[0], logits[1]
 
 
 class GSRW(nn.Module):
@@ -171,14 +187,11 @@ class GSRW(nn.Module):
             if self.axis_name is not None:
                 g, keys = lax.all_gather((g, keys), self.axis_name, tiled=True)
             rows, columns = _find_probes(len(g), self.gallery)
-        heads = PairHeads(self.groups, self.dropout, name="pairs")
+        parts = g.reshape(len(g), self.groups, -1)
         probe_keys, gallery_keys = (None if keys is None else keys[x] for x in (rows, columns))
-        p2g, g2g = [], []
-        for i, x in enumerate(jnp.split(g, self.groups, axis=1)):
-            probes, gallery = x[rows], x[columns]
-            p2g.append(heads(probes, gallery, probe_keys, train=train, salt=2 * i))
-            g2g.append(heads(gallery, gallery, gallery_keys, train=train, salt=2 * i + 1))
-        refined = refine(jnp.concatenate(p2g), jnp.concatenate(g2g), self.alpha)
+        heads = PairHeads(self.groups, self.dropout, name="pairs")
+        scores = heads(parts[rows], parts[columns], probe_keys, gallery_keys, train=train)
+        refined = refine(*scores, self.alpha)
         return {
             "p2g": Pairs(refined[0], jnp.asarray(rows), jnp.asarray(columns)),
             "g2g": Pairs(refined[1], jnp.asarray(columns), jnp.asarray(columns)),

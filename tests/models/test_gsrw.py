@@ -1,6 +1,7 @@
 """GSRW: the walk, heads and groups, what carries no gradient, bad input."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from mros_jax import console, evaluate, train
 from mros_jax.config import apply_overrides, read, shrink
 from mros_jax.data.augment import example_keys
 from mros_jax.errors import UserError
+from mros_jax.inspection.ranking import Ranking
 from mros_jax.losses import make_objective
 from mros_jax.losses.pairs import pair_cross_entropy
 from mros_jax.models.walk import make_transitions, walk
+from mros_jax.retrieval import descriptors
 from mros_jax.systems.gsrw import GSRW, PairHeads, refine
 from mros_jax.training import recipe
 from tests.parity.common import CONFIGS
@@ -64,40 +68,43 @@ def test_no_gradient_through_the_steps():
 
 
 def make_heads(heads=2, size=3):
+    """Heads with drawn variables, and four images of two groups."""
     module = PairHeads(heads, dropout=0.0)
-    x = jnp.asarray(rng.standard_normal((4, size)), jnp.float32)
-    init = functools.partial(module.init, train=False, salt=0)
-    shapes = jax.eval_shape(lambda key: init(key, x, x, None), jax.random.key(0))
-    flat = jax.tree_util.tree_map_with_path(
+    x = jnp.asarray(rng.standard_normal((4, 2, size)), jnp.float32)
+    init = functools.partial(module.init, train=False)
+    shapes = jax.eval_shape(lambda key: init(key, x, x, None, None), jax.random.key(0))
+    variables = jax.tree_util.tree_map_with_path(
         lambda path, x: draw("/".join(p.key for p in path), x.shape).astype(np.float32), shapes
     )
-    return module, flat, x
+    return module, variables, x
 
 
 def test_heads_compare_squared_differences():
     module, variables, x = make_heads()
     y = x[1:] + 1
-    found = module.apply(variables, x, y, None, train=False, salt=0)  # (K, 4, 3, 2)
+    p2g, g2g = module.apply(variables, x, y, None, None, train=False)
+    assert p2g.shape == (4, 4, 3, 2)
+    assert g2g.shape == (4, 3, 3, 2)
     norm, linear = variables["params"]["bn"], variables["params"]["classifier"]
     running = variables["batch_stats"]["bn"]
-    for j in range(2):
-        z = (x[2] - y[1]) ** 2
-        z = (z - running["mean"][j]) / np.sqrt(running["var"][j] + 1e-5)
-        z = z * norm["scale"][j] + norm["bias"][j]
-        expected = z @ linear["kernel"][j] + linear["bias"][j]
-        np.testing.assert_allclose(found[j, 2, 1], expected, rtol=1e-4, atol=1e-5)
+    for found, rows in ((p2g, x), (g2g, y)):
+        for i, j in ((0, 1), (1, 0)):
+            z = (rows[2, i] - y[1, i]) ** 2
+            z = (z - running["mean"][j]) / np.sqrt(running["var"][j] + 1e-5)
+            z = z * norm["scale"][j] + norm["bias"][j]
+            expected = z @ linear["kernel"][j] + linear["bias"][j]
+            np.testing.assert_allclose(found[2 * i + j, 2, 1], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_folded_heads_are_the_heads():
     module, variables, x = make_heads()
     network = GSRW(num_classes=3, groups=2)
-    whole = {kind: {"pairs": tree} for kind, tree in variables.items()}
-    folded = network.fold_heads(whole)
-    found = module.apply(variables, x, x, None, train=False, salt=0)
+    folded = network.fold_heads({kind: {"pairs": tree} for kind, tree in variables.items()})
+    found = module.apply(variables, x, x, None, None, train=False)[1]
     squared = (x[:, None] - x) ** 2
-    expected = jnp.einsum("xyc,kcn->kxyn", squared, folded["pair_kernel"], precision="highest")
+    expected = jnp.einsum("xyic,kcn->ikxyn", squared, folded["pair_kernel"], precision="highest")
     expected += folded["pair_bias"][:, None, None]
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, expected.reshape(found.shape), rtol=1e-4, atol=1e-5)
     assert folded["pair_kernel"].dtype == folded["pair_bias"].dtype == np.float32
 
 
@@ -136,18 +143,19 @@ def test_every_head_sees_every_group_and_each_pass_moves_its_statistics():
     np.testing.assert_allclose(moved, mean, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_has_a_mask_for_every_pair_head_and_pass():
+def test_dropout_has_a_mask_for_every_pair_group_and_head():
     module = PairHeads(2, dropout=0.8)
-    x = jnp.asarray(rng.standard_normal((6, 50)), jnp.float32)
+    _, variables, _ = make_heads(2, 50)
+    variables = jax.tree.map(jnp.asarray, variables)
+    x = jnp.asarray(rng.standard_normal((1, 1, 50)), jnp.float32).repeat(6, 0).repeat(2, 1)
+    y = x + jnp.asarray(rng.standard_normal((1, 1, 50)), jnp.float32)
     keys = example_keys(0, 3, jnp.arange(6))
-    variables = jax.tree.map(jnp.asarray, make_heads(2, 50)[1])
-    run = functools.partial(module.apply, train=True, mutable=["batch_stats"])
-    one, again, other = (run(variables, x, x, keys, salt=salt)[0] for salt in (0, 0, 1))
-    np.testing.assert_array_equal(one, again)
-    assert np.all(one != other)
-    same = run(variables, x[:1].repeat(6, 0), x, keys[:1].repeat(6), salt=0)[0]
-    np.testing.assert_array_equal(same[:, 0], same[:, 5])  # rows of one key have one mask
-    assert len(np.unique(np.asarray(one))) == one.size
+    run = jax.jit(functools.partial(module.apply, train=True, mutable=["batch_stats"]))
+    p2g, g2g = run(variables, x, y, keys, keys)[0]
+    assert len(np.unique(p2g)) == p2g.size  # all of the pairs are alike but for the masks
+    again = run(variables, x, y, keys[np.zeros(6, int)], keys)[0]
+    np.testing.assert_array_equal(again[0][:, 0], again[0][:, 5])  # a row has a key
+    np.testing.assert_array_equal(again[1], g2g)
 
 
 def test_loss_is_the_mean_over_all_pairs_of_both_kinds():
@@ -224,3 +232,34 @@ def test_a_network_without_heads_has_no_such_reranking():
     config.eval.rerank = ("gsrw",)
     with pytest.raises(UserError, match=r"gsrw, which needs heads .* network trinet has none"):
         recipe.check_config(config)
+
+
+@pytest.mark.slow
+def test_a_run_is_reranked_by_its_own_heads(tmp_path, capsys):
+    """In training, by the command and in the report: the same scores."""
+    config = shrink(read(CONFIGS / "gsrw.py").unlock()).lock()
+    changes = {
+        "dataset.preset": "small",
+        "dataset.cache_dir": tmp_path / "cache",
+        "num_epochs": 2,
+        "stages.stage1.epochs": 1,
+        "stages.stage2.epochs": 1,
+        "batch.probes": 8,
+        "input.width": 32,
+        "eval.rerank_options.gsrw.top": 10,
+    }
+    apply_overrides(config, [f"--config.{name}={value}" for name, value in changes.items()])
+    found = train.train(config, tmp_path / "run")["results"]
+    assert [entry["name"] for entry in found] == ["plain", "gsrw"]
+    words = ["--run", str(tmp_path / "run"), "--rerank=gsrw", "--json", "--no_progress"]
+    assert console.run(evaluate.main, [*words, '--rerank_options={"gsrw": {"top": 10}}']) == 0
+    again = json.loads(capsys.readouterr().out)["results"]
+    assert [entry["mAP"] for entry in again] == [entry["mAP"] for entry in found]
+    features = descriptors.load_features(tmp_path / "run" / "features.npz")
+    ranking = Ranking(features, found[1])
+    distances = ranking.rows(np.arange(4))
+    kept = features["gallery_pids"] != -1
+    assert (distances[:, kept] <= 1).sum(1).min() == 10
+    alone = ranking.compare(features["query_features"][2])
+    np.testing.assert_allclose(alone, distances[2], rtol=1e-4, atol=1e-6)
+    assert "gsrw" in (tmp_path / "run" / "report.html").read_text()
