@@ -29,7 +29,7 @@ def make_transitions(same: Float[Array, "*S G G"]) -> Float[Array, "*S G G"]:
 def walk(
     values: Float[Array, "*S G V"], transitions: Float[Array, "*S G G"], alpha: float
 ) -> Float[Array, "*S G V"]:
-    """The limit of y <- a W y + (1 - a) values, which is (1 - a) (I - a W)^-1 values: one solve.
+    """The limit of y <- a W y + (1 - a) values, which is (1 - a) (I - a W)^-1 values.
 
     Args:
         values: V numbers of each image.
@@ -38,7 +38,24 @@ def walk(
     """
     if alpha == 0:
         return values
-    system = jnp.eye(transitions.shape[-1], dtype=transitions.dtype) - alpha * transitions
-    with jax.default_matmul_precision("highest"):
-        refined: Array = jnp.linalg.solve(system, (1 - alpha) * values)
-    return refined
+    return jnp.matmul(_invert(transitions, alpha), values, precision="highest")
+
+
+def _invert(transitions: Float[Array, "*S G G"], alpha: float) -> Float[Array, "*S G G"]:
+    """(1 - a) (I - a W)^-1, by Gauss-Jordan elimination.
+
+    Each row's diagonal outweighs the rest of it, so that no rows need to be exchanged. It is not
+    `jnp.linalg.solve`, as LAPACK on a CPU with several devices may wait for itself forever: each of
+    them holds a thread of the pool while it waits for another thread to solve a part.
+    """
+    num = transitions.shape[-1]
+    identity = jnp.broadcast_to(jnp.eye(num, dtype=transitions.dtype), transitions.shape)
+    joined = jnp.concatenate([identity - alpha * transitions, (1 - alpha) * identity], axis=-1)
+
+    def eliminate(k: Array, joined: Float[Array, "*S G G2"]) -> Float[Array, "*S G G2"]:
+        pivot = joined[..., k, :] / joined[..., k, k, None]
+        column = joined[..., k] - jax.nn.one_hot(k, num, dtype=joined.dtype)
+        return joined - column[..., None] * pivot[..., None, :]
+
+    result: Array = lax.fori_loop(0, num, eliminate, joined)
+    return result[..., num:]

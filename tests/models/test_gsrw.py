@@ -249,7 +249,9 @@ def test_a_run_is_reranked_by_its_own_heads(tmp_path, capsys):
         "eval.rerank_options.gsrw.top": 10,
     }
     apply_overrides(config, [f"--config.{name}={value}" for name, value in changes.items()])
-    found = train.train(config, tmp_path / "run")["results"]
+    results = train.train(config, tmp_path / "run")
+    assert results is not None
+    found = results["results"]
     assert [entry["name"] for entry in found] == ["plain", "gsrw"]
     words = ["--run", str(tmp_path / "run"), "--rerank=gsrw", "--json", "--no_progress"]
     assert console.run(evaluate.main, [*words, '--rerank_options={"gsrw": {"top": 10}}']) == 0
