@@ -494,6 +494,22 @@ def test_both_dropouts_of_the_authors_part_pooling():
         check_training(pair.to_float64(), 1e-9, 1e-9, torch.float64, keys, masks)
 
 
+def test_dropout_in_the_heads_of_gsrw():
+    """Each pair has its row's key, and masks of its own for all groups and heads."""
+    pair = make_pair(CASES["gsrw"]._replace(changes={}))
+    keys = example_keys(3, 5, jnp.arange(len(LABELS)))
+    is_probe = np.arange(len(LABELS)) % 4 == 0
+    heads, features = pair.variables["params"]["pairs"]["bn"]["scale"].shape
+    size = (np.count_nonzero(~is_probe), heads, heads, features)  # gallery, groups, heads
+    masks = {}
+    for kind, own in enumerate((keys[is_probe], keys[~is_probe])):
+        mask = np.array(dropout(jnp.ones((len(own), *size)), 0.8, own, train=True, salt=kind))
+        assert abs(mask.mean() - 1) < 0.05
+        masks |= {(i, kind): torch.from_numpy(mask[:, :, i]).double() for i in range(4)}
+    with jax.enable_x64(True):
+        check_training(pair.to_float64(), 1e-9, 1e-9, torch.float64, keys, (masks,))
+
+
 def test_tree_of_three_levels():
     """As the config has it; the halves of a half."""
     with jax.enable_x64(True):
