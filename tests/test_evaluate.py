@@ -519,12 +519,13 @@ def test_learned_reranking_of_a_run(run, tmp_path, capsys):
     status, again, _ = call("--features", str(run.path / "features.npz"), *words, capsys=capsys)
     assert status == 0
     assert json.loads(again)["results"][1]["mAP"] == walked["mAP"]
-    for words, message in (
+    cases: list[tuple[tuple[str, ...], str]] = [
         (("--run", str(run.path), "--rerank=gsrw"), "top is 75, but there are only 40 gallery"),
         (("--features", str(GOLDEN), "--rerank=gsrw"), "came without (pair_kernel, pair_bias)"),
         (("--features", str(GOLDEN), "--rerank=gsrw", "--neighbors=faiss"), "needs --rerank=ecn"),
-    ):
-        status, _, err = call(*words, capsys=capsys)
+    ]
+    for wrong, message in cases:
+        status, _, err = call(*wrong, capsys=capsys)
         assert status == 2
         assert message in err
 

@@ -501,7 +501,7 @@ def test_dropout_in_the_heads_of_gsrw():
     is_probe = np.arange(len(LABELS)) % 4 == 0
     heads, features = pair.variables["params"]["pairs"]["bn"]["scale"].shape
     size = (np.count_nonzero(~is_probe), heads, heads, features)  # gallery, groups, heads
-    masks = {}
+    masks: dict[tuple[int, int], torch.Tensor] = {}
     for kind, own in enumerate((keys[is_probe], keys[~is_probe])):
         mask = np.array(dropout(jnp.ones((len(own), *size)), 0.8, own, train=True, salt=kind))
         assert abs(mask.mean() - 1) < 0.05

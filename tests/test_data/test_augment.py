@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,7 +258,7 @@ def test_one_color_fills_what_is_erased():
     """Three grey levels of 0..255 for each image, normalized; others in each."""
     images = np.random.default_rng(0).integers(0, 256, (64, 16, 8, 3), dtype=np.uint8)
     keys = example_keys(1, 2, np.arange(64))
-    options = {"height": 16, "width": 8, "pad": 0, "erase": 1.0, "erase_area": (0.2, 0.2)}
+    options: Any = {"height": 16, "width": 8, "pad": 0, "erase": 1.0, "erase_area": (0.2, 0.2)}
     make = lambda fill: jax.jit(  # noqa: E731
         lambda x, k: augment_batch(x, k, erase_fill=fill, **options)
     )(images, keys)
@@ -267,13 +269,13 @@ def test_one_color_fills_what_is_erased():
         (color,) = np.unique(ours[erased], axis=0)
         np.testing.assert_array_equal(ours[~erased], other[~erased])
         levels.append(255 * (color * STD + MEAN))
-    levels = np.array(levels)
-    np.testing.assert_allclose(levels, levels.round(), atol=1e-3)
-    assert levels.round().min() >= 0
-    assert levels.round().max() <= 255
-    assert abs(levels.mean() - 127.5) < 20
-    assert levels.std() > 60
-    assert np.abs(np.corrcoef(levels, rowvar=False) - np.eye(3)).max() < 0.5
+    drawn = np.array(levels)
+    np.testing.assert_allclose(drawn, drawn.round(), atol=1e-3)
+    assert drawn.round().min() >= 0
+    assert drawn.round().max() <= 255
+    assert abs(drawn.mean() - 127.5) < 20
+    assert drawn.std() > 60
+    assert np.abs(np.corrcoef(drawn, rowvar=False) - np.eye(3)).max() < 0.5
 
 
 def test_the_corner_that_public_code_erases_at():
