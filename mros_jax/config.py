@@ -82,7 +82,9 @@ def base(dataset: str = "market1501") -> ConfigDict:
     config.augment.erase = 0.5  # probability
     config.augment.erase_area = (0.02, 0.4)  # share of the image
     config.augment.erase_aspect = (0.3, 1 / 0.3)
-    config.augment.erase_fill = "mean"  # or "public": as the public lineage fills; or "noise"
+    # "mean"; "public", as the public lineage fills; "noise"; or "color", one for each image
+    config.augment.erase_fill = "mean"
+    config.augment.erase_place = "uniform"  # or "corner", see `mros_jax.data.augment.draw_params`
 
     config.network = ConfigDict()  # name: a key of `mros_jax.systems.NETWORKS`; and its fields
     # ImageNet weights: a file; "none": a random start; "auto": what mros_jax.fetch_weights has
@@ -142,6 +144,7 @@ def base(dataset: str = "market1501") -> ConfigDict:
             "ecn": {"k": 25, "t": 3, "q": 8, "method": "rankdist"},
             "k_reciprocal": {"k1": 20, "k2": 6, "lambda_value": 0.3},
             "aqe": {},
+            "gsrw": {"top": 75, "alpha": 0.95},
         }
     )
 
@@ -183,12 +186,13 @@ def shrink(config: ConfigDict) -> ConfigDict:
     """Make a system's config laptop-sized, in place: small network and images, embedded data."""
     config.dataset.name = "synthetic"
     config.dataset.preset = "demo"
-    config.num_epochs = 32
+    # A probe brings its gallery images: an epoch is that many times as long.
+    epochs = config.num_epochs = 8 if "probes" in config.batch else 32
     if config.stages:
         stages = list(config.stages.values())
         total = sum(stage.epochs for stage in stages)
         for stage in stages:
-            stage.epochs = max(32 * stage.epochs // total, 1)
+            stage.epochs = max(epochs * stage.epochs // total, 1)
         config.num_epochs = sum(stage.epochs for stage in stages)
     if config.num_steps:
         share = 300 / config.num_steps
@@ -200,6 +204,8 @@ def shrink(config: ConfigDict) -> ConfigDict:
                 group.b1_changes = tuple((int(step * share), b1) for step, b1 in group.b1_changes)
     if "identities" in config.batch:
         config.batch.identities = min(config.batch.identities, 16)
+    if "probes" in config.batch:
+        config.batch.probes = min(config.batch.probes, 16)
     config.input.height = 96
     config.input.width = 48
     config.augment.pad = min(config.augment.pad, 4)
@@ -355,10 +361,13 @@ def make_network(config: ConfigDict, num_classes: int) -> Network:
     check_choice("batch_norm", config.batch_norm, BATCH_NORMS)
     # A config read from JSON has lists for tuples, and Flax needs fields that can be hashed.
     fields = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+    # Of networks that compare images of a batch, which is that of all devices.
+    shared = {"axis_name": parallel.AXIS} if "axis_name" in known else {}
     return NETWORKS[name](
         num_classes=num_classes,
         dtype=DTYPES[config.dtype],
         bn_axis_name=BATCH_NORMS[config.batch_norm],
+        **shared,
         **fields,
     )
 

@@ -137,6 +137,7 @@ def load_run_features(
         configs.load_images(config, data.gallery, progress=progress),
         **made_with,
         count_multiply_adds=model.count_multiply_adds,
+        heads=model.fold_heads(),
     )
     if parallel.is_main_process():
         try:
@@ -241,7 +242,7 @@ def _parse_rerank(names: str, options: str, neighbors: str) -> tuple[rerank.Rera
         if name not in wanted:
             raise UserError(f"--rerank_options has parameters of {name}; add it to --rerank")
     if neighbors != "exact":
-        searching = [name for name in wanted if name != "aqe"]
+        searching = [name for name in wanted if name in ("ecn", "k_reciprocal")]
         if not searching:
             raise UserError(f"--neighbors={neighbors} needs --rerank=ecn or k_reciprocal")
         values |= {name: {"neighbors": neighbors} | values.get(name, {}) for name in searching}

@@ -188,7 +188,8 @@ def _make_parser() -> argparse.ArgumentParser:
     search = add_command("search", "Find the images nearest to others.", "the queries")
     search.add_argument("--top", type=console.count, default=10, help="how many of the nearest")
     search.add_argument("--effort", type=console.count, help=f"{effort} (default: as the index)")
-    search.add_argument("--rerank", choices=list(METHODS), help="re-rank the nearest of each query")
+    unlearned = [name for name, method in METHODS.items() if not method.learned]
+    search.add_argument("--rerank", choices=unlearned, help="re-rank the nearest of each query")
     search.add_argument(
         "--shortlist", type=console.count, default=200, help="how many --rerank ranks, at least top"
     )

@@ -194,6 +194,14 @@ class Embedder:
         """
         return count_multiply_adds(self.network, *self._input_size)
 
+    def fold_heads(self) -> dict[str, np.ndarray]:
+        """What a re-ranking compares pairs of descriptors with, of a network that has it; else {}.
+
+        The arrays are those that `mros_jax.retrieval.descriptors` describes.
+        """
+        fold = getattr(self.network, "fold_heads", None)
+        return {} if fold is None else fold(self.variables)
+
     def outputs(self, images: np.ndarray | Sequence[Image]) -> Outputs:
         """All named outputs of the network for a few images, given as to `embed`."""
         outputs: Outputs = self._apply(self.variables, self._load(images))

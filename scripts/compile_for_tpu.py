@@ -34,7 +34,16 @@ from mros_jax.data import augment
 from mros_jax.data.batches import make_sampler
 from mros_jax.data.datasets import records
 from mros_jax.errors import UserError
-from mros_jax.retrieval import blocks, distances, gathers, jitted, metrics, neighbors, rerank
+from mros_jax.retrieval import (
+    blocks,
+    distances,
+    gathers,
+    jitted,
+    metrics,
+    neighbors,
+    rerank,
+    rescore,
+)
 from mros_jax.training import optimizers, recipe
 from scripts import common
 from scripts.hlo import Move, Program
@@ -273,6 +282,17 @@ def make_searches(
         lambda query, near: rerank.expand_queries(query, near, float(aqe.alpha)),
         [shape(rows, features), shape(rows, aqe.k, features)],
     )
+    if hasattr(network, "fold_heads"):
+        gsrw = rerank.GSRW(**config.eval.rerank_options.gsrw.to_dict())
+        groups = config.network.groups
+        nearest = shape(rows, gsrw.top, dtype=jnp.int32)
+        heads = shape(groups, features // groups, 2), shape(groups, 2)
+        yield job(
+            f"walks, top = {gsrw.top}",
+            rescore.make_rescore(gsrw.alpha),
+            [shape(rows, features), nearest],
+            [shape(gallery, features), *heads],
+        )
 
 
 def lower_evaluation(

@@ -76,6 +76,7 @@ class FakeModel:
         self.checkpoint_id = checkpoint_id
         self.calls = []
         self.exits = {}  # name -> multiply-adds; sees as many numbers of each image
+        self.heads = {}
 
     def embed_all(self, images, *, batch_size, flip_test, crops, progress, together):
         self.calls.append((len(images), batch_size, flip_test))
@@ -85,6 +86,9 @@ class FakeModel:
 
     def count_multiply_adds(self):
         return {**self.exits, "descriptor": 10**6}
+
+    def fold_heads(self):
+        return self.heads
 
 
 CONFIG = {
@@ -495,6 +499,35 @@ def test_one_array_is_no_features_file(tmp_path, capsys):
     status, _, err = call("--features", str(tmp_path / "one.npy"), capsys=capsys)
     assert status == 2
     assert "is one array; expected an .npz file" in err
+
+
+def test_learned_reranking_of_a_run(run, tmp_path, capsys):
+    """Heads come from the checkpoint and stay with the descriptors; elsewhere there are none."""
+    rng = np.random.default_rng(0)
+    run.model.heads = {
+        "pair_kernel": rng.standard_normal((4, 24, 2)).astype(np.float32),
+        "pair_bias": np.zeros((4, 2), np.float32),
+    }
+    words = ("--rerank=gsrw", "--json", '--rerank_options={"gsrw": {"top": 20}}')
+    status, out, _ = call("--run", str(run.path), *words, capsys=capsys)
+    assert status == 0
+    plain, walked = json.loads(out)["results"]
+    assert walked["rerank"] == "gsrw"
+    assert walked["protocol"]["rerank_options"] == {"top": 20, "alpha": 0.95}
+    assert (walked["protocol"]["metric"], walked["protocol"]["normalize"]) == ("euclidean", False)
+    assert walked["mAP"] != plain["mAP"]
+    status, again, _ = call("--features", str(run.path / "features.npz"), *words, capsys=capsys)
+    assert status == 0
+    assert json.loads(again)["results"][1]["mAP"] == walked["mAP"]
+    cases: list[tuple[tuple[str, ...], str]] = [
+        (("--run", str(run.path), "--rerank=gsrw"), "top is 75, but there are only 40 gallery"),
+        (("--features", str(GOLDEN), "--rerank=gsrw"), "came without (pair_kernel, pair_bias)"),
+        (("--features", str(GOLDEN), "--rerank=gsrw", "--neighbors=faiss"), "needs --rerank=ecn"),
+    ]
+    for wrong, message in cases:
+        status, _, err = call(*wrong, capsys=capsys)
+        assert status == 2
+        assert message in err
 
 
 def test_reranking_a_tiny_gallery_names_the_numbers(tmp_path, capsys):

@@ -201,6 +201,8 @@ def test_ecn_on_a_shortlist_is_that_of_the_set(path):
     )
     with pytest.raises(UserError, match="top is 31, but there are only 30 images in the shortlist"):
         made.search(queries, 31, rerank=method, shortlist=30)
+    with pytest.raises(UserError, match="unit length, and gsrw compares them as they are"):
+        made.search(queries, 5, rerank="gsrw")
 
 
 def test_metadata(path):

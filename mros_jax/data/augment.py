@@ -20,8 +20,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CHANNELS = ("rgb", "bgr")  # orders in which a network may take them
 
-ERASE_FILLS = ("mean", "public", "noise")
-_NOISE = 2  # folded into an example's key for the noise that fills what is erased
+ERASE_FILLS = ("mean", "public", "noise", "color")
+ERASE_PLACES = ("uniform", "corner")
+# Folded into an example's key for the noise, or the color, that fills what is erased.
+_NOISE, _COLOR = 2, 3
 _ATTEMPTS = 100  # of random erasing to find a rectangle that fits, as the public code has it
 
 
@@ -64,6 +66,7 @@ def draw_params(
     erase: float = 0.5,
     erase_area: tuple[float, float] = (0.02, 0.4),
     erase_aspect: tuple[float, float] = (0.3, 1 / 0.3),
+    erase_place: str = "uniform",
 ) -> AugmentParams:
     """Draw what happens to one example.
 
@@ -85,13 +88,18 @@ def draw_params(
         erase: probability of erasing.
         erase_area: smallest and largest share of the image.
         erase_aspect: smallest and largest height / width.
+        erase_place: "uniform", or "corner": as the public code of GSRW, whose rectangle of h x w
+            pixels has its upper left corner h pixels down and w to the right in the image before it
+            is mirrored, and is cut at the edges.
 
     Raises:
-        UserError: a probability outside 0..1, a negative pad, an empty range, or images that are
-            resized to less than the crop.
+        UserError: a probability outside 0..1, a negative pad, an empty range, images that are
+            resized to less than the crop, or another place.
     """
     tall, wide = resized_size(resize, height, width, "augmentation: resize")
     _check(flip, pad, erase, erase_area, erase_aspect)
+    if erase_place not in ERASE_PLACES:
+        raise UserError(f"erase_place is {erase_place!r}; expected {' or '.join(ERASE_PLACES)}")
     # One call for all numbers: multiples of 2^-23 below 1, so that floor(u n) is 0..n-1, each as
     # probable as the others to n 2^-23.
     u = jax.random.uniform(key, (6 + 2 * _ATTEMPTS,))
@@ -104,8 +112,12 @@ def draw_params(
     sides = jnp.where(fits[first] & (u[1] < erase), jnp.stack([heights, widths])[:, first], 0)
     room = jnp.array([height, width]) - sides
     corner = jnp.floor(u[4:6] * (room + 1)).astype(jnp.int32)
+    mirrored = u[0] < flip
+    if erase_place == "corner":
+        left = jnp.where(mirrored, width - 2 * sides[1], sides[1])
+        corner = jnp.stack([sides[0], left])
     return AugmentParams(
-        flip=u[0] < flip,
+        flip=mirrored,
         offset=jnp.floor(
             u[2:4] * np.array([tall - height + 2 * pad + 1, wide - width + 2 * pad + 1], np.float32)
         ).astype(jnp.int32),
@@ -189,7 +201,8 @@ def apply_params(
     computes just those. Padding is black before normalising. The erased rectangle becomes the mean
     colour, 0 after normalising (`erase_fill="mean"`); or the numbers 0.485, 0.456, 0.406 after
     normalising (`"public"`, what the usual public code does); or noise of N(0, 1) for each number
-    after normalising (`"noise"`).
+    after normalising (`"noise"`); or one colour, whose three grey levels are uniform in 0..255
+    (`"color"`).
 
     Args:
         image: RGB grey levels.
@@ -199,16 +212,16 @@ def apply_params(
         resize: as given to `draw_params`.
         interpolation: of the resize, "bilinear" or "bicubic".
         pad: as given to `draw_params`.
-        erase_fill: "mean", "public" or "noise".
+        erase_fill: "mean", "public", "noise" or "color".
         mean: as for `preprocess`.
         std: as for `preprocess`.
         channels: as for `preprocess`.
-        key: the example's, which "noise" needs.
+        key: the example's, which "noise" and "color" need.
         dtype: of the result; the arithmetic is float32.
 
     Raises:
         UserError: unknown `erase_fill` or `interpolation`.
-        ValueError: no key for the noise.
+        ValueError: no key for the noise or the colour.
     """
     _check_fill(erase_fill)
     tall, wide = resized_size(resize, height, width, "augmentation: resize")
@@ -232,17 +245,21 @@ def apply_params(
     y, x = jnp.arange(height)[:, None], jnp.arange(width)
     erased = (y >= top) & (y < top + box_height) & (x >= left) & (x < left + box_width)
     fill = jnp.array(IMAGENET_MEAN if erase_fill == "public" else (0.0, 0.0, 0.0), jnp.float32)
-    if erase_fill == "noise":
+    if erase_fill in ("noise", "color"):
         if key is None:
-            raise ValueError("erase_fill 'noise' needs the example's key; got None")
-        own = jax.random.fold_in(key, _NOISE)
-        fill = jax.random.normal(own, normalized.shape, jnp.float32)
+            raise ValueError(f"erase_fill {erase_fill!r} needs the example's key; got None")
+        if erase_fill == "noise":
+            own = jax.random.fold_in(key, _NOISE)
+            fill = jax.random.normal(own, normalized.shape, jnp.float32)
+        else:
+            color = jax.random.randint(jax.random.fold_in(key, _COLOR), (3,), 0, 256)
+            fill = _normalize(color.astype(jnp.float32), mean, std, channels)
     return jnp.where(erased[..., None], fill, normalized).astype(dtype)
 
 
 def _normalize(
-    levels: Float[Array, "*B H W 3"], mean: Sequence[float], std: Sequence[float], channels: str
-) -> Float[Array, "*B H W 3"]:
+    levels: Float[Array, "*B 3"], mean: Sequence[float], std: Sequence[float], channels: str
+) -> Float[Array, "*B 3"]:
     """Grey levels 0..255 to (level / 255 - mean) / standard deviation."""
     # Subtract, then multiply: a product and a sum after it may or may not be fused by the compiler,
     # and the last bit would depend on the program around it.
@@ -291,6 +308,7 @@ def augment_batch(
     erase_area: tuple[float, float] = (0.02, 0.4),
     erase_aspect: tuple[float, float] = (0.3, 1 / 0.3),
     erase_fill: str = "mean",
+    erase_place: str = "uniform",
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "B height width 3"]:
     """Augments a batch for training; call it inside the jitted step.
@@ -313,7 +331,9 @@ def augment_batch(
         erase: probability of erasing.
         erase_area: smallest and largest share of the image.
         erase_aspect: smallest and largest height / width.
-        erase_fill: "mean" (0 after normalising), "public" (0.485, 0.456, 0.406) or "noise".
+        erase_fill: "mean" (0 after normalising), "public" (0.485, 0.456, 0.406), "noise" or
+            "color".
+        erase_place: "uniform" or "corner".
         dtype: of the result.
 
     Returns:
@@ -335,6 +355,7 @@ def augment_batch(
             erase=erase,
             erase_area=erase_area,
             erase_aspect=erase_aspect,
+            erase_place=erase_place,
         )
         return apply_params(
             image,

@@ -9,8 +9,10 @@ from jaxtyping import Int, Int32, Integer
 
 from mros_jax.errors import UserError
 
+Labels = Integer[np.ndarray, "N"]
+
 # So that two kinds of plan never share a stream of numbers.
-_IDENTITIES, _SHUFFLED, _ONCE = range(3)
+_IDENTITIES, _SHUFFLED, _ONCE, _PROBES = range(4)
 
 
 def steps_per_epoch(num_images: int, batch: int) -> int:
@@ -257,6 +259,60 @@ def plan_shuffled(
     return np.ascontiguousarray(plan[:, columns], dtype=np.int32)
 
 
+def plan_probes(
+    labels: Integer[np.ndarray, "N"],
+    camids: Integer[np.ndarray, "N"],
+    *,
+    probes: int,
+    gallery: int,
+    seed: int,
+    epoch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Int32[np.ndarray, "steps local_batch"]:
+    """Plan batches of probes, each with gallery images of its identity (Shen et al., CVPR 2018).
+
+    Every image is a probe once an epoch, in random order; those of the last incomplete batch are
+    left out, others in each epoch. A probe's gallery images are drawn from those of other cameras,
+    where there are none from the identity's other images, and where it is alone it is its own.
+    None of them comes twice if there are more than `gallery` to draw from (one more than it takes,
+    as in the authors' code). Probes of a batch may share identities.
+
+    Args:
+        labels: (N,) identity of every training image; any integers, junk excluded by the caller.
+        camids: (N,) camera of every training image.
+        probes: in the global batch.
+        gallery: images that follow each probe.
+        seed: the run's seed, not negative.
+        epoch: the epoch, counted from 0. The plan depends on seed and epoch alone.
+        process_index: which process of a multi-host run this is.
+        process_count: how many processes share the batch; each takes consecutive columns.
+
+    Returns:
+        (N // probes, probes (1 + gallery) / process_count) int32 indices into `labels`.
+
+    Raises:
+        UserError: fewer images than probes, or a batch that does not divide.
+    """
+    size = 1 + gallery
+    columns = process_slice(probes * size, process_index, process_count)
+    steps = steps_per_epoch(len(labels), probes)
+    rng = np.random.default_rng([seed, epoch, _PROBES])
+    order = rng.permutation(len(labels))[: steps * probes]
+    by_label = np.argsort(labels, kind="stable")
+    ordered = labels[by_label]
+    first, last = (np.searchsorted(ordered, labels[order], side) for side in ("left", "right"))
+    plan = np.empty((len(order), size), np.int32)
+    for row, probe, begin, end in zip(plan, order, first, last, strict=True):
+        own = by_label[begin:end]
+        others = own[camids[own] != camids[probe]]
+        if not len(others):
+            others = own[own != probe] if len(own) > 1 else own
+        row[0] = probe
+        row[1:] = rng.choice(others, gallery, replace=len(others) <= gallery)
+    return np.ascontiguousarray(plan.reshape(steps, probes * size)[:, columns])
+
+
 @dataclasses.dataclass(frozen=True)
 class Identities:
     """P x K batches (`plan_epoch`): `identities` people, `images` of each."""
@@ -269,11 +325,13 @@ class Identities:
         """Images in the global batch."""
         return self.identities * self.images
 
-    def steps(self, labels: Integer[np.ndarray, "N"]) -> int:
+    def steps(self, labels: Labels) -> int:
         """Steps of every epoch."""
         return steps_per_epoch(len(labels), self.size)
 
-    def plan(self, labels: Integer[np.ndarray, "N"], **place: int) -> Int32[np.ndarray, "steps b"]:
+    def plan(
+        self, labels: Labels, camids: Labels | None = None, **place: int
+    ) -> Int32[np.ndarray, "steps b"]:
         """Indices of an epoch; `place` are the keyword arguments from `seed` on of `plan_epoch`."""
         return plan_epoch(labels, identities=self.identities, images=self.images, **place)
 
@@ -282,11 +340,13 @@ class Identities:
 class IdentitiesOnce(Identities):
     """P x K batches with each identity once an epoch (`plan_once`)."""
 
-    def steps(self, labels: Integer[np.ndarray, "N"]) -> int:
+    def steps(self, labels: Labels) -> int:
         """Steps of every epoch."""
         return len(np.unique(labels)) // self.identities
 
-    def plan(self, labels: Integer[np.ndarray, "N"], **place: int) -> Int32[np.ndarray, "steps b"]:
+    def plan(
+        self, labels: Labels, camids: Labels | None = None, **place: int
+    ) -> Int32[np.ndarray, "steps b"]:
         """Indices of an epoch; `place` are the keyword arguments from `seed` on of `plan_once`."""
         return plan_once(labels, identities=self.identities, images=self.images, **place)
 
@@ -297,21 +357,51 @@ class Shuffled:
 
     size: int
 
-    def steps(self, labels: Integer[np.ndarray, "N"]) -> int:
+    def steps(self, labels: Labels) -> int:
         """Steps of every epoch."""
         return steps_per_epoch(len(labels), self.size)
 
-    def plan(self, labels: Integer[np.ndarray, "N"], **place: int) -> Int32[np.ndarray, "steps b"]:
+    def plan(
+        self, labels: Labels, camids: Labels | None = None, **place: int
+    ) -> Int32[np.ndarray, "steps b"]:
         """Indices of an epoch; `place` are the keyword arguments from `seed` on of `plan_epoch`."""
         return plan_shuffled(len(labels), batch=self.size, **place)
 
 
-Sampler = Identities | Shuffled
+@dataclasses.dataclass(frozen=True)
+class ProbesAndGallery:
+    """Batches of `probes` images, each followed by `gallery` others of its identity."""
+
+    probes: int
+    gallery: int
+
+    @property
+    def size(self) -> int:
+        """Images in the global batch."""
+        return self.probes * (1 + self.gallery)
+
+    def steps(self, labels: Labels) -> int:
+        """Steps of every epoch."""
+        return steps_per_epoch(len(labels), self.probes)
+
+    def plan(
+        self, labels: Labels, camids: Labels | None = None, **place: int
+    ) -> Int32[np.ndarray, "steps b"]:
+        """Indices of an epoch; `place` are the keyword arguments from `seed` on of `plan_probes`.
+
+        Without `camids` all images are of one camera.
+        """
+        camids = np.zeros_like(labels) if camids is None else camids
+        return plan_probes(labels, camids, probes=self.probes, gallery=self.gallery, **place)
+
+
+Sampler = Identities | Shuffled | ProbesAndGallery
 # What `config.batch.sampler` may say. The rest of the section are the fields.
 SAMPLERS: dict[str, type[Sampler]] = {
     "identities": Identities,
     "identities_once": IdentitiesOnce,
     "shuffled": Shuffled,
+    "probes_and_gallery": ProbesAndGallery,
 }
 
 

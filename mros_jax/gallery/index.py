@@ -371,6 +371,11 @@ class Index:
         if rerank is None:
             return Found(np.maximum(1 - near.similarity, 0), near.rows, self._now)
         method = reranks.parse([rerank])[0] if isinstance(rerank, str) else rerank
+        if method.learned:
+            raise UserError(
+                f"an index keeps descriptors of unit length, and {method.name} compares them as "
+                "they are; evaluate a run with it"
+            )
         distances = np.empty(near.rows.shape)
         for i, rows in enumerate(near.rows):
             if len(rows):

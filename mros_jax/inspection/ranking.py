@@ -128,7 +128,8 @@ class Ranking:
         else:
             options = dict(protocol["rerank_options"] or {})
             options.pop("neighbors", None)
-            (self._method,) = rerank.parse([result["rerank"]], {result["rerank"]: options})
+            (method,) = rerank.parse([result["rerank"]], {result["rerank"]: options})
+            self._method = method.bind(features)
             self._write = self._method.prepare(features["query_features"], self._gallery)
 
     def rows(self, queries: np.ndarray) -> Float[np.ndarray, "B G"]:
@@ -156,7 +157,9 @@ class Ranking:
             metric, normalize = self._protocol["metric"], self._protocol["normalize"]
             block = compute_distances(query, self._gallery, metric=metric, normalize=normalize)
             return block.ravel()
-        plain = compute_distances(query, self._gallery)[0]
+        raw = self._method.learned
+        metric = "euclidean" if raw else "cosine"
+        plain = compute_distances(query, self._gallery, metric=metric, normalize=not raw)[0]
         near = np.argsort(plain, kind="stable")[:SHORTLIST]
         block = self._method.distances(query, self._gallery[near], dtype=np.float32)
         return self._spread(block, self._columns[near]).ravel()

@@ -9,6 +9,7 @@ from mros_jax.losses.center import center_loss
 from mros_jax.losses.classification import smoothed_cross_entropy
 from mros_jax.losses.mutual import mutual_divergence
 from mros_jax.losses.objective import Objective, make_objective
+from mros_jax.losses.pairs import pair_cross_entropy
 from mros_jax.losses.reduce import check_labels
 from mros_jax.losses.triplet import batch_hard_triplet
 
@@ -19,5 +20,6 @@ __all__ = [
     "check_labels",
     "make_objective",
     "mutual_divergence",
+    "pair_cross_entropy",
     "smoothed_cross_entropy",
 ]

@@ -22,6 +22,7 @@ from mros_jax.errors import UserError
 from mros_jax.losses.center import center_loss
 from mros_jax.losses.classification import smoothed_cross_entropy
 from mros_jax.losses.mutual import mutual_divergence
+from mros_jax.losses.pairs import pair_cross_entropy
 from mros_jax.losses.reduce import Reduction, Scalar, check_reduction, check_share
 from mros_jax.losses.triplet import batch_hard_triplet
 from mros_jax.models.outputs import Outputs
@@ -227,11 +228,35 @@ class Mutual(Base):
         return mutual_divergence(logits, axis_name=axis_name)
 
 
+@dataclasses.dataclass(frozen=True)
+class PairCrossEntropy(Base):
+    """Cross-entropy of two classes, the mean over all pairs of the named outputs."""
+
+    def __call__(
+        self,
+        params: Params,
+        outputs: Outputs,
+        labels: Int[Array, "B"],
+        *,
+        axis_name: str | None = None,
+    ) -> Scalar:
+        """Compute the unweighted loss."""
+        if axis_name is not None:
+            labels = lax.all_gather(labels, axis_name, tiled=True)
+        total, count = jnp.zeros(()), 0
+        for pairs in map(outputs.compared, self.on):
+            same = labels[pairs.rows][:, None] == labels[pairs.columns]
+            total += pair_cross_entropy(pairs.logits, same) * pairs.logits.size
+            count += pairs.logits.size
+        return total / count
+
+
 # What `config.objective.NAME.loss` may say. The rest of the section are the term's fields.
 TERMS: dict[str, Callable[..., Term]] = {
     "center": Center,
     "cross_entropy": CrossEntropy,
     "mutual": Mutual,
+    "pairs": PairCrossEntropy,
     "triplet": Triplet,
 }
 

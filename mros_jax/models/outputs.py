@@ -21,6 +21,22 @@ else:
 
 
 @flax.struct.dataclass
+class Pairs:
+    """Scores of pairs of images of a training batch, that of all devices together.
+
+    Attributes:
+        logits: (S, R, C, 2), of S kinds, that the pair is of two identities and that it is of one;
+            at least float32.
+        rows: (R,) places of the images in the batch.
+        columns: (C,) places of those that they are compared with.
+    """
+
+    logits: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+@flax.struct.dataclass
 class Outputs:
     """Everything that a network computes, by name.
 
@@ -31,6 +47,7 @@ class Outputs:
         maps: name -> feature maps or attention, to look at; never trained on.
         exits: names of the embeddings that are descriptors by themselves, such as those of early
             exits of a network. They are evaluated too.
+        pairs: name -> scores of pairs of images of a training batch.
     """
 
     descriptor: Tensor
@@ -38,6 +55,7 @@ class Outputs:
     logits: dict[str, Tensor]
     maps: dict[str, Tensor]
     exits: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    pairs: dict[str, Pairs] = flax.struct.field(default_factory=dict)
 
     def descriptors(self) -> dict[str, Tensor]:
         """All that can be compared at test time: each exit's vectors (B, D), and `descriptor`."""
@@ -69,6 +87,17 @@ class Outputs:
             raise UserError(f"the network has no logits {name!r}; it has {there}")
         return self.logits[name]
 
+    def compared(self, name: str) -> Pairs:
+        """The scores of pairs of a name.
+
+        Raises:
+            UserError: there are no such pairs; lists those that there are.
+        """
+        if name not in self.pairs:
+            there = ", ".join(self.pairs) or "none"
+            raise UserError(f"the network has no pairs {name!r}; it has {there}")
+        return self.pairs[name]
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -94,6 +123,10 @@ class Network(Protocol):
     Beside its own fields it has `num_classes`, `dtype` (of the computation; parameters, statistics
     and outputs other than maps are at least float32) and `bn_axis_name` (axis over which batch
     statistics are shared; None: every device its own).
+
+    A network that compares images of a training batch with each other has `axis_name`, too (axis of
+    the devices that share the batch), and `fold_heads(variables)`: the arrays by which a re-ranking
+    compares pairs of its descriptors, see `mros_jax.retrieval.descriptors`.
     """
 
     @property

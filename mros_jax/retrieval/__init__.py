@@ -5,12 +5,13 @@ from mros_jax.retrieval.blocks import Placement
 from mros_jax.retrieval.distances import compute_distances
 from mros_jax.retrieval.labels import Side
 from mros_jax.retrieval.metrics import Result, evaluate, evaluate_distances
-from mros_jax.retrieval.rerank import AQE, ECN, KReciprocal
+from mros_jax.retrieval.rerank import AQE, ECN, GSRW, KReciprocal
 from mros_jax.retrieval.verification import Verification, verify, verify_distances
 
 __all__ = [
     "AQE",
     "ECN",
+    "GSRW",
     "KReciprocal",
     "Placement",
     "Result",

@@ -3,6 +3,11 @@
 Of a network that has further descriptors, such as those of early exits, `exits` (E,) has their
 names, `query_exit_NAME` and `gallery_exit_NAME` (N, D) are theirs, and `multiply_adds` (E + 1,) is
 what each takes, the main descriptor last.
+
+Of a network that has learned to compare pairs of images, `pair_kernel` (K, D / K, 2) and
+`pair_bias` (K, 2) are K heads that each give two logits of any of K equal groups of a descriptor's
+numbers: the squared differences of two images times the kernel, and the bias; of the classes that
+they are of two identities and that they are of one. Learned re-ranking takes them from there.
 """
 
 import collections
@@ -26,6 +31,7 @@ ARRAYS = (
     "gallery_camids",
 )
 _PARTS = ("features", "pids", "camids")
+PAIR_ARRAYS = ("pair_kernel", "pair_bias")
 # What layumi/Person_reID_baseline_pytorch and the many codes that began with it save as
 # pytorch_result.mat; in their order those of `ARRAYS`.
 MATLAB_ARRAYS = (
@@ -128,6 +134,7 @@ def load_features(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     for split in ("query", "gallery"):
         _check_split(arrays, f"{split}_", path)
     _check_exits(arrays, path)
+    _check_pairs(arrays, path)
     return arrays
 
 
@@ -171,7 +178,7 @@ def choose_descriptor(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, 
         there = ", ".join(("descriptor", *exits))
         raise UserError(f"there is no descriptor {name!r}; expected one of {there}")
     others = {f"{split}_exit_{exit}" for split in ("query", "gallery") for exit in exits}
-    others |= {"exits", "multiply_adds"}
+    others |= {"exits", "multiply_adds", *(() if name == "descriptor" else PAIR_ARRAYS)}
     chosen = {key: array for key, array in arrays.items() if key not in others}
     if name != "descriptor":
         for split in ("query", "gallery"):
@@ -215,6 +222,25 @@ def _check_exits(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str])
         raise UserError(
             f"{path}: multiply_adds has shape {counts.shape} and type {counts.dtype}; expected "
             f"{len(exits) + 1} whole numbers, one for each exit and the last for the descriptor"
+        )
+
+
+def _check_pairs(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str]) -> None:
+    there = [name for name in PAIR_ARRAYS if name in arrays]
+    if not there:
+        return
+    size = arrays["query_features"].shape[1]
+    kernel, bias = (np.asarray(arrays.get(name, ())) for name in PAIR_ARRAYS)
+    groups = len(bias)
+    if (
+        bias.shape != (groups, 2)
+        or kernel.shape != (groups, size // max(groups, 1), 2)
+        or kernel[..., 0].size != size
+        or not all(x.dtype.kind == "f" and np.isfinite(x).all() for x in (kernel, bias))
+    ):
+        raise UserError(
+            f"{path}: pair_kernel has shape {kernel.shape} and pair_bias {bias.shape}; expected "
+            f"numbers of shape (K, {size} / K, 2) and (K, 2), without NaN and infinity"
         )
 
 

@@ -444,9 +444,10 @@ def evaluate(
             "trapezoid" (the Market-1501 MATLAB code; lower by up to 1 point of mAP).
         max_rank: length of the CMC curve.
         rerank: a method with its parameters, as `ECN(k=20)`, or its name, "ecn", "k_reciprocal" or
-            "aqe", for the usual ones (see `mros_jax.retrieval.rerank`).
-        normalize: divide descriptors by their norm first. Re-ranking always does. Unnormalised
-            "cosine" ranks by the inner product.
+            "aqe", for the usual ones (see `mros_jax.retrieval.rerank`); or a learned one with the
+            heads that it needs, as `GSRW().bind(arrays)`.
+        normalize: divide descriptors by their norm first. Re-ranking always does, and a learned one
+            never. Unnormalised "cosine" ranks by the inner product.
         keep_junk: let junk images take part in re-ranking as neighbours. They never count.
         junk_pid: pid of junk images; None if there are none.
         distractor_pid: pid that never matches; None where 0 is a person like others.
@@ -472,9 +473,13 @@ def evaluate(
     check_count(max_rank, "max_rank")
     if isinstance(rerank, str):
         (rerank,) = parse([rerank])
-    query, gallery, _ = check_pair(
-        query_side.features, gallery_side.features, normalize=normalize or rerank is not None
-    )
+    sides = query_side.features, gallery_side.features
+    if rerank is None:
+        query, gallery, _ = check_pair(*sides, normalize=normalize)
+    else:
+        query, gallery = rerank.check_features(*sides)
+        if rerank.learned:
+            metric, normalize = "euclidean", False
     labels = check_labels(
         query_side.pids,
         gallery_side.pids,

@@ -1,7 +1,7 @@
-"""Re-ranking by neighbourhoods: ECN, k-reciprocal encoding, average query expansion.
+"""Re-ranking: ECN, k-reciprocal encoding, average query expansion, a learned random walk.
 
-Each needs only the lists of nearest neighbours and sparse vectors over them; nothing of size
-(queries + gallery) squared is ever made. Descriptors are always normalised.
+Each needs only the lists of nearest neighbours, and numbers of these; nothing of size
+(queries + gallery) squared is ever made. Descriptors are normalised, but for the learned walk.
 
 A method is a value that holds its parameters: `ECN(k=20)`. `evaluate(..., rerank=ECN(k=20))` ranks
 with it block by block and never holds all distances; `ECN().distances(query, gallery)` makes them.
@@ -19,7 +19,8 @@ import scipy
 from jaxtyping import Array, Float
 
 from mros_jax.errors import UserError
-from mros_jax.retrieval import blocks, distances, gathers
+from mros_jax.retrieval import blocks, distances, gathers, rescore
+from mros_jax.retrieval.descriptors import PAIR_ARRAYS
 from mros_jax.retrieval.inputs import Numbers, check_choice, check_count, check_number, check_pair
 from mros_jax.retrieval.neighbors import (
     Neighbors,
@@ -44,6 +45,36 @@ class Rerank(abc.ABC):
     """What all methods have in common: a name, parameters that are checked, and `distances`."""
 
     name: ClassVar[str]
+    learned: ClassVar[bool] = False  # it needs heads of a trained network, and raw descriptors
+
+    def bind(self, arrays: Mapping[str, Any]) -> "Rerank":
+        """The method with what it needs of the arrays that a network's descriptors came with.
+
+        Args:
+            arrays: of `mros_jax.retrieval.descriptors.load_features`.
+
+        Raises:
+            UserError: a learned method, and there is nothing that it could use.
+        """
+        return self
+
+    def check_features(
+        self, query_features: Numbers, gallery_features: Numbers
+    ) -> tuple[_Features, _Features]:
+        """Check features as `inputs.check_pair`, for this method.
+
+        Raises:
+            UserError: as there; raw descriptors that do not fit float32.
+        """
+        query, gallery, exponent = check_pair(
+            query_features, gallery_features, normalize=not self.learned
+        )
+        if exponent:
+            raise UserError(
+                f"{self.name} compares descriptors as they are, and some of these are too large or "
+                "too small for float32"
+            )
+        return query, gallery
 
     @abc.abstractmethod
     def check(self, num_query: int, num_gallery: int) -> None:
@@ -68,7 +99,7 @@ class Rerank(abc.ABC):
         Raises:
             UserError: as `distances`.
         """
-        query, gallery, _ = check_pair(query_features, gallery_features, normalize=True)
+        query, gallery = self.check_features(query_features, gallery_features)
         self.check(len(query), len(gallery))
         return self._prepare(query, gallery, placement)
 
@@ -108,8 +139,8 @@ class Rerank(abc.ABC):
 
     def describe(self) -> dict[str, Any]:
         """All parameters in plain values, as a result's protocol states them."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if not isinstance(values["neighbors"], str):
+        values = {name: getattr(self, name) for name in _list_options(type(self))}
+        if not isinstance(values.get("neighbors", ""), str):
             values["neighbors"] = "given"
         return values
 
@@ -337,6 +368,90 @@ class AQE(Rerank):
         return lists[:, : self.k]
 
 
+@dataclasses.dataclass(frozen=True)
+class GSRW(Rerank):
+    """Group-shuffling random walk among the nearest images (Shen et al., CVPR 2018).
+
+    Squared Euclidean distances of raw descriptors rank the gallery first. The nearest `top` images
+    are ranked again by the probability of another identity that K heads of the trained network give
+    after K^2 walks among these images, see `rescore.score`; all others keep their order behind, at
+    their distances and what is missing to 1 more than the worst of the first.
+
+    Attributes:
+        top: images that are ranked again.
+        alpha: of the walk; 0: the heads alone.
+        heads: of the network that made the descriptors, see `bind`.
+
+    Raises:
+        UserError: parameters of another type, or out of range.
+    """
+
+    name = "gsrw"
+    learned = True
+    top: int = 75
+    alpha: float = 0.95
+    heads: rescore.PairHeads | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_count(self.top, f"{self.name}: top")
+        check_number(self.alpha, f"{self.name}: alpha", 0)
+        if self.alpha >= 1:
+            raise UserError(f"{self.name}: alpha is {self.alpha}; it must be below 1")
+
+    def bind(self, arrays: Mapping[str, Any]) -> "GSRW":
+        """See `Rerank.bind`."""
+        if missing := [name for name in PAIR_ARRAYS if name not in arrays]:
+            raise UserError(
+                f"{self.name} needs the heads of the network that made the descriptors, and these "
+                f"came without ({', '.join(missing)}). Runs of configs/gsrw.py have them, and the "
+                "features.npz that is kept in such a run; other systems have none"
+            )
+        heads = rescore.PairHeads(*(arrays[name] for name in PAIR_ARRAYS))
+        return dataclasses.replace(self, heads=heads)
+
+    def check(self, num_query: int, num_gallery: int) -> None:
+        """See `Rerank.check`."""
+        check_count(self.top, f"{self.name}: top", most=num_gallery, of="gallery images")
+
+    def _prepare(self, query: _Features, gallery: _Features, placement: blocks.Placement) -> Rows:
+        if self.heads is None:
+            raise UserError(
+                f"{self.name} has no heads of a trained network; bind(arrays) takes them from what "
+                "descriptors.load_features reads of a run's features.npz"
+            )
+        groups, size, _ = self.heads.kernel.shape
+        if groups * size != query.shape[1]:
+            raise UserError(
+                f"{self.name}: the heads are of descriptors of {groups * size} numbers, and these "
+                f"have {query.shape[1]}"
+            )
+        placement = placement.alone()
+        first = distances.Gallery(
+            gallery, "euclidean", look=rescore.make_first(self.top), placement=placement
+        )
+        again = blocks.BlockMap(
+            rescore.make_rescore(float(self.alpha)), [gallery, *self.heads], placement=placement
+        )
+
+        def write(rows: np.ndarray, out: np.ndarray) -> None:
+            of_rows = query[rows]
+            distance, nearest = first(of_rows)
+            scores = again.collect(
+                len(rows),
+                len(gallery),
+                lambda part: [of_rows[part], nearest[part]],
+                num_features=query.shape[1],
+            )
+            at = np.arange(len(rows))[:, None], nearest
+            others = np.array(distance)
+            others[at] = np.inf
+            missing = np.maximum(scores.max(1) + 1 - others.min(1), 0)
+            np.add(others, missing[:, None], out=out)
+            out[at] = scores
+
+        return write
+
+
 @jax.jit
 def expand_queries(
     query: Float[Array, "B D"], near: Float[Array, "B k D"], alpha: float | Float[Array, ""]
@@ -366,7 +481,18 @@ def _take_lists(
 
 
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
-METHODS: dict[str, type[Rerank]] = {"ecn": ECN, "k_reciprocal": KReciprocal, "aqe": AQE}
+METHODS: dict[str, type[Rerank]] = {
+    "ecn": ECN,
+    "k_reciprocal": KReciprocal,
+    "aqe": AQE,
+    "gsrw": GSRW,
+}
+
+
+def _list_options(method: type[Rerank]) -> dict[str, Any]:
+    """A method's parameters with their defaults; what is learned is none."""
+    fields = dataclasses.fields(method)
+    return {field.name: field.default for field in fields if field.name != "heads"}
 
 
 def parse(names: Any, options: Any = None) -> tuple[Rerank, ...]:
@@ -398,7 +524,7 @@ def parse(names: Any, options: Any = None) -> tuple[Rerank, ...]:
 
 
 def _make(name: str, parameters: Any) -> Rerank:
-    fields = {field.name: field.default for field in dataclasses.fields(METHODS[name])}
+    fields = _list_options(METHODS[name])
     shown = ", ".join(f"{field} ({default!r})" for field, default in fields.items())
     if not isinstance(parameters, Mapping):
         raise UserError(f"{name} has parameters {parameters!r}; expected some of {shown} by name")

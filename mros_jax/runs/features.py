@@ -19,6 +19,7 @@ def extract_features(
     flip_test: bool,
     crops: str,
     count_multiply_adds: Callable[[], Mapping[str, int]],
+    heads: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Compute the descriptors of a data set's queries and gallery.
 
@@ -30,10 +31,12 @@ def extract_features(
         flip_test: whether `embed_all` takes the mean over image and mirror image.
         crops: of images that it takes the mean over, "none" or "ten".
         count_multiply_adds: gives what each descriptor takes; asked where there are exits.
+        heads: what the network compares pairs with, if it does.
 
     Returns:
-        The arrays of `mros_jax.retrieval.descriptors.ARRAYS`; those of the network's exits, as
-        `mros_jax.retrieval.descriptors` describes them; `query_names` and `gallery_names`;
+        The arrays of `mros_jax.retrieval.descriptors.ARRAYS`; those of the network's exits, and its
+        heads, as `mros_jax.retrieval.descriptors` describes them; `query_names` and
+        `gallery_names`;
         and what the descriptors are of: `checkpoint_id`, `flip_test`, `crops`,
         `query_fingerprint`, `gallery_fingerprint`.
     """
@@ -41,6 +44,7 @@ def extract_features(
         "checkpoint_id": np.asarray(checkpoint_id),
         "flip_test": np.asarray(flip_test),
         "crops": np.asarray(crops),
+        **(heads or {}),
     }
     exits: list[str] = []
     for name, store in (("query", query), ("gallery", gallery)):

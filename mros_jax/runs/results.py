@@ -46,7 +46,8 @@ def evaluate_features(
     Args:
         features: the arrays of `mros_jax.retrieval.descriptors.ARRAYS`, and those of exits.
         dataset: name of the data set, for the protocol; None if unknown.
-        reranks: ways to re-rank, besides the plain ranking.
+        reranks: ways to re-rank, besides the plain ranking; learned ones take what they need from
+            `features`.
         metric: "cosine" or "euclidean".
         normalize: divide descriptors by their norm.
         ap: "standard" or "trapezoid".
@@ -89,6 +90,7 @@ def evaluate_features(
         "commit": commit,
         "seed": seed,
     }
+    reranks = [wanted.bind(features) for wanted in reranks]
     junk = 0 if keep_junk else np.count_nonzero(features["gallery_pids"] == -1)
     for wanted in reranks:
         wanted.check(len(features["query_pids"]), len(features["gallery_pids"]) - int(junk))

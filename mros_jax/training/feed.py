@@ -36,6 +36,7 @@ class Feed:
     def __init__(self, config: ConfigDict, dataset: Dataset):
         images = configs.load_images(config, dataset.train, progress=parallel.is_main_process())
         self._labels = store.labels_of(images)
+        self._camids = images.split.camids
         losses.check_labels(self._labels, dataset.num_classes)
         self._sampler = batches.make_sampler(config.batch.to_dict())
         steps = self._sampler.steps(self._labels)
@@ -55,6 +56,7 @@ class Feed:
         """
         plan = self._sampler.plan(
             self._labels,
+            self._camids,
             seed=self._seed,
             epoch=epoch,
             process_index=jax.process_index(),

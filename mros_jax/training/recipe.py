@@ -39,6 +39,7 @@ _CHOICES = {
     "input.interpolation": INTERPOLATIONS,
     "input.channels": augment.CHANNELS,
     "augment.erase_fill": augment.ERASE_FILLS,
+    "augment.erase_place": augment.ERASE_PLACES,
     "eval.crops": CROPS,
     "eval.metric": ("cosine", "euclidean"),
     "eval.ap": ("standard", "trapezoid"),
@@ -175,6 +176,12 @@ def _flatten(value: Any) -> Sequence[Any]:
 
 def _check_parts(config: ConfigDict) -> None:
     network = configs.make_network(config, 2)
+    for method in configs.make_reranks(config):
+        if method.learned and not hasattr(network, "fold_heads"):
+            raise UserError(
+                f"config.eval.rerank has {method.name}, which needs heads that compare pairs of "
+                f"images; the network {config.network.name} has none"
+            )
     objective = make_objective(config.objective.to_dict())
     groups = optimizers.make_groups(config.optimizer.to_dict())
     make_schedules(config, steps_per_epoch=1)

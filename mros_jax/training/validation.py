@@ -116,6 +116,7 @@ class Evaluator:
             flip_test=config.flip_test,
             crops=config.crops,
             count_multiply_adds=self._embedder.count_multiply_adds,
+            heads=self._embedder.fold_heads(),
         )
         results = evaluate_features(
             features,

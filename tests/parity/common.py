@@ -40,6 +40,12 @@ def read_stage(file, variant="", stage=""):
     return split_stages(read(CONFIGS / f"{file}.py", variant or None))[stage]
 
 
+def make_network_alone(config):
+    """The network of a config, for a batch that no other device shares."""
+    module: Any = make_network(config, NUM_CLASSES)
+    return module.clone(axis_name=None) if hasattr(module, "axis_name") else module
+
+
 class Ours(NamedTuple):
     """What is trained on our side: a config, what it makes, and values of all variables."""
 
@@ -52,8 +58,7 @@ class Ours(NamedTuple):
 
 def make_ours(config, draw):
     """All in float64, of variables drawn by `draw(name, shape)`; call it with 64 bits enabled."""
-    module: Any = make_network(config, NUM_CLASSES)
-    network = module.clone(dtype=jnp.float64)
+    network = make_network_alone(config).clone(dtype=jnp.float64)
     objective = make_objective(config.objective.to_dict())
     init = functools.partial(network.init_with_output, train=False)
     images = jax.ShapeDtypeStruct((2, HEIGHT, WIDTH, 3), jnp.float64)

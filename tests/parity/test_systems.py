@@ -17,7 +17,6 @@ import pytest
 import torch
 from flax import traverse_util
 
-from mros_jax.config import make_network
 from mros_jax.data.augment import example_keys
 from mros_jax.losses import make_objective
 from mros_jax.models import torch_weights
@@ -26,6 +25,7 @@ from mros_jax.parallel import AXIS
 from mros_jax.training.optimizers import make_groups, make_schedules
 from tests.parity import (
     torch_dare,
+    torch_gsrw,
     torch_hacnn,
     torch_mfbn,
     torch_pcb,
@@ -43,6 +43,7 @@ from tests.parity.common import (
     difference,
     differentiate,
     make_images,
+    make_network_alone,
     read_stage,
     train_ours,
 )
@@ -185,6 +186,20 @@ def _dare(variant, trunk):
     )
 
 
+def _gsrw(stage):
+    walks = stage == "stage2"
+    return Case(
+        "gsrw",
+        "",
+        lambda layout: torch_gsrw.TorchGSRW(layout, alpha=0.95 if walks else 0.0),
+        torch_gsrw.total_loss,
+        torch_gsrw.make_adam if walks else torch_gsrw.make_sgd,
+        lambda epoch: 1.0 if walks or epoch < 40 else 0.1,
+        changes={"dropout": 0.0},
+        stage=stage,
+    )
+
+
 def _mfbn():
     return Case(
         "mfbn",
@@ -211,6 +226,8 @@ def _tbn_plus(depth):
 CASES = {
     "dare": _dare("", "tiny"),
     "dare-densenet201": _dare("densenet201", "tiny_densenet"),
+    "gsrw": _gsrw("stage2"),
+    "gsrw-stage1": _gsrw("stage1"),
     "hacnn": _hacnn("", torch_hacnn.make_sgd, torch_hacnn.rate, 0.1),
     "hacnn-paper": _hacnn("paper", torch_hacnn.make_adam, lambda epoch: 1.0, 0.0, False),
     "mfbn": _mfbn(),
@@ -266,7 +283,7 @@ def make_pair(case, layout=None, *, height=HEIGHT, monkeypatch=None):
     if "trunk" in config.network:
         config.network.trunk = layout
     config.network.update(case.changes)
-    ours = make_network(config, NUM_CLASSES)
+    ours = make_network_alone(config)
     objective = make_objective(config.objective.to_dict())
     images = make_images(len(LABELS), height, WIDTH)
     if monkeypatch is not None:
@@ -479,6 +496,22 @@ def test_both_dropouts_of_the_authors_part_pooling():
     masks = torch.from_numpy(vectors).double(), to_torch(columns).double()
     with jax.enable_x64(True):
         check_training(pair.to_float64(), 1e-9, 1e-9, torch.float64, keys, masks)
+
+
+def test_dropout_in_the_heads_of_gsrw():
+    """Each pair has its row's key, and masks of its own for all groups and heads."""
+    pair = make_pair(CASES["gsrw"]._replace(changes={}))
+    keys = example_keys(3, 5, jnp.arange(len(LABELS)))
+    is_probe = np.arange(len(LABELS)) % 4 == 0
+    heads, features = pair.variables["params"]["pairs"]["bn"]["scale"].shape
+    size = (np.count_nonzero(~is_probe), heads, heads, features)  # gallery, groups, heads
+    masks: dict[tuple[int, int], torch.Tensor] = {}
+    for kind, own in enumerate((keys[is_probe], keys[~is_probe])):
+        mask = np.array(dropout(jnp.ones((len(own), *size)), 0.8, own, train=True, salt=kind))
+        assert abs(mask.mean() - 1) < 0.05
+        masks |= {(i, kind): torch.from_numpy(mask[:, :, i]).double() for i in range(4)}
+    with jax.enable_x64(True):
+        check_training(pair.to_float64(), 1e-9, 1e-9, torch.float64, keys, (masks,))
 
 
 def test_tree_of_three_levels():

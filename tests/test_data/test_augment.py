@@ -254,6 +254,46 @@ def test_noise_fills_what_is_erased_and_nothing_else():
         apply_params(jnp.asarray(images[0]), still, height=H, width=W, erase_fill="noise")
 
 
+def test_one_color_fills_what_is_erased():
+    """Three grey levels of 0..255 for each image, normalized; others in each."""
+    images = np.random.default_rng(0).integers(0, 256, (64, 16, 8, 3), dtype=np.uint8)
+    keys = example_keys(1, 2, np.arange(64))
+    options: Any = {"height": 16, "width": 8, "pad": 0, "erase": 1.0, "erase_area": (0.2, 0.2)}
+    make = lambda fill: jax.jit(  # noqa: E731
+        lambda x, k: augment_batch(x, k, erase_fill=fill, **options)
+    )(images, keys)
+    colored, plain = np.asarray(make("color")), np.asarray(make("mean"))
+    levels = []
+    for ours, other in zip(colored, plain, strict=True):
+        erased = (other == 0).all(-1)
+        (color,) = np.unique(ours[erased], axis=0)
+        np.testing.assert_array_equal(ours[~erased], other[~erased])
+        levels.append(255 * (color * STD + MEAN))
+    drawn = np.array(levels)
+    np.testing.assert_allclose(drawn, drawn.round(), atol=1e-3)
+    assert drawn.round().min() >= 0
+    assert drawn.round().max() <= 255
+    assert abs(drawn.mean() - 127.5) < 20
+    assert drawn.std() > 60
+    assert np.abs(np.corrcoef(drawn, rowvar=False) - np.eye(3)).max() < 0.5
+
+
+def test_the_corner_that_public_code_erases_at():
+    """As far down and to the right as the rectangle is large, before the image is mirrored."""
+
+    def draw(flip, place):
+        keys = example_keys(0, 0, np.arange(50))
+        options = {"flip": flip, "pad": 0, "erase": 1.0, "erase_place": place}
+        one = lambda key: draw_params(key, height=H, width=W, **options)  # noqa: E731
+        return np.asarray(jax.jit(jax.vmap(one))(keys).erase_box)
+
+    corner, mirrored, uniform = draw(0, "corner"), draw(1, "corner"), draw(0, "uniform")
+    np.testing.assert_array_equal(corner[:, 2:], uniform[:, 2:])  # the same sizes
+    np.testing.assert_array_equal(corner[:, :2], corner[:, 2:])
+    np.testing.assert_array_equal(mirrored[:, 0], corner[:, 0])
+    np.testing.assert_array_equal(mirrored[:, 1], W - corner[:, 1] - corner[:, 3])
+
+
 def test_example_depends_on_seed_step_and_position_alone():
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 8, 3), dtype=np.uint8)
     whole = augment_jitted(images, example_keys(3, 7, np.arange(8)))

@@ -10,6 +10,7 @@ from mros_jax.data.batches import (
     make_sampler,
     plan_epoch,
     plan_once,
+    plan_probes,
     plan_shuffled,
     process_slice,
     steps_per_epoch,
@@ -214,6 +215,45 @@ def test_each_identity_once_over_many_epochs():
     assert np.abs(seen - expected).max() < 6 * np.sqrt(expected)
     images = np.bincount(np.concatenate(plans).reshape(-1), minlength=66)
     assert np.abs(images - expected / 3).max() < 6 * np.sqrt(expected / 3)
+
+
+def test_probes_and_their_gallery_images():
+    """Each image is a probe once; its images are of other cameras where there are any."""
+    counts = [1, 2, 3, 9, 14]
+    labels = labels_of(counts)
+    camids = np.random.default_rng(1).integers(1, 4, len(labels))
+    camids[labels == 2] = 7  # one camera
+    sampler = make_sampler({"sampler": "probes_and_gallery", "probes": 4, "gallery": 3})
+    plan = sampler.plan(labels, camids, seed=2, epoch=5)
+    assert plan.shape == (len(labels) // 4, 16) == (sampler.steps(labels), sampler.size)
+    assert plan.dtype == np.int32
+    groups = plan.reshape(-1, 4)
+    assert len(np.unique(groups[:, 0])) == len(groups)
+    assert (labels[groups] == labels[groups[:, :1]]).all()
+    for probe, *others in groups:
+        own = np.flatnonzero(labels == labels[probe])
+        elsewhere = own[camids[own] != camids[probe]]
+        possible = elsewhere if len(elsewhere) else own[own != probe] if len(own) > 1 else own
+        assert set(others) <= set(possible)
+        assert len(possible) <= 3 or len(set(others)) == 3
+    np.testing.assert_array_equal(plan, sampler.plan(labels, camids, seed=2, epoch=5))
+    assert (plan != sampler.plan(labels, camids, seed=2, epoch=6)).any()
+    parts = [
+        sampler.plan(labels, camids, seed=2, epoch=5, process_index=i, process_count=2)
+        for i in range(2)
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), plan)
+
+
+def test_gallery_images_are_drawn_evenly():
+    labels, camids = np.zeros(8, np.int32), np.array([1, 1, 2, 2, 2, 3, 3, 3])
+    drawn = np.zeros(8)
+    for epoch in range(400):
+        plan = plan_probes(labels, camids, probes=8, gallery=3, seed=0, epoch=epoch)
+        first = np.flatnonzero(plan[0, ::4] == 0)[0]
+        drawn += np.bincount(plan[0, 4 * first + 1 : 4 * first + 4], minlength=8)
+    assert not drawn[:2].any()
+    assert np.abs(drawn[2:] - 200).max() < 6 * np.sqrt(200)
 
 
 def test_market1501_has_41_steps_of_each_identity_once():

@@ -98,7 +98,7 @@ def another_library(monkeypatch):
             decode_jpeg=decode_jpeg, decode_jpeg_header=simplejpeg.decode_jpeg_header
         )
 
-    monkeypatch.setattr(jpeg.importlib, "import_module", find)
+    monkeypatch.setattr("importlib.import_module", find)
     jpeg._find_decoder.cache_clear()
     yield
     jpeg._find_decoder.cache_clear()
