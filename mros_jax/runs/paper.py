@@ -85,6 +85,23 @@ def _look_up(tree: Any, name: str) -> Any:
     return tree
 
 
+def find_rows(
+    system: str, paper: Mapping[str, Any]
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """All rows that tables have of a system, each after its table.
+
+    Args:
+        system: a config's `name`.
+        paper: as `load_tables` returns it.
+    """
+    return [
+        (table, row)
+        for table in paper["table"]
+        for row in table["row"]
+        if row.get("system") == system
+    ]
+
+
 def find_paper_rows(run: Run) -> tuple[list[dict[str, float]], list[str]]:
     """What the paper has for each ranking of a run.
 
