@@ -109,10 +109,8 @@ def format_score(value: Score | None, digits: int = 1) -> str:
     """Mean and interval; "-" where there is none."""
     if value is None:
         return "-"
-    text = f"{value.mean:.{digits}f}"
-    if value.low is None or value.high is None:
-        return text
-    return f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    mean, low, high = (f"{x:.{digits}f}" for x in (value.mean, value.low, value.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def _describe_accuracy(line: Line) -> list[str]:

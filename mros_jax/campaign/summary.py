@@ -27,13 +27,13 @@ class Score:
 
     Attributes:
         values: one a seed.
-        low: lower end of the interval, see `INTERVAL`; None where nothing tells.
+        low: lower end of the interval, see `INTERVAL`.
         high: upper end.
     """
 
     values: tuple[float, ...]
-    low: float | None
-    high: float | None
+    low: float
+    high: float
 
     @property
     def mean(self) -> float:
@@ -82,7 +82,7 @@ def score(entries: Sequence[Mapping[str, Any]]) -> dict[str, Score]:
             continue
         values = tuple(column[name] for column in columns)
         low, high = estimate(values) if len(values) > 1 else ends[name]
-        scores[name] = Score(values, low, high)
+        scores[name] = Score(values, max(low, 0.0), min(high, 100.0))
     return scores
 
 

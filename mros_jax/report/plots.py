@@ -22,7 +22,7 @@ import matplotlib  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator  # noqa: E402
 from matplotlib.transforms import Bbox  # noqa: E402
 
 # Matplotlib draws in stand-in colours; each is replaced by a CSS variable of the page.
@@ -75,6 +75,7 @@ def _render(figure: Figure, name: str, description: str) -> str:
     # Ids of groups are the same in every figure; only those of clip paths and markers are used.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"font: [^;]*?([\d.]+)px [^;\"]*", r"font: \1px var(--font)", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, variable)
     head, body = svg.split(">", 1)
@@ -185,10 +186,11 @@ def plot_points(
         ylabel: what y is.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 5.6), layout="constrained")
+        figure = Figure(figsize=(9, 5.6), dpi=72, layout="constrained")  # as SVG: pixels are points
         axes = figure.add_subplot()
         axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
         axes.margins(0.12)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         for point in points:
             if point.low is not None and point.high is not None:
                 axes.plot([point.x, point.x], [point.low, point.high], color=_LINE, linewidth=3)
@@ -213,7 +215,7 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
             point.label,
             (point.x, point.y),
             (0, 0),
-            textcoords="offset pixels",
+            textcoords="offset points",
             ha="center",
             va="center",
             fontsize=9,
