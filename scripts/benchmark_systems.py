@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed = costs.measure_all(chosen, args.out, args.repeats)
             else:
                 jobs.train(planned, ledger)
-                failed = {job.name: why for job in planned if (why := ledger.failure(job))}
+                failed = {job.name: why for job in planned if (why := ledger.failure(job.name))}
         finally:
             publish(args.out, chosen, planned, ledger)
     return int(bool(failed))
@@ -67,7 +67,7 @@ def publish(
         "systems.md": board.format_lines(lines, markdown=True) + "\n",
         "systems.csv": board.format_csv(lines),
     }
-    if drawn := chart.plot(lines):
+    if drawn := chart.draw_file(lines):
         files["systems.svg"] = drawn
     for name, content in files.items():
         with write_atomically(out / name) as file:

@@ -272,7 +272,7 @@ def test_names_in_the_plot_hide_nothing():
         make_line(f"system-{i}", 60 + rng.normal(), int(1e9 * rng.uniform(1, 1.3)))
         for i in range(20)
     ]
-    svg = chart.plot(lines)
+    svg = chart.draw_file(lines)
     assert svg is not None
     root = ET.fromstring(svg)
     assert "prefers-color-scheme: dark" in svg
@@ -286,7 +286,7 @@ def test_names_in_the_plot_hide_nothing():
     for i, a in enumerate(boxes):
         for b in boxes[:i]:
             assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
-    assert chart.plot(lines[:1]) is None
+    assert chart.draw_file(lines[:1]) is None
 
 
 @pytest.mark.slow

@@ -49,12 +49,12 @@ def make_lines(
         entries, seeds, minutes, missing = [], [], [], {}
         own = [job for job in jobs if job.system == system]
         for job in own:
-            why = ledger.failure(job)
+            why = ledger.failure(job.name)
             try:
                 if why is None and job.is_complete():
                     entries.append(job.run.rankings[0])
                     seeds.append(job.seed)
-                    minutes.append(ledger.seconds(job) / 60)
+                    minutes.append(ledger.seconds(job.name) / 60)
                     continue
             except UserError as error:
                 why = str(error)
@@ -85,14 +85,13 @@ def format_lines(lines: Sequence[Line], *, markdown: bool) -> str:
         f"{title.format('Accuracy')}, in percent. {INTERVAL}",
         format_grid(accuracy, markdown=markdown),
     ]
-    if measured := [(line, line.cost) for line in lines if line.cost is not None]:
-        head = ["system", "parameters", "multiply-adds", "passes", "descriptor"]
-        head += ["training images/s", "descriptors/s", "peak memory", "a run"]
-        devices = sorted({cost.device for _, cost in measured})
+    cells = list_cost_cells(lines)
+    if cells[1:]:
+        devices = sorted({line.cost.device for line in lines if line.cost is not None})
         parts += [
             f"{title.format('Cost')}, on {' and '.join(devices)}. Multiply-adds are of one pass of "
             "one image; descriptors/s count all passes of a test.",
-            format_grid([head, *(_describe_cost(*pair) for pair in measured)], markdown=markdown),
+            format_grid(cells, markdown=markdown),
         ]
     if any(line.missing for line in lines):
         bullet = "- " if markdown else "  "
@@ -125,9 +124,18 @@ def _describe_accuracy(line: Line) -> list[str]:
     ]
 
 
-def _describe_cost(line: Line, cost: Cost) -> list[str]:
+def list_cost_cells(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    """Head and cells of the table of costs, of the systems that were measured."""
+    head = (
+        *("system", "parameters", "multiply-adds", "passes", "descriptor"),
+        *("training images/s", "descriptors/s", "peak memory", "a run"),
+    )
+    return [head, *(_describe_cost(line, line.cost) for line in lines if line.cost is not None)]
+
+
+def _describe_cost(line: Line, cost: Cost) -> tuple[str, ...]:
     memory = cost.host_bytes if cost.device_bytes is None else cost.device_bytes
-    return [
+    return (
         line.system,
         f"{cost.parameters / 1e6:.2f} M",
         f"{cost.multiply_adds / 1e6:,.1f} M",
@@ -137,7 +145,7 @@ def _describe_cost(line: Line, cost: Cost) -> list[str]:
         f"{cost.extract_speed:.0f}",
         f"{memory / 1e9:.2f} GB",
         "-" if line.minutes is None else f"{line.minutes:.1f} min",
-    ]
+    )
 
 
 def format_csv(lines: Sequence[Line]) -> str:

@@ -9,11 +9,8 @@ from mros_jax.campaign.board import Line
 log = logging.getLogger(__name__)
 
 
-def plot(lines: Sequence[Line]) -> str | None:
-    """MAP against multiply-adds as an SVG file; None where fewer than two systems have both.
-
-    A ring is a variant: it has the network, or nearly that, of the dot of its name.
-    """
+def draw(lines: Sequence[Line]) -> str | None:
+    """Draw mAP against multiply-adds, for a page; None where fewer than two systems have both."""
     drawn = [(line, line.cost) for line in lines if line.scores and line.cost is not None]
     if len(drawn) < 2:
         return None
@@ -32,11 +29,19 @@ def plot(lines: Sequence[Line]) -> str | None:
         )
         for line, cost in drawn
     ]
-    svg = plots.plot_points(
+    return plots.plot_points(
         "systems",
         "mAP of each system against the multiply-adds of a descriptor",
         points,
         xlabel="multiply-adds of a descriptor, all passes of a test, in millions",
         ylabel="mAP, %",
     )
+
+
+def draw_file(lines: Sequence[Line]) -> str | None:
+    """As `draw`, as an SVG file by itself."""
+    if (svg := draw(lines)) is None:
+        return None
+    from mros_jax.report import plots
+
     return plots.to_file(svg)

@@ -74,7 +74,7 @@ def make_jobs(
 
 
 class Ledger:
-    """What became of the jobs of a folder, in `ledger.json`.
+    """What became of the processes of a folder, by name, in `ledger.json`.
 
     Args:
         folder: of the campaign.
@@ -91,18 +91,18 @@ class Ledger:
             raise UserError(f"{self._path} is no ledger of jobs; remove it (the runs are kept)")
         self._entries: dict[str, dict[str, Any]] = entries
 
-    def seconds(self, job: Job) -> float:
-        """What the job took, all its starts together; 0 where it was never started."""
-        return float(self._entries.get(job.name, {}).get("seconds", 0.0))
+    def seconds(self, name: str) -> float:
+        """What it took, all its starts together; 0 where it was never started."""
+        return float(self._entries.get(name, {}).get("seconds", 0.0))
 
-    def failure(self, job: Job) -> str | None:
-        """Why the job failed; None where it did not."""
-        return self._entries.get(job.name, {}).get("failure")
+    def failure(self, name: str) -> str | None:
+        """Why it failed; None where it did not."""
+        return self._entries.get(name, {}).get("failure")
 
-    def add(self, job: Job, seconds: float, failure: str | None = None) -> None:
-        """Write down a start of a job: how long it took, and why it failed if it did."""
-        total = self.seconds(job) + seconds
-        self._entries[job.name] = {"seconds": round(total, 3), "failure": failure}
+    def add(self, name: str, seconds: float, failure: str | None = None) -> None:
+        """Write down a start: how long it took, and why it failed if it did."""
+        total = self.seconds(name) + seconds
+        self._entries[name] = {"seconds": round(total, 3), "failure": failure}
         write_json(self._path, self._entries)
 
 
@@ -145,33 +145,40 @@ def train(jobs: Sequence[Job], ledger: Ledger) -> None:
     for number, job in enumerate(jobs, start=1):
         try:
             if job.is_complete():
-                if ledger.failure(job):
-                    ledger.add(job, 0.0)
+                if ledger.failure(job.name):
+                    ledger.add(job.name, 0.0)
                 continue
         except UserError as error:
             log.warning("%s: %s", job.name, error)
-            ledger.add(job, 0.0, failure=str(error))
+            ledger.add(job.name, 0.0, failure=str(error))
             continue
         log.info("%d of %d, %s: %s", number, len(jobs), job.name, job.run.path)
-        failure = run_step(job, ["mros_jax.train", *job.words], ledger)
+        failure = run_step(job, job.name, ["mros_jax.train", *job.words], ledger)
         if failure is None and not job.run.results_file.is_file():
             failure = "the training ended without results"
-            ledger.add(job, 0.0, failure)
+            ledger.add(job.name, 0.0, failure)
         if failure is not None:
             log.warning("%s failed: %s", job.name, failure)
 
 
-def run_step(job: Job, words: Sequence[str], ledger: Ledger) -> str | None:
-    """Run a command that belongs to a job, and write down how long it took; why it failed."""
+def run_step(job: Job, name: str, words: Sequence[str], ledger: Ledger) -> str | None:
+    """Run a command that belongs to a job, and write down how long it took; why it failed.
+
+    Args:
+        job: whose log it writes.
+        name: in the ledger.
+        words: of `run_process`.
+        ledger: of the folder.
+    """
     file = job.folder / "logs" / f"{job.name}.log"
     file.parent.mkdir(parents=True, exist_ok=True)
-    since, failure = time.monotonic(), ledger.failure(job)
     begun = file.stat().st_size if file.exists() else 0
+    since, failure = time.monotonic(), None
     try:
         code = run_process(words, file)
         failure = _explain(file, begun, code) if code else None
     finally:
-        ledger.add(job, time.monotonic() - since, failure)
+        ledger.add(name, time.monotonic() - since, failure)
     return failure
 
 

@@ -110,7 +110,8 @@ def find_paper_rows(run: Run) -> tuple[list[dict[str, float]], list[str], list[s
         otherwise than that, as "what: here, not there"; and the names of the rows.
     """
     paper = load_tables()
-    rows, mismatches, names = [], [], []
+    rows: list[dict[str, float]] = []
+    mismatches, names = [], []
     for result in run.rankings:
         found = [
             (table, row)
