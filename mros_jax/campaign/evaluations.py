@@ -67,8 +67,13 @@ class Protocol:
         )
 
     @property
+    def plain(self) -> "Protocol":
+        """The same without re-ranking."""
+        return dataclasses.replace(self, rerank=None, options="{}")
+
+    @property
     def words(self) -> list[str]:
-        """The arguments of `mros_jax.evaluate` for it."""
+        """The arguments of `mros_jax.evaluate` for it, but for its re-ranking."""
         words = [
             f"--ap={self.ap}",
             "--flip_test" if self.flip_test else "--no-flip_test",
@@ -77,17 +82,14 @@ class Protocol:
         ]
         if self.metric is not None:
             words.append(f"--metric={self.metric}")
-        if self.rerank is not None:
-            options = json.dumps({self.rerank: json.loads(self.options)})
-            words += [f"--rerank={self.rerank}", f"--rerank_options={options}"]
         return words
 
     @property
-    def file(self) -> str:
-        """The name of what is kept of it."""
+    def name(self) -> str:
+        """In the name of a file, but for its re-ranking."""
         words = [self.ap, "flip" * self.flip_test, "tencrops" * (self.crops == "ten")]
-        words += ["raw" * (not self.normalize), self.metric or "", self.rerank or "plain"]
-        return f"{'-'.join(filter(None, words))}.json"
+        words += ["raw" * (not self.normalize), self.metric or ""]
+        return "-".join(filter(None, words))
 
 
 def list_common(paper: Mapping[str, Any]) -> dict[str, Protocol]:
@@ -132,18 +134,28 @@ class Evaluations:
         """The ranking of a protocol; None where the run was not evaluated so."""
         return next((entry for entry in self._entries if protocol.fits(entry)), None)
 
-    def evaluate(self, protocol: Protocol, ledger: Ledger) -> None:
-        """Evaluate the run as a protocol says, in a process of its own, where it is not yet."""
-        if self.find(protocol) is not None:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / protocol.file
-        log.info("%s: %s", self._job.name, path.stem)
-        words = ["mros_jax.evaluate", f"--run={self._job.run.path}", f"--out={path}"]
-        words += ["--no_progress", *protocol.words]
-        name = f"{self._job.name} {path.stem}"
-        if failure := run_step(self._job, name, words, ledger):
-            log.warning("%s could not be evaluated: %s", self._job.name, failure)
+    def evaluate(self, protocols: Sequence[Protocol], ledger: Ledger) -> None:
+        """Evaluate the run under each protocol that it was not evaluated under yet.
+
+        Those that differ in re-ranking only are evaluated by one process.
+        """
+        missing = [protocol for protocol in protocols if self.find(protocol) is None]
+        for plain in dict.fromkeys(protocol.plain for protocol in missing):
+            options = {p.rerank: json.loads(p.options) for p in missing if p.plain == plain}
+            options.pop(None, None)
+            path = self._folder / f"{'-'.join([plain.name, *options])}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            log.info("%s: %s", self._job.name, path.stem)
+            words = ["mros_jax.evaluate", f"--run={self._job.run.path}", f"--out={path}"]
+            words += ["--no_progress", *plain.words]
+            if options:
+                words += [
+                    f"--rerank={','.join(options)}",
+                    f"--rerank_options={json.dumps(options)}",
+                ]
+            name = f"{self._job.name} {path.stem}"
+            if failure := run_step(self._job, name, words, ledger):
+                log.warning("%s could not be evaluated: %s", self._job.name, failure)
         self.__dict__.pop("_entries", None)
 
 
@@ -163,5 +175,5 @@ def evaluate(jobs: Sequence[Job], ledger: Ledger, paper: Mapping[str, Any]) -> N
     """Evaluate every complete job under all of its system's protocols."""
     made = collect(jobs, ledger)
     for job in jobs:
-        for protocol in list_protocols(job.system.name, paper) if job.name in made else ():
-            made[job.name].evaluate(protocol, ledger)
+        if job.name in made:
+            made[job.name].evaluate(list_protocols(job.system.name, paper), ledger)
