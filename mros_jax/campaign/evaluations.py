@@ -141,18 +141,16 @@ class Evaluations:
         """
         missing = [protocol for protocol in protocols if self.find(protocol) is None]
         for plain in dict.fromkeys(protocol.plain for protocol in missing):
-            options = {p.rerank: json.loads(p.options) for p in missing if p.plain == plain}
-            options.pop(None, None)
+            wanted = [p for p in missing if p.plain == plain]
+            options = {p.rerank: json.loads(p.options) for p in wanted if p.rerank is not None}
             path = self._folder / f"{'-'.join([plain.name, *options])}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             log.info("%s: %s", self._job.name, path.stem)
             words = ["mros_jax.evaluate", f"--run={self._job.run.path}", f"--out={path}"]
             words += ["--no_progress", *plain.words]
             if options:
-                words += [
-                    f"--rerank={','.join(options)}",
-                    f"--rerank_options={json.dumps(options)}",
-                ]
+                words.append(f"--rerank={','.join(options)}")
+                words.append(f"--rerank_options={json.dumps(options)}")
             name = f"{self._job.name} {path.stem}"
             if failure := run_step(self._job, name, words, ledger):
                 log.warning("%s could not be evaluated: %s", self._job.name, failure)
