@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from mros_jax import console
-from mros_jax.campaign import costs, evaluations, jobs, readiness, systems
+from mros_jax.campaign import costs, evaluations, imported, jobs, readiness, systems
 from mros_jax.campaign.results import write_results
 from mros_jax.errors import UserError
 from mros_jax.runs.paper import load_tables
@@ -33,6 +33,13 @@ def _parse(
     parser.add_argument("--root", required=True, help="directory of Market-1501")
     systems.add_arguments(parser, preset="full")
     parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=[],
+        metavar="PEER=FILE",
+        help="checkpoints of other code to evaluate beside them, see docs/import.md",
+    )
+    parser.add_argument(
         "--out",
         type=pathlib.Path,
         default=pathlib.Path("runs/reproduce"),
@@ -49,8 +56,8 @@ def _parse(
     )
     args, rest = parser.parse_known_args(argv)
     root = pathlib.Path(args.root).absolute()
-    data = ["--config.dataset.name=market1501", f"--config.dataset.root={root}"]
-    chosen, rest = systems.read_arguments(args, [*rest, *data])
+    args.data_words = ["--config.dataset.name=market1501", f"--config.dataset.root={root}"]
+    chosen, rest = systems.read_arguments(args, [*rest, *args.data_words])
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args, chosen
@@ -61,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, chosen = _parse(argv)
     paper = load_tables()
     planned = jobs.make_jobs(chosen, args.seeds, args.out)
+    weights = imported.read_weights(args.weights, args.out)
     with jobs.open_folder(args.out) as ledger:
         log.info("Checking data and weights")
-        if problems := readiness.find_problems(chosen, planned):
+        problems = readiness.find_problems(chosen, planned)
+        if problems := problems + imported.import_all(weights, args.data_words, ledger):
             raise UserError(
                 f"{len(problems)} things are to be mended first:\n  " + "\n  ".join(problems)
             )
@@ -76,10 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.estimate:
             return 0
         try:
+            for one in evaluations.collect((), (), ledger, weights):  # soon done
+                one.evaluate(paper, ledger)
             jobs.train(planned, ledger)
-            evaluations.evaluate(planned, ledger, paper)
+            for one in evaluations.collect(chosen, planned, ledger):
+                one.evaluate(paper, ledger)
         finally:
-            print(write_results(args.out, chosen, planned, ledger, paper))
+            print(write_results(args.out, chosen, planned, ledger, paper, weights))
         return int(any(ledger.failure(job.name) for job in planned))
 
 

@@ -7,7 +7,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mros_jax.campaign.jobs import Job, Ledger, run_step
+from mros_jax.campaign.imported import Imported
+from mros_jax.campaign.jobs import Job, Ledger, Runner, run_step
+from mros_jax.campaign.systems import System
 from mros_jax.errors import UserError
 from mros_jax.runs import paper as papers
 from mros_jax.runs.results import read_results
@@ -106,27 +108,31 @@ def list_protocols(system: str, paper: Mapping[str, Any]) -> list[Protocol]:
 
 
 class Evaluations:
-    """The rankings of a job's run: of its training, and those that were asked for later.
+    """The rankings of a run: of its training, and those that were asked for later.
+
+    Attributes:
+        run: the run, which is complete.
 
     Args:
-        job: whose run is complete.
+        job: whose run it is.
     """
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Runner):
         self._job = job
+        self.run = job.run
         self._folder = job.folder / "evaluations" / job.name
 
     @functools.cached_property
     def _entries(self) -> list[Entry]:
-        entries: list[Entry] = list(self._job.run.rankings)
-        step = self._job.run.results["run"]["step"]
+        trained = self.run.results_file.is_file()  # and not imported
+        entries: list[Entry] = list(self.run.rankings) if trained else []
         for path in sorted(self._folder.glob("*.json")):
             try:
                 results = read_results(path)
             except UserError as error:
                 log.warning("%s is left out, and made again: %s", path, error)
                 continue
-            if results["run"]["step"] == step:
+            if not trained or results["run"]["step"] == self.run.results["run"]["step"]:
                 entries += results["results"]
         return entries
 
@@ -157,21 +163,59 @@ class Evaluations:
         self.__dict__.pop("_entries", None)
 
 
-def collect(jobs: Sequence[Job], ledger: Ledger) -> dict[str, Evaluations]:
-    """What there is of every complete job, by its name."""
-    made = {}
-    for job in jobs:
-        try:
-            if ledger.failure(job.name) is None and job.is_complete():
-                made[job.name] = Evaluations(job)
-        except UserError as error:
-            log.warning("%s is left out: %s", job.name, error)
-    return made
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A system with what there is of it.
+
+    Attributes:
+        label: what it is called in tables.
+        system: its name in `mros_jax/runs/paper_results.toml`.
+        made: seed -> what there is of its run; "-" for one that was trained elsewhere.
+        changes: why it is another than the system of that name; empty: it is that.
+    """
+
+    label: str
+    system: str
+    made: Mapping[str, Evaluations]
+    changes: tuple[str, ...] = ()
+
+    def find(self, protocol: Protocol) -> dict[str, Entry]:
+        """Seed -> its ranking under a protocol, where there is one."""
+        found = {seed: made.find(protocol) for seed, made in self.made.items()}
+        return {seed: entry for seed, entry in found.items() if entry is not None}
+
+    def evaluate(self, paper: Mapping[str, Any], ledger: Ledger) -> None:
+        """Evaluate its runs under all of its system's protocols."""
+        for made in self.made.values():
+            made.evaluate(list_protocols(self.system, paper), ledger)
 
 
-def evaluate(jobs: Sequence[Job], ledger: Ledger, paper: Mapping[str, Any]) -> None:
-    """Evaluate every complete job under all of its system's protocols."""
-    made = collect(jobs, ledger)
-    for job in jobs:
-        if job.name in made:
-            made[job.name].evaluate(list_protocols(job.system.name, paper), ledger)
+def collect(
+    systems: Sequence[System],
+    jobs: Sequence[Job],
+    ledger: Ledger,
+    weights: Sequence[Imported] = (),
+) -> list[Contestant]:
+    """All systems with their complete runs, and then checkpoints that were imported.
+
+    Args:
+        systems: that are trained.
+        jobs: theirs.
+        ledger: of the folder.
+        weights: checkpoints of peers.
+    """
+    found = []
+    for system in systems:
+        made = {}
+        for job in jobs:
+            try:
+                if job.system == system and ledger.failure(job.name) is None and job.is_complete():
+                    made[str(job.seed)] = Evaluations(job)
+            except UserError as error:
+                log.warning("%s is left out: %s", job.name, error)
+        found.append(Contestant(system.name, system.name, made, system.list_changes()))
+    for one in weights:
+        if one.run.exists():
+            label = f"{one.run.system} of {one.peer} ({one.file.name})"
+            found.append(Contestant(label, one.run.system, {"-": Evaluations(one)}))
+    return found

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from mros_jax.campaign.systems import System
 from mros_jax.errors import UserError
@@ -161,11 +161,30 @@ def train(jobs: Sequence[Job], ledger: Ledger) -> None:
             log.warning("%s failed: %s", job.name, failure)
 
 
-def run_step(job: Job, name: str, words: Sequence[str], ledger: Ledger) -> str | None:
+class Runner(Protocol):
+    """What a process is run for: something with a name in a campaign's folder."""
+
+    @property
+    def name(self) -> str:
+        """Of its log."""
+        ...
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Of the campaign."""
+        ...
+
+    @property
+    def run(self) -> Run:
+        """The run that it makes or evaluates."""
+        ...
+
+
+def run_step(job: Runner, name: str, words: Sequence[str], ledger: Ledger) -> str | None:
     """Run a command that belongs to a job, and write down how long it took; why it failed.
 
     Args:
-        job: whose log it writes.
+        job: whose log it writes to.
         name: in the ledger.
         words: of `run_process`.
         ledger: of the folder.

@@ -9,6 +9,7 @@ from typing import Any
 
 from mros_jax import extras
 from mros_jax.campaign import board, chart, evaluations, summary, verdicts
+from mros_jax.campaign.imported import Imported
 from mros_jax.campaign.jobs import Job, Ledger
 from mros_jax.campaign.systems import System
 from mros_jax.files import write_atomically
@@ -23,6 +24,7 @@ def write_results(
     jobs: Sequence[Job],
     ledger: Ledger,
     paper: Mapping[str, Any],
+    weights: Sequence[Imported] = (),
 ) -> str:
     """Write `reproduce.txt`, `.md`, `.csv`, `.json` and `.html` of what there is.
 
@@ -32,16 +34,18 @@ def write_results(
         jobs: theirs.
         ledger: of the folder.
         paper: the published rows.
+        weights: checkpoints of peers that take part.
 
     Returns:
         The text.
     """
-    made = evaluations.collect(jobs, ledger)
-    found = verdicts.make_verdicts(systems, jobs, made, paper)
-    common = verdicts.score_common(systems, jobs, made, paper)
+    contestants = evaluations.collect(systems, jobs, ledger, weights)
+    found = verdicts.make_verdicts(contestants, paper)
+    common = verdicts.score_common(contestants, paper)
     lines = board.make_lines(systems, jobs, ledger, paper)
     record = {"commit": provenance.get_commit(), "folder": str(out.absolute())}
-    record["runs"] = f"{len(made)} of {len(jobs)} complete"
+    missing = sum(len(line.missing) for line in lines)
+    record["runs"] = f"{len(jobs) - missing} of {len(jobs)} complete"
     contents = {
         style: "\n\n".join(
             [
@@ -70,8 +74,8 @@ def write_results(
         },
         indent=2,
     )
-    if missing := extras.find_missing("report", "The page of the report"):
-        log.warning("%s", missing)
+    if lacking := extras.find_missing("report", "The page of the report"):
+        log.warning("%s", lacking)
     else:
         contents["html"] = _make_page(found, common, lines, record)
     for style, content in contents.items():

@@ -19,6 +19,13 @@ from mros_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 PRESETS = ("full", "small")
+# Changes of a recipe that change nothing about what its last state scores.
+_HARMLESS = (
+    *("dataset.root", "dataset.cache_dir", "dataset.device_fraction"),
+    *("eval.batch_size", "eval.every_epochs", "eval.rerank", "eval.rerank_options"),
+    *("checkpoint_every_epochs", "log_every_steps", "report"),
+)
+_CHANGES_SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +52,23 @@ class System:
         config, _ = configs.parse_config(self.words)
         assert config is not None
         return config
+
+    def list_changes(self) -> tuple[str, ...]:
+        """In one entry, what makes its recipe another than that of its file; () where nothing does.
+
+        What changes nothing about how its last state scores is left out.
+        """
+        changed = [word.removeprefix("--config.") for word in self.changes]
+        changed = [word for word in changed if not _is_harmless(word.partition("=")[0])]
+        if not changed:
+            return ()
+        more = len(changed) - _CHANGES_SHOWN
+        shown = ", ".join(changed[:_CHANGES_SHOWN]) + f" and {more} more" * (more > 0)
+        return (f"another recipe ({shown})",)
+
+
+def _is_harmless(name: str) -> bool:
+    return any(name == field or name.startswith(f"{field}.") for field in _HARMLESS)
 
 
 def find_systems(files: Iterable[str | pathlib.Path] = ()) -> tuple[System, ...]:

@@ -7,20 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mros_jax.campaign.board import format_score
-from mros_jax.campaign.evaluations import Evaluations, Protocol, list_common
-from mros_jax.campaign.jobs import Job
+from mros_jax.campaign.evaluations import Contestant, Protocol, list_common
 from mros_jax.campaign.summary import INTERVAL, Score, describe_protocol, score
-from mros_jax.campaign.systems import System
 from mros_jax.runs import paper as papers
 from mros_jax.runs.tables import format_grid
 
-# Changes of a recipe that change nothing about what its last state scores.
-_HARMLESS = (
-    *("dataset.root", "dataset.cache_dir", "dataset.device_fraction"),
-    *("eval.batch_size", "eval.every_epochs", "eval.rerank", "eval.rerank_options"),
-    *("checkpoint_every_epochs", "log_every_steps", "report"),
-)
-_CHANGES_SHOWN = 3
 _TITLES = {key: title for title, key in papers.METRICS.items()}
 
 
@@ -35,7 +26,7 @@ class Verdict:
         protocol: that it was measured with, in words.
         published: its numbers, by the keys of `papers.METRICS`.
         scores: ours.
-        seeds: of ours.
+        seeds: of ours; "-" of a run that was trained elsewhere.
         reasons: why the two are not to be compared; none: they are.
         note: of the row.
     """
@@ -46,7 +37,7 @@ class Verdict:
     protocol: str
     published: Mapping[str, float]
     scores: Mapping[str, Score]
-    seeds: tuple[int, ...]
+    seeds: tuple[str, ...]
     reasons: tuple[str, ...]
     note: str
 
@@ -79,35 +70,26 @@ class Verdict:
         return "; ".join(f"{word}: {', '.join(names)}" for word, names in words.items())
 
 
-def make_verdicts(
-    systems: Sequence[System],
-    jobs: Sequence[Job],
-    made: Mapping[str, Evaluations],
-    paper: Mapping[str, Any],
-) -> list[Verdict]:
+def make_verdicts(contestants: Sequence[Contestant], paper: Mapping[str, Any]) -> list[Verdict]:
     """A verdict for each published row of each system, in the order of the tables.
 
     Args:
-        systems: that take part.
-        jobs: theirs.
-        made: evaluations of the complete ones.
+        contestants: of `evaluations.collect`.
         paper: as `mros_jax.runs.paper.load_tables` returns it.
     """
     verdicts = []
-    for system in systems:
-        own = [job for job in jobs if job.system == system]
-        for table, row in papers.find_rows(system.name, paper):
-            protocol = Protocol.of(paper, table, row)
-            found = _find(own, made, protocol)
+    for one in contestants:
+        for table, row in papers.find_rows(one.system, paper):
+            found = one.find(Protocol.of(paper, table, row))
             reasons = [] if found else ["no run has come to its end"]
             if found:
-                reasons = list_changes(system)
-                first = next(iter(found.values()))
-                reasons += papers.find_mismatches(first["protocol"], paper, table, row)
-                reasons += papers.find_config_mismatches(system.read().to_dict(), paper)
+                seed, entry = next(iter(found.items()))
+                reasons += one.changes
+                reasons += papers.find_mismatches(entry["protocol"], paper, table, row)
+                reasons += papers.find_config_mismatches(one.made[seed].run.config, paper)
             verdicts.append(
                 Verdict(
-                    system=system.name,
+                    system=one.label,
                     table=table["number"],
                     name=row["name"],
                     protocol=_describe(row, table),
@@ -121,50 +103,20 @@ def make_verdicts(
     return sorted(verdicts, key=lambda verdict: verdict.table)
 
 
-def list_changes(system: System) -> list[str]:
-    """In one entry, what makes a system's recipe another than that of its config file."""
-    changed = [word.removeprefix("--config.") for word in system.changes]
-    changed = [word for word in changed if not _is_harmless(word.partition("=")[0])]
-    if not changed:
-        return []
-    more = len(changed) - _CHANGES_SHOWN
-    shown = ", ".join(changed[:_CHANGES_SHOWN]) + f" and {more} more" * (more > 0)
-    return [f"another recipe ({shown})"]
-
-
-def _is_harmless(name: str) -> bool:
-    return any(name == field or name.startswith(f"{field}.") for field in _HARMLESS)
-
-
-def _find(
-    jobs: Sequence[Job], made: Mapping[str, Evaluations], protocol: Protocol
-) -> dict[int, Mapping[str, Any]]:
-    """Seed -> its ranking under a protocol, where there is one."""
-    found = {}
-    for job in jobs:
-        entry = made[job.name].find(protocol) if job.name in made else None
-        if entry is not None:
-            found[job.seed] = entry
-    return found
-
-
 def _describe(row: Mapping[str, Any], table: Mapping[str, Any]) -> str:
     words = [table.get("rerank", ""), describe_protocol(row.get("protocol", {}))]
     return ", ".join(filter(None, words)) or "plain"
 
 
 def score_common(
-    systems: Sequence[System],
-    jobs: Sequence[Job],
-    made: Mapping[str, Evaluations],
-    paper: Mapping[str, Any],
+    contestants: Sequence[Contestant], paper: Mapping[str, Any]
 ) -> dict[str, dict[str, dict[str, Score]]]:
     """Ranking of the common protocol -> system -> its scores, of those that have any."""
     return {
         ranking: {
-            system.name: score(list(found.values()))
-            for system in systems
-            if (found := _find([j for j in jobs if j.system == system], made, protocol))
+            one.label: score(list(found.values()))
+            for one in contestants
+            if (found := one.find(protocol))
         }
         for ranking, protocol in list_common(paper).items()
     }
@@ -183,7 +135,12 @@ def list_cells(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
         for metric, theirs in verdict.published.items():
             ours, difference = verdict.scores.get(metric), verdict.difference(metric)
             first = metric == next(iter(verdict.published))
-            named = (str(verdict.table), verdict.name, verdict.system, _list_seeds(verdict.seeds))
+            named = (
+                str(verdict.table),
+                verdict.name,
+                verdict.system,
+                " ".join(verdict.seeds) or "-",
+            )
             judged = verdict.judge(metric)
             rows.append(
                 (
@@ -197,10 +154,6 @@ def list_cells(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
                 )
             )
     return rows
-
-
-def _list_seeds(seeds: Sequence[int]) -> str:
-    return " ".join(map(str, seeds)) or "-"
 
 
 def list_common_cells(common: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -268,7 +221,7 @@ def format_csv(verdicts: Sequence[Verdict]) -> str:
             shown = ["" if x is None else f"{x:.4f}" for x in numbers]
             difference = verdict.difference(metric)
             named = [verdict.table, verdict.name, verdict.system]
-            named += [" ".join(map(str, verdict.seeds)), verdict.protocol, metric]
+            named += [" ".join(verdict.seeds), verdict.protocol, metric]
             last = ["" if difference is None else f"{difference:.4f}"]
             last += [verdict.judge(metric) or "not comparable", "; ".join(verdict.reasons)]
             writer.writerow([*named, *shown, theirs, *last, verdict.note])
