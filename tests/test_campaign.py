@@ -1,5 +1,6 @@
 """Many systems over many seeds: what is trained, what is left out, and the tables."""
 
+import argparse
 import csv
 import dataclasses
 import io
@@ -197,7 +198,7 @@ def test_speed_and_memory_are_measured_apart(tmp_path, least, monkeypatch, capsy
 
 
 def parse(command):
-    parser = benchmark_systems.common.make_parser("")
+    parser = argparse.ArgumentParser()
     systems.add_arguments(parser, preset="small")
     args, rest = parser.parse_known_args(command)
     return args, [word for word in rest if word.startswith("--config.")]

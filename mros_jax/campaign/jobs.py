@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mros_jax.campaign.systems import System
 from mros_jax.errors import UserError
@@ -161,6 +161,7 @@ def train(jobs: Sequence[Job], ledger: Ledger) -> None:
             log.warning("%s failed: %s", job.name, failure)
 
 
+@runtime_checkable
 class Runner(Protocol):
     """What a process is run for: something with a name in a campaign's folder."""
 
