@@ -3,7 +3,6 @@
 Each is measured in a process of its own, which leaves nothing behind and whose peak is its own.
 """
 
-import concurrent.futures
 import dataclasses
 import itertools
 import logging
@@ -15,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 
 import jax
 import numpy as np
@@ -219,19 +218,36 @@ def _read_peak() -> int:
 
 
 def measure_apart(words: Sequence[str], repeats: int) -> Cost:
-    """Measure a system in a process of its own.
+    """Measure a system in a process of its own, which ends where this one is stopped.
 
     Raises:
-        UserError: as `measure`; or its process was killed.
+        UserError: it could not be measured; says why.
     """
     start = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, start, console.show_messages) as pool:
-        try:
-            return pool.submit(measure, words, repeats, time.time()).result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "the process that measured was killed, as systems do where memory is short"
-            ) from error
+    receiving, sending = start.Pipe(duplex=False)
+    process = start.Process(target=_answer, args=(sending, words, repeats, time.time()))
+    process.start()
+    sending.close()  # of this process
+    try:
+        answer = receiving.recv()
+    except EOFError:
+        answer = "its process was killed, as systems do where memory is short"
+    finally:
+        process.terminate()
+        process.join()
+        receiving.close()
+    if not isinstance(answer, Cost):
+        raise UserError(str(answer))
+    return answer
+
+
+def _answer(sending: Connection, words: Sequence[str], repeats: int, asked: float) -> None:
+    """Send what `measure` returns, or why it cannot, to the process that asks."""
+    console.show_messages()
+    try:
+        sending.send(measure(words, repeats, asked))
+    except Exception as error:
+        sending.send(console.explain(error) or f"{type(error).__name__}: {error}")
 
 
 def load_cost(system: System, folder: pathlib.Path) -> Cost | None:
@@ -274,8 +290,8 @@ def measure_all(
         log.info("Measuring %s", system.name)
         try:
             cost = measure_apart(system.words, repeats)
-        except Exception as error:
-            failures[system.name] = console.explain(error) or f"{type(error).__name__}: {error}"
+        except UserError as error:
+            failures[system.name] = str(error)
             log.warning("%s could not be measured: %s", system.name, failures[system.name])
             continue
         write_json(_find(system, folder), dataclasses.asdict(cost))
