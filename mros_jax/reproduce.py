@@ -40,6 +40,9 @@ def _parse(
         help="checkpoints of other code to evaluate beside them, see docs/import.md",
     )
     parser.add_argument(
+        "--no_training", action="store_true", help="evaluate what --weights names, and no more"
+    )
+    parser.add_argument(
         "--out",
         type=pathlib.Path,
         default=pathlib.Path("runs/reproduce"),
@@ -60,6 +63,8 @@ def _parse(
     chosen, rest = systems.read_arguments(args, [*rest, *args.data_words])
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.no_training and not args.weights:
+        parser.error("--no_training needs --weights PEER=FILE: there is nothing else to evaluate")
     return args, chosen
 
 
@@ -67,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns 0 where every run came to its end, else 1."""
     args, chosen = _parse(argv)
     paper = load_tables()
-    planned = jobs.make_jobs(chosen, args.seeds, args.out)
+    planned = jobs.make_jobs(chosen, [] if args.no_training else args.seeds, args.out)
     weights = imported.read_weights(args.weights, args.out)
     with jobs.open_folder(args.out) as ledger:
         log.info("Checking data and weights")
@@ -76,12 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"{len(problems)} things are to be mended first:\n  " + "\n  ".join(problems)
             )
-        failures = costs.measure_all(chosen, args.out, args.repeats, again=False)
-        if failures:
+        if args.no_training:
+            chosen = ()
+        if failures := costs.measure_all(chosen, args.out, args.repeats, again=False):
             listed = "\n  ".join(f"{name}: {why}" for name, why in failures.items())
             raise UserError(f"some steps of each system were tried, and failed for:\n  {listed}")
         measured = {s.name: cost for s in chosen if (cost := costs.load_cost(s, args.out))}
-        print(readiness.format_estimate(chosen, planned, measured, paper), flush=True)
+        if chosen:
+            print(readiness.format_estimate(chosen, planned, measured, paper), flush=True)
         if args.estimate:
             return 0
         try:

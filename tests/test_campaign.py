@@ -22,6 +22,7 @@ from mros_jax import config as configs
 from mros_jax import console, train
 from mros_jax.campaign import board, chart, costs, jobs, summary, systems
 from mros_jax.errors import UserError
+from mros_jax.models.counting import count_multiply_adds
 from scripts import benchmark_systems
 from tests.least import write_config
 from tests.training import ROOT, TINY
@@ -314,3 +315,19 @@ def test_ctrl_c_loses_nothing(tmp_path, cache_dir):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(json.loads((run / "run.json").read_text())["earlier_starts"]) == 1
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_measures(cache_dir):
+    """Its peak is not that of this one, and what it cannot do is said here."""
+    words = [f"--config.{k}={v}" for k, v in TINY.items()]
+    words += [f"--config.dataset.cache_dir={cache_dir}"]
+    chosen = systems.choose(systems.find_systems(), ["strong"])
+    [system] = systems.prepare(chosen, preset="small", overrides=words)
+    cost = costs.measure_apart(system.words, 1)
+    network = configs.make_network(system.read(), 12)
+    assert cost.multiply_adds == count_multiply_adds(network, 96, 32)["descriptor"]
+    assert (cost.descriptor, cost.batch) == (network.parts(96, 32)[0].size, 8)
+    assert cost.start_seconds > 1
+    with pytest.raises(UserError, match="identities"):
+        costs.measure_apart((*system.words, "--config.batch.identities=500"), 1)

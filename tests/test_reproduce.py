@@ -165,6 +165,11 @@ def test_names_that_are_none(market, capsys):
         assert f"--weights {word}: expected PEER=FILE" in capsys.readouterr().err
 
 
+def test_nothing_is_trained_for_nothing(market, capsys):
+    assert console.run(reproduce.main, [f"--root={market}", "--no_training"]) == console.MISUSE
+    assert "--no_training needs --weights" in capsys.readouterr().err
+
+
 def test_what_fails_in_a_few_steps_is_not_trained(command, capsys):
     words, started = command
     command = [*words, "--config.eval.rerank=('ecn',)", "--config.eval.rerank_options.ecn.k=500"]
@@ -301,13 +306,14 @@ def test_what_is_foretold(tmp_path):
     assert f"{readiness.format_time(total)} in all, and 2.00 GB of memory" in text
 
 
-def test_a_checkpoint_of_other_code_stands_beside_them(tmp_path, cache_dir, monkeypatch):
+def test_a_checkpoint_of_other_code_stands_beside_them(tmp_path, cache_dir, market, monkeypatch):
     """It is evaluated as its system was published, from a run without results."""
     file = tmp_path / "bot.pth"
     file.write_bytes(b"tensors")
     [one] = imported.read_weights([f"strong-baseline={file}"], tmp_path / "out")
     words = write_config(tmp_path, cache_dir, monkeypatch)
-    config, _ = configs.parse_config([*words, "--config.name=strong-authors"])
+    data = ["--config.dataset.name=market1501", f"--config.dataset.root={market}"]
+    config, _ = configs.parse_config([*words, "--config.name=strong-authors", *data])
     assert config is not None
     begin_run(one.run.path, config)
     record = read_json(one.run.record_file)
@@ -315,24 +321,27 @@ def test_a_checkpoint_of_other_code_stands_beside_them(tmp_path, cache_dir, monk
     write_json(one.run.record_file, {**record, "imported": {"sha256": digest}})
     started = []
 
-    def run_here(words, file):
+    def run_here(words, log):
         started.append(words[0])
         try:
             return PROGRAMS[words[0]](words[1:])
         except UserError as error:
-            file.write_text(f"error: {error}\n")
+            log.write_text(f"error: {error}\n")
             return console.MISUSE
 
     monkeypatch.setattr(jobs, "run_process", run_here)
-    with jobs.open_folder(tmp_path / "out") as ledger:
-        assert imported.import_all([one], [], ledger) == []
-        assert started == []
-        [contestant] = evaluations.collect((), (), ledger, [one])
-        contestant.evaluate(PAPER, ledger)
-        assert len(contestant.find(Protocol.of(PAPER, {}, {}))) == 1
-        assert contestant.label == "strong-authors of strong-baseline (bot.pth)"
-        assert contestant.system == "strong-authors"
+    command = [f"--root={market}", f"--out={tmp_path / 'out'}", "--no_training"]
+    command += ["--weights", f"strong-baseline={file}"]
+    command += ["--config.batch.identities=4", "--config.batch.images=2"]
+    assert console.run(reproduce.main, command) == 0
+    assert set(started) == {"mros_jax.evaluate"}
+    report = read_json(tmp_path / "out" / "reproduce.json")
+    label = "strong-authors of strong-baseline (bot.pth)"
+    assert {verdict["system"] for verdict in report["verdicts"]} == {label}
+    assert [verdict["seeds"] for verdict in report["verdicts"]] == [["-"], ["-"]]
+    assert set(report["common"]["ecn"]) == {label}
 
+    with jobs.open_folder(tmp_path / "out") as ledger:
         file.write_bytes(b"others")
         [problem] = imported.import_all([one], [], ledger)
         assert "was made of another bot.pth" in problem

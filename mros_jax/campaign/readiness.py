@@ -20,10 +20,11 @@ def find_problems(systems: Sequence[System], jobs: Sequence[Job]) -> list[str]:
     """Everything that is wrong with data, weights and run directories.
 
     Args:
-        systems: as they will be trained; all on one data set.
-        jobs: theirs.
+        systems: all on one data set.
+        jobs: their trainings.
     """
-    return [*_check_data(systems), *_check_weights(systems), *_check_directories(jobs)]
+    trained = [system for system in systems if any(job.system == system for job in jobs)]
+    return [*_check_data(systems), *_check_weights(trained), *_check_directories(jobs)]
 
 
 def _check_data(systems: Sequence[System]) -> list[str]:

@@ -50,7 +50,7 @@ def write_results(
         style: "\n\n".join(
             [
                 verdicts.format_verdicts(found, common, markdown=markdown),
-                board.format_lines(lines, markdown=markdown),
+                *([board.format_lines(lines, markdown=markdown)] if lines else []),
                 ", ".join(f"{name} {value}" for name, value in record.items()),
             ]
         )
