@@ -263,7 +263,8 @@ def test_table_beside_published_numbers():
     assert trinet[2] == "60.0 [55.0, 65.0]"
     assert trinet[-2:] == ["69.14 / 84.92", "ten crops, trapezoid AP"]
     assert cheap[1] == "2 of 3"
-    assert "b, seed 2: diverged" in text
+    assert "These runs took 6 min in all" in text
+    assert "b, seed 2: diverged at step 3" in text
     assert "| trinet | 1.50 M | 10.0 M | 1 | 128 | 128 | 100 | 2.00 GB | 1.5 min |" in text
 
 

@@ -85,6 +85,8 @@ def format_lines(lines: Sequence[Line], *, markdown: bool) -> str:
         f"{title.format('Accuracy')}, in percent. {INTERVAL}",
         format_grid(accuracy, markdown=markdown),
     ]
+    if minutes := sum((line.minutes or 0.0) * len(line.seeds) for line in lines):
+        parts.append(f"These runs took {minutes:.0f} min in all, one after another.")
     cells = list_cost_cells(lines)
     if cells[1:]:
         devices = sorted({line.cost.device for line in lines if line.cost is not None})
@@ -96,7 +98,7 @@ def format_lines(lines: Sequence[Line], *, markdown: bool) -> str:
     if any(line.missing for line in lines):
         bullet = "- " if markdown else "  "
         absent = [
-            f"{bullet}{line.system}, seed {seed}: {why.splitlines()[0]}"
+            f"{bullet}{line.system}, seed {seed}: {' '.join(why.split())}"
             for line in lines
             for seed, why in line.missing.items()
         ]
