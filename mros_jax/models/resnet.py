@@ -208,6 +208,40 @@ class ResidualBlock(nn.Module):
         return nn.relu(x + y)
 
 
+class NonLocal(nn.Module):
+    """Add to each place of a map what all places say of it (Wang et al., CVPR 2018).
+
+    As the AGW baseline has it (Ye et al., TPAMI 2021): one inner channel; the weight of a pair of
+    places is the product of two linear layers there, divided by the number of places; the last
+    normalization starts at 0, so that the block starts as nothing.
+    """
+
+    dtype: Any = jnp.float32
+    bn_axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B H W C"]:
+        """Apply the block."""
+        batch, height, width, channels = x.shape
+
+        def place_by_place(y: Array, features: int, name: str) -> Array:
+            return Conv(features, 1, 1, self.dtype, use_bias=True, name=name)(y)
+
+        theta, phi, g = (
+            place_by_place(x, 1, name).reshape(batch, height * width)
+            for name in ("theta", "phi", "g")
+        )
+        said = theta * jnp.sum(phi * g, axis=1, keepdims=True) / (height * width)
+        y = place_by_place(said.reshape(batch, height, width, 1), channels, "out")
+        norm = BatchNorm(
+            scale_init=nn.initializers.zeros,
+            axis_name=self.bn_axis_name,
+            dtype=self.dtype,
+            name="bn",
+        )
+        return x + norm(y, train=train)
+
+
 class ResNet(nn.Module):
     """A ResNet trunk without its classifier, or a piece of one; `TrunkSpec.make` makes it.
 
@@ -225,6 +259,7 @@ class ResNet(nn.Module):
         strides: of a stage's first block, in the bottleneck's "3x3" convolution or in its first
             "1x1" one (as He et al. have it); "last": in the last block of the stage before, whose
             shortcut leaves out rows and columns (TF-Slim's).
+        non_local: names of blocks that a `NonLocal` block follows.
         dtype: compute dtype; parameters and statistics stay float32.
         bn_axis_name: axis over which batch statistics are shared; None = each device its own.
     """
@@ -237,6 +272,7 @@ class ResNet(nn.Module):
     stem_relu: bool = True
     stem_pool: str = "centered"
     strides: str = "3x3"
+    non_local: Sequence[str] = ()
     dtype: Any = jnp.float32
     bn_axis_name: str | None = None
 
@@ -277,6 +313,9 @@ class ResNet(nn.Module):
                 self.strides,
                 name=name,
             )(x, train=train)
+            if name in self.non_local:
+                after = NonLocal(self.dtype, self.bn_axis_name, name=f"nonlocal_{name}")
+                x = after(x, train=train)
             stages[f"t{stage}"] = x
         return stages
 

@@ -18,7 +18,6 @@ Names = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 _FOREIGN = {
     ".IN.": "instance normalization (IBN)",
     ".se": "squeeze-and-excitation",
-    "NL_": "non-local blocks",
     "conv2.conv1.": "split attention (ResNeSt)",
 }
 

@@ -12,7 +12,7 @@ from mros_jax.models.heads import Classifiers, GeneralizedMean
 from mros_jax.models.outputs import Outputs, Part, check_images
 from mros_jax.models.resnet import BatchNorm, torchvision_name
 from mros_jax.models.stripes import pool_stripes
-from mros_jax.models.trunks import find_resnet, find_trunk
+from mros_jax.models.trunks import find_trunk, find_trunk_with
 
 
 class StrongBaseline(nn.Module):
@@ -25,6 +25,7 @@ class StrongBaseline(nn.Module):
         stem_relu: with the ReLU after the trunk's first batch normalization; the authors' code,
             and so every number of the paper, is without it.
         stem_pool: of a ResNet, see `mros_jax.models.resnet.ResNet`.
+        non_local: of a ResNet, see `mros_jax.models.resnet.ResNet`.
         pooling: of the trunk's last map, "mean" or "gem" (`GeneralizedMean`).
         neck: with the BNNeck; without it f_i is f_t, as in a plain baseline.
         head_bias: the classifier with a bias.
@@ -43,6 +44,7 @@ class StrongBaseline(nn.Module):
     last_stride: int = 1
     stem_relu: bool = True
     stem_pool: str = "centered"
+    non_local: tuple[str, ...] = ()
     pooling: str = "mean"
     neck: bool = True
     head_bias: bool = False
@@ -66,12 +68,10 @@ class StrongBaseline(nn.Module):
         """
         check_images(images)
         self._check()
-        plain = {"stem_relu": True, "stem_pool": "centered"}
-        stem = {"stem_relu": self.stem_relu, "stem_pool": self.stem_pool}
-        # Only ResNets have them.
-        spec = find_trunk(self.trunk) if stem == plain else find_resnet(self.trunk)
+        fields = {name: getattr(self, name) for name in ("stem_relu", "stem_pool", "non_local")}
+        spec, changed = find_trunk_with(self.trunk, fields)
         trunk = spec.make(
-            **({} if stem == plain else stem),
+            **changed,
             last_stride=self.last_stride,
             dtype=self.dtype,
             bn_axis_name=self.bn_axis_name,
@@ -96,8 +96,10 @@ class StrongBaseline(nn.Module):
         return (Part(self.descriptor, find_trunk(self.trunk).channels("t4")),)
 
     def torchvision_name(self, path: tuple[str, ...]) -> str | None:
-        """All of the trunk starts from ImageNet weights."""
-        return torchvision_name(path[1:]) if path[0] == "trunk" else None
+        """All of the trunk starts from ImageNet weights, but its non-local blocks."""
+        if path[0] != "trunk" or path[1].startswith("nonlocal"):
+            return None
+        return torchvision_name(path[1:])
 
     def _check(self) -> None:
         choices = {"pooling": ("mean", "gem"), "descriptor": ("f_i", "f_t")}

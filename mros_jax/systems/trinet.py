@@ -12,7 +12,7 @@ from mros_jax.models.heads import Reduction
 from mros_jax.models.outputs import Outputs, Part, check_images
 from mros_jax.models.resnet import torchvision_name
 from mros_jax.models.stripes import pool_stripes
-from mros_jax.models.trunks import find_resnet, find_trunk
+from mros_jax.models.trunks import find_trunk_with
 
 
 class TriNet(nn.Module):
@@ -62,12 +62,10 @@ class TriNet(nn.Module):
             raise UserError(
                 f"reduced is {self.reduced} and embedded {self.embedded}; both must be 1 or more"
             )
-        plain = {"stem_pool": "centered", "strides": "3x3"}
         places = {"stem_pool": self.stem_pool, "strides": self.strides}
-        # Only ResNets have them.
-        spec = find_trunk(self.trunk) if places == plain else find_resnet(self.trunk)
+        spec, changed = find_trunk_with(self.trunk, places)
         trunk = spec.make(
-            **({} if places == plain else places),
+            **changed,
             last_stride=self.last_stride,
             dtype=self.dtype,
             bn_axis_name=self.bn_axis_name,

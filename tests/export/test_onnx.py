@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,7 +96,11 @@ def test_other_pixels_than_imagenets(make):
 
     from mros_jax.export import onnx_file
 
-    pixels = {"mean": (0.4, 0.45, 0.5), "std": (1 / 255, 0.5, 0.25), "channels": "bgr"}
+    pixels: dict[str, Any] = {
+        "mean": (0.4, 0.45, 0.5),
+        "std": (1 / 255, 0.5, 0.25),
+        "channels": "bgr",
+    }
     model = load(make("strong"))
     model.config.input.update(pixels)
     height, width = model.size

@@ -1,5 +1,7 @@
 """The cosine classifier against PyTorch, and what makes it one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,11 +87,11 @@ def test_generalized_mean_lies_between_mean_and_maximum():
 
 
 def test_the_power_of_the_mean_is_learned():
-    x = np.random.default_rng(0).uniform(0.5, 2, (2, 3, 4, 5)).astype(np.float32)
-    x = jnp.asarray(x)
+    x = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, (2, 3, 4, 5)).astype(np.float32))
 
     def total(p):
-        return GeneralizedMean().apply({"params": {"p": p}}, x).sum()
+        pooled: Any = GeneralizedMean().apply({"params": {"p": p}}, x)
+        return pooled.sum()
 
     slope = jax.grad(total)(jnp.array([3.0]))[0]
     step = 1e-2

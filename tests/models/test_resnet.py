@@ -1,12 +1,14 @@
 """Where other codes pool and stride in a ResNet, and what that leaves unchanged."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mros_jax.errors import UserError
-from mros_jax.models.resnet import TrunkSpec, max_pool_to_end
+from mros_jax.models.resnet import NonLocal, TrunkSpec, max_pool_to_end
 from mros_jax.systems.strong import StrongBaseline
 from mros_jax.systems.trinet import TriNet
 
@@ -38,6 +40,40 @@ def test_the_stem_pools_to_the_end():
         [x[0, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].max((0, 1)) for j in (0, 1)] for i in range(3)
     ]
     np.testing.assert_array_equal(max_pool_to_end(x)[0], np.array(windows))
+
+
+def test_a_non_local_block_adds_what_all_places_say():
+    """Against a loop over pairs of places; it starts as nothing."""
+    x = jax.random.normal(jax.random.key(0), (2, 3, 2, 4))
+    block = NonLocal()
+    variables = block.init(jax.random.key(1), x, train=False)
+    np.testing.assert_array_equal(block.apply(variables, x, train=False), x)
+    variables["params"]["bn"]["scale"] = jnp.arange(1.0, 5.0)
+    made: Any = block.apply(variables, x, train=False)
+
+    params = jax.tree.map(np.float64, variables["params"])
+    places = np.float64(x).reshape(2, 6, 4)
+    theta, phi, g = (
+        places @ params[name]["kernel"][0, 0, :, 0] + params[name]["bias"]
+        for name in ("theta", "phi", "g")
+    )
+    said = np.array(
+        [
+            [sum(theta[b, i] * phi[b, j] * g[b, j] for j in range(6)) / 6 for i in range(6)]
+            for b in range(2)
+        ]
+    )
+    y = said[..., None] * params["out"]["kernel"][0, 0, 0] + params["out"]["bias"]
+    expected = places + y * np.arange(1, 5) / np.sqrt(1 + 1e-5)
+    np.testing.assert_allclose(made.reshape(2, 6, 4), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_imagenet_has_no_non_local_blocks():
+    model = StrongBaseline(num_classes=3, trunk="tiny", non_local=("layer2_0",))
+    assert model.torchvision_name(("trunk", "nonlocal_layer2_0", "g")) is None
+    assert model.torchvision_name(("trunk", "layer2_0", "conv1")) == "layer2.0.conv1"
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGES, train=False))
+    assert "nonlocal_layer2_0" in shapes["params"]["trunk"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ Written from what those codes compute, of which nothing is copied; shares no cod
 docs/import.md has the figures of the real ones.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -39,12 +41,28 @@ class StrongBaseline(nn.Module):
         return self.bottleneck(feature) if self.bottleneck else feature
 
 
+class NonLocal(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.g, self.theta, self.phi = (nn.Conv2d(channels, 1, 1) for _ in range(3))
+        self.W = nn.Sequential(nn.Conv2d(1, channels, 1), nn.BatchNorm2d(channels))
+
+    def forward(self, x):
+        theta, phi, g = (part(x).flatten(1) for part in (self.theta, self.phi, self.g))
+        weights = theta[:, :, None] * phi[:, None, :] / theta.shape[1]
+        return x + self.W((weights @ g[:, :, None]).view(len(x), 1, *x.shape[2:]))
+
+
 class FastReID(nn.Module):
     """With `old` names and pooling as up to September 2020."""
 
-    def __init__(self, gem=False, old=False):
+    def __init__(self, gem=False, old=False, non_local=()):
         super().__init__()
         self.backbone = ResNet(TINY)
+        self.non_local = non_local
+        for i in non_local:  # behind the last block of these stages
+            block = NonLocal(self.backbone.channels[i - 1])
+            self.backbone.add_module(f"NL_{i}", nn.ModuleList([block]))
         size = self.backbone.channels[-1]
         self.heads = nn.Module()
         norm = _fixed(nn.BatchNorm2d(size))
@@ -67,6 +85,7 @@ class FastReID(nn.Module):
         x = F.max_pool2d(x, 3, 2, 1) if self.old else F.max_pool2d(x, 3, 2, ceil_mode=True)
         for i in (1, 2, 3, 4):
             x = getattr(trunk, f"layer{i}")(x)
+            x = getattr(trunk, f"NL_{i}")[0](x) if i in self.non_local else x
         if self.gem:
             p = self.heads.pool_layer.p
             pooled = x.clamp(min=1e-6).pow(p).mean((2, 3), keepdim=True).pow(1 / p)
@@ -308,7 +327,8 @@ class MFBN(_Branches):
 
     def forward(self, x):
         shared = self.backone(x)
-        attended, maps = 0, []
+        attended: Any = 0
+        maps: list[Any] = []
         for k in (1, 2, 3):
             weights = getattr(self, f"att{k}").fc(_mean(shared))[:, :, None, None]
             attended = shared * weights + attended

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -321,9 +323,9 @@ def test_other_pixels_than_imagenets():
     size = {"height": 24, "width": 8}
     blue_first = images[..., ::-1].astype(np.float64)
     expected = (blue_first / 255 - np.array(mean)) / np.array(std)
-    given = {**size, "mean": mean, "std": std, "channels": "bgr"}
+    given: dict[str, Any] = {**size, "mean": mean, "std": std, "channels": "bgr"}
     np.testing.assert_allclose(preprocess(images, **given), expected, rtol=1e-5, atol=1e-4)
-    still = {"flip": 0.0, "pad": 0, "erase": 0.0}
+    still: dict[str, Any] = {"flip": 0.0, "pad": 0, "erase": 0.0}
     augmented = augment_batch(images, example_keys(0, 0, np.arange(2)), **given, **still)
     np.testing.assert_allclose(augmented, expected, rtol=1e-5, atol=1e-4)
 
