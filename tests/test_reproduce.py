@@ -275,6 +275,9 @@ def test_another_recipe_is_said():
     [system] = systems.choose(systems.find_systems(), ["strong"])
     harmless = ["--config.dataset.root=/data", "--config.report=False"]
     harmless += ["--config.eval.every_epochs=5", "--config.eval.rerank_options.ecn.k=20"]
+    harmless.append("--config.weights=/data/resnet50.pth")
+    random = systems.prepare([system], overrides=["--config.weights=none"])[0].list_changes()
+    assert random == ("another recipe (weights=none)",)
     assert systems.prepare([system], overrides=harmless)[0].list_changes() == ()
     changed = systems.prepare([system], epochs=3, overrides=harmless)[0].list_changes()
     assert len(changed) == 1

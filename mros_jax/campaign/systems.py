@@ -59,7 +59,7 @@ class System:
         What changes nothing about how its last state scores is left out.
         """
         changed = [word.removeprefix("--config.") for word in self.changes]
-        changed = [word for word in changed if not _is_harmless(word.partition("=")[0])]
+        changed = [word for word in changed if not _is_harmless(word)]
         if not changed:
             return ()
         more = len(changed) - _CHANGES_SHOWN
@@ -67,7 +67,10 @@ class System:
         return (f"another recipe ({shown})",)
 
 
-def _is_harmless(name: str) -> bool:
+def _is_harmless(change: str) -> bool:
+    name, _, value = change.partition("=")
+    if name == "weights":  # a file of ImageNet weights, wherever it lies
+        return value != "none"
     return any(name == field or name.startswith(f"{field}.") for field in _HARMLESS)
 
 
