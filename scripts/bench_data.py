@@ -84,7 +84,7 @@ def bench_decode(config: ConfigDict, files: list[bytes], workers: int, repeats: 
     load = functools.partial(
         store.load_store,
         make_split(files),
-        **config.input.to_dict(),
+        **find_resize(config),
         num_threads=workers,
         progress=False,
     )
@@ -102,6 +102,10 @@ def bench_decode(config: ConfigDict, files: list[bytes], workers: int, repeats: 
     rows.append(("first start: hash, decode, write the cache", *speed(files, first)))
     rows.append(("every later start: hash, map the cache", *speed(files, again)))
     return rows
+
+
+def find_resize(config: ConfigDict) -> dict[str, Any]:
+    return {name: config.input[name] for name in ("height", "width", "interpolation")}
 
 
 @contextlib.contextmanager
@@ -257,10 +261,9 @@ def bench_extract(config: ConfigDict, files: list[bytes], repeats: int) -> Rows:
     image = jnp.zeros((1, height, width, 3))
     variables = network.init(jax.random.key(0), image, train=False)
     embedder = make_embedder(config, network, variables)
-    sizes: dict[str, Any] = config.input.to_dict()
 
     def load(paths: Sequence[pathlib.Path]) -> np.ndarray:
-        return decoding.load_images(paths, **sizes)
+        return decoding.load_images(paths, **find_resize(config))
 
     with tempfile.TemporaryDirectory() as scratch:
         paths = [pathlib.Path(scratch) / f"{i}.jpg" for i in range(len(files))]

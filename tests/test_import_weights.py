@@ -80,6 +80,12 @@ CASES = {
         "fast-reid-gem",
         {"network.pooling": "gem", "network.non_local": ["layer2_0", "layer3_0"]},
     ),
+    "fast-reid AGW": Case(
+        "fast-reid",
+        lambda peers: peers.FastReID(non_local=(3,)),
+        "fast-reid-gem",
+        {"network.pooling": "gem", "network.non_local": ["layer3_0"]},
+    ),
     "fast-reid of its first releases": Case(
         "fast-reid",
         lambda peers: peers.FastReID(old=True),

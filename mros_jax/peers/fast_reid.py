@@ -8,9 +8,13 @@ classifier is "classifier.weight", and "weight" since March 2021.
 
 from typing import Any
 
+import numpy as np
+
 from mros_jax.errors import UserError
 from mros_jax.models.torch_weights import StateDict
 from mros_jax.peers.plan import Peer, Plan, count, drop, name_resnet, refuse_foreign
+
+_POWER = "heads.pool_layer.p"  # of GeM
 
 
 def _plan(state: StateDict) -> Plan:
@@ -22,12 +26,14 @@ def _plan(state: StateDict) -> Plan:
         )
     head = next(n for n in ("heads.weight", "heads.classifier.weight") if n in state)
     blocks = _find_non_local(state)
+    if blocks and _POWER not in state:  # AGW's is a constant of its code since September 2020
+        state = {**state, _POWER: np.full(1, 3.0, np.float32)}
     changes: dict[str, Any] = {
         "input.interpolation": "bicubic",
         "network.trunk": name_resnet(state, "backbone."),
         "network.stem_pool": "centered" if neck == "heads.bnneck." else "end",
         "network.non_local": tuple(blocks),
-        "network.pooling": "gem" if "heads.pool_layer.p" in state else "mean",
+        "network.pooling": "gem" if _POWER in state else "mean",
     }
     if changes["network.pooling"] == "gem":
         changes["name"] = "fast-reid-gem"  # AGW or SBS, which their weights do not tell

@@ -54,13 +54,17 @@ class NonLocal(nn.Module):
 
 
 class FastReID(nn.Module):
-    """With `old` names and pooling as up to September 2020."""
+    """With `old` names and pooling as up to September 2020; with `gem`, its power is learned.
+
+    Behind the last block of the stages in `non_local` is such a block; GeM then has power 3 if it
+    has no other.
+    """
 
     def __init__(self, gem=False, old=False, non_local=()):
         super().__init__()
         self.backbone = ResNet(TINY)
         self.non_local = non_local
-        for i in non_local:  # behind the last block of these stages
+        for i in non_local:
             block = NonLocal(self.backbone.channels[i - 1])
             self.backbone.add_module(f"NL_{i}", nn.ModuleList([block]))
         size = self.backbone.channels[-1]
@@ -86,8 +90,8 @@ class FastReID(nn.Module):
         for i in (1, 2, 3, 4):
             x = getattr(trunk, f"layer{i}")(x)
             x = getattr(trunk, f"NL_{i}")[0](x) if i in self.non_local else x
-        if self.gem:
-            p = self.heads.pool_layer.p
+        if self.gem or self.non_local:
+            p = self.heads.pool_layer.p if self.gem else 3.0
             pooled = x.clamp(min=1e-6).pow(p).mean((2, 3), keepdim=True).pow(1 / p)
         else:
             pooled = x.mean((2, 3), keepdim=True)
