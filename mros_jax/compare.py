@@ -68,6 +68,7 @@ class Row:
     deviations: dict[str, float]
     differences: dict[str, float]
     mismatches: list[str]
+    note: str = ""  # of the paper's row
 
 
 def load_results(path: str | pathlib.Path) -> dict[str, Any]:
@@ -124,7 +125,8 @@ def build_rows(measured: Sequence[Measured], paper: Mapping[str, Any]) -> list[R
         placed = []
         for printed in table["row"]:
             values = {name: printed[name] for name in COLUMNS if name in printed}
-            rows.append(Row(table["number"], printed["name"], "paper", 1, values, {}, {}, []))
+            note = printed.get("note", "")
+            rows.append(Row(table["number"], printed["name"], "paper", 1, values, {}, {}, [], note))
             for group in ours:
                 if group[0].system is not None and group[0].system == printed.get("system"):
                     rows.append(_make_row(group, printed, table, paper, values))
@@ -183,7 +185,7 @@ def _cell(row: Row, name: str) -> str:
 
 def _note(row: Row) -> str:
     if row.source == "paper":
-        return ""
+        return row.note
     mean = f"mean of {row.runs} seeds: " if row.runs > 1 else ""
     mismatch = f". NOT COMPARABLE: {'; '.join(row.mismatches)}" if row.mismatches else ""
     return mean + row.source + mismatch

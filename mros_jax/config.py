@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import inspect
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -187,21 +187,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
     config.dataset.name = "synthetic"
     config.dataset.preset = "demo"
     # A probe brings its gallery images: an epoch is that many times as long.
-    epochs = config.num_epochs = 8 if "probes" in config.batch else 32
-    if config.stages:
-        stages = list(config.stages.values())
-        total = sum(stage.epochs for stage in stages)
-        for stage in stages:
-            stage.epochs = max(epochs * stage.epochs // total, 1)
-        config.num_epochs = sum(stage.epochs for stage in stages)
-    if config.num_steps:
-        share = 300 / config.num_steps
-        config.num_steps = 300
-        config.schedule.decay_start = int(config.schedule.decay_start * share)
-        config.schedule.decay_length = max(int(config.schedule.decay_length * share), 1)
-        for group in config.optimizer.values():
-            if "b1_changes" in group:
-                group.b1_changes = tuple((int(step * share), b1) for step, b1 in group.b1_changes)
+    shorten(config, epochs=8 if "probes" in config.batch else 32, steps=300)
     if "identities" in config.batch:
         config.batch.identities = min(config.batch.identities, 16)
     if "probes" in config.batch:
@@ -220,12 +206,39 @@ def shrink(config: ConfigDict) -> ConfigDict:
     if "depth" in network:
         network.depth = min(network.depth, 2)  # the last map has 6 rows
     config.weights = "none"
-    config.schedule.warmup_epochs = min(config.schedule.warmup_epochs, 4)
-    if config.schedule.decay == "steps":
-        config.schedule.decay_epochs = (20, 28)
-    config.schedule.cycle_epochs = min(config.schedule.cycle_epochs, 4)
-    config.eval.every_epochs = 8
     return config
+
+
+def shorten(config: ConfigDict, *, epochs: int, steps: int) -> None:
+    """Give a config another length, in place; its schedule shrinks with it.
+
+    Args:
+        config: of a system.
+        epochs: of the run; divided among its stages in proportion, at least one for each.
+        steps: of a run that is as long as its steps say (`num_steps`).
+    """
+    config.num_epochs = epochs
+    if config.stages:
+        stages = list(config.stages.values())
+        total = sum(stage.epochs for stage in stages)
+        for stage in stages:
+            stage.epochs = max(epochs * stage.epochs // total, 1)
+        config.num_epochs = sum(stage.epochs for stage in stages)
+    schedule = config.schedule
+    if config.num_steps:
+        share = steps / config.num_steps
+        config.num_steps = steps
+        schedule.decay_start = int(schedule.decay_start * share)
+        schedule.decay_length = max(int(schedule.decay_length * share), 1)
+        for group in config.optimizer.values():
+            if "b1_changes" in group:
+                group.b1_changes = tuple((int(step * share), b1) for step, b1 in group.b1_changes)
+    schedule.warmup_epochs = min(schedule.warmup_epochs, epochs // 8)
+    if schedule.decay == "steps":
+        later = {5 * epochs // 8, 7 * epochs // 8}
+        schedule.decay_epochs = tuple(sorted(later - {0}))
+    schedule.cycle_epochs = min(schedule.cycle_epochs, max(epochs // 8, 1))
+    config.eval.every_epochs = max(epochs // 4, 1)
 
 
 def load_dataset(config: ConfigDict) -> Dataset:
@@ -447,14 +460,23 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     """The file itself, else the one of this project that is written so, from any directory."""
     if path.is_file():
         return path
-    package = pathlib.Path(__file__).parent
-    # Installed they lie in the package; in a clone beside it.
-    inside = package / "configs"
-    own = inside if inside.is_dir() else package.parent / "configs"
+    own = _find_directory()
     if path.parent == pathlib.Path("configs") and (own / path.name).is_file():
         return own / path.name
     names = ", ".join(sorted(f"configs/{file.name}" for file in own.glob("*.py")))
     raise NotFoundError(f"config {path} does not exist; there are {names or 'none'}")
+
+
+def _find_directory() -> pathlib.Path:
+    """Where this project's configs are: installed they lie in the package; in a clone beside it."""
+    package = pathlib.Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def list_configs() -> tuple[pathlib.Path, ...]:
+    """The config files of this project, but for `demo.py`, a small copy of one of the others."""
+    return tuple(p for p in sorted(_find_directory().glob("*.py")) if p.stem != "demo")
 
 
 def parse_config(argv: Sequence[str]) -> tuple[ConfigDict | None, list[str]]:
@@ -518,7 +540,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
         UserError: there is no such field, or the value is of another type.
     """
     for word in overrides:
-        _check_field(config, word.partition("=")[0].removeprefix("--config."))
+        check_field(config, word.partition("=")[0].removeprefix("--config."))
     values = flags.FlagValues()
     arguments = ["", *overrides]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
@@ -528,7 +550,34 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
         raise UserError(str(error).removeprefix("flag ")) from error
 
 
-def _check_field(config: ConfigDict, name: str) -> None:
+def has_field(config: ConfigDict, name: str) -> bool:
+    """Whether a config has a field such as "optimizer.network.lr"."""
+    try:
+        check_field(config, name)
+    except UserError:
+        return False
+    return True
+
+
+def list_changes(before: ConfigDict, after: ConfigDict) -> tuple[str, ...]:
+    """The `--config.FIELD=VALUE` words that make one config of another with the same fields."""
+
+    def walk(before: ConfigDict, after: ConfigDict, path: str) -> Iterator[str]:
+        for key, value in after.items():
+            if isinstance(value, ConfigDict):
+                yield from walk(before[key], value, f"{path}.{key}")
+            elif value != before[key]:
+                yield f"{path}.{key}={value}"
+
+    return tuple(walk(before, after, "--config"))
+
+
+def check_field(config: ConfigDict, name: str) -> None:
+    """Refuse the name of a field, such as "optimizer.network.lr", that a config does not have.
+
+    Raises:
+        UserError: says which part of the name is not known, and what there is.
+    """
     section = config
     walked = "config"
     for word in name.split("."):

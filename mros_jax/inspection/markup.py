@@ -15,14 +15,11 @@ from mros_jax.models.outputs import Part
 _NAMES = {"plain": "Plain", "ecn": "ECN", "k_reciprocal": "k-reciprocal", "aqe": "AQE"}
 
 
-def make_environment(package: str) -> jinja2.Environment:
-    """Templates of a package, which can import `lists.html` of this one."""
+def make_environment(*packages: str) -> jinja2.Environment:
+    """Templates of packages, which can import `lists.html` of this one."""
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(
-            [
-                jinja2.PackageLoader(package, "."),
-                jinja2.PackageLoader("mros_jax.inspection", "."),
-            ]
+            [jinja2.PackageLoader(name, ".") for name in (*packages, "mros_jax.inspection")]
         ),
         autoescape=True,
         undefined=jinja2.StrictUndefined,

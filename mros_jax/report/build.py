@@ -119,14 +119,14 @@ def _size(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare_with_paper(run: Run) -> dict[str, Any]:
-    """The paper's numbers beside those of the run."""
-    paper, mismatches = find_paper_rows(run)
+    """The published numbers beside those of the run."""
+    paper, mismatches, names = find_paper_rows(run)
     rows = []
     for result, theirs in zip(run.rankings, paper, strict=True):
         score = _score(result)
         cells = [(score["values"][name], theirs.get(name)) for name in METRICS]
         rows.append({"name": score["name"], "cells": cells, "has_paper": bool(theirs)})
-    return {"rows": rows, "mismatches": mismatches}
+    return {"rows": rows, "mismatches": mismatches, "names": names}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -1,7 +1,10 @@
 """Charts as inline SVG that takes its colours from the page, dark or light."""
 
+import dataclasses
+import importlib.resources
 import importlib.util
 import io
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,8 +20,10 @@ if _backend.startswith("module://"):
         del os.environ["MPLBACKEND"]
 import matplotlib  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator  # noqa: E402
+from matplotlib.transforms import Bbox  # noqa: E402
 
 # Matplotlib draws in stand-in colours; each is replaced by a CSS variable of the page.
 _VARIABLES = {
@@ -70,6 +75,7 @@ def _render(figure: Figure, name: str, description: str) -> str:
     # Ids of groups are the same in every figure; only those of clip paths and markers are used.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r"font: [^;]*?([\d.]+)px [^;\"]*", r"font: \1px var(--font)", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, variable)
     head, body = svg.split(">", 1)
@@ -146,6 +152,107 @@ def plot_lines(
         if len(series) > 1:
             axes.legend(ncols=2 if len(series) > 3 else 1)
         return _render(figure, name, description)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A named point of `plot_points`.
+
+    Attributes:
+        label: written beside it.
+        x: to the right.
+        y: upwards.
+        low: lower end of the interval of y; None: it has none.
+        high: upper end.
+    """
+
+    label: str
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+def plot_points(
+    name: str, description: str, points: Sequence[Point], *, xlabel: str, ylabel: str
+) -> str:
+    """A chart of named points over a logarithmic x axis, each name where it hides no other.
+
+    Args:
+        name: identifies the chart on the page.
+        description: what a reader who cannot see it is told.
+        points: with x above 0.
+        xlabel: what x is.
+        ylabel: what y is.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 5.6), dpi=72, layout="constrained")  # as SVG: pixels are points
+        axes = figure.add_subplot()
+        axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
+        axes.margins(0.12)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for point in points:
+            if point.low is not None and point.high is not None:
+                axes.plot([point.x, point.x], [point.low, point.high], color=_LINE, linewidth=3)
+        for point in points:
+            axes.plot(point.x, point.y, "o", markersize=7, color=SERIES[0], zorder=3)
+        axes.xaxis.set_major_formatter(FuncFormatter(_plain))
+        axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        _name_points(figure, axes, points)
+        return _render(figure, name, description)
+
+
+def _name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
+    """Write each point's label at the nearest free place around it, joined by a line if far."""
+    renderer: Any = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+    figure.draw_without_rendering()  # places the axes
+    places = axes.transData.transform([(point.x, point.y) for point in points])
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in places]
+    frame = axes.get_window_extent(renderer)
+    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    for point, (x, y) in sorted(zip(points, places, strict=True), key=lambda pair: -pair[1][1]):
+        text = axes.annotate(
+            point.label,
+            (point.x, point.y),
+            (0, 0),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": _MUTED, "linewidth": 0.6, "shrinkB": 4},
+        )
+        size = text.get_window_extent(renderer)
+        best, least = (0.0, 0.0), math.inf
+        for distance in (12, 24, 40, 60, 85, 115, 150):
+            for angle in angles:
+                shift = (
+                    np.cos(angle) * (distance + size.width / 2),
+                    np.sin(angle) * (distance + size.height / 2 - 6),
+                )
+                box = Bbox.from_bounds(
+                    x + shift[0] - size.width / 2 - 2,
+                    y + shift[1] - size.height / 2 - 1,
+                    size.width + 4,
+                    size.height + 2,
+                )
+                outside = not (frame.x0 < box.x0 < box.x1 < frame.x1)
+                outside |= not (frame.y0 < box.y0 < box.y1 < frame.y1)
+                hidden = sum(box.overlaps(other) for other in taken) + 100 * outside
+                if hidden < least:
+                    best, least, place = shift, hidden, box
+            if least == 0:
+                break
+        text.set_position(best)
+        taken.append(place)
+
+
+def to_file(svg: str) -> str:
+    """A chart of this module as an SVG file by itself, on a card in the page's dark or light."""
+    styles = (importlib.resources.files("mros_jax.inspection") / "lists.css").read_text()
+    palette = styles[styles.index(":root") : styles.index("* {")]
+    head, body = svg.split(">", 1)
+    card = '<rect width="100%" height="100%" fill="var(--card)"/>'
+    return f"{head}><style>{palette}</style>{card}{body}\n"
 
 
 def plot_histograms(

@@ -85,24 +85,46 @@ def _look_up(tree: Any, name: str) -> Any:
     return tree
 
 
-def find_paper_rows(run: Run) -> tuple[list[dict[str, float]], list[str]]:
-    """What the paper has for each ranking of a run.
+def find_rows(
+    system: str, paper: Mapping[str, Any]
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """All rows that tables have of a system, each after its table.
+
+    Args:
+        system: a config's `name`.
+        paper: as `load_tables` returns it.
+    """
+    return [
+        (table, row)
+        for table in paper["table"]
+        for row in table["row"]
+        if row.get("system") == system
+    ]
+
+
+def find_paper_rows(run: Run) -> tuple[list[dict[str, float]], list[str], list[str]]:
+    """What was published of each ranking of a run.
 
     Returns:
-        For each ranking column -> fraction of 1, empty where the paper has none; and what was
-        measured otherwise than in the paper, as "what: here, not there".
+        For each ranking column -> fraction of 1, empty where there is nothing; what was measured
+        otherwise than that, as "what: here, not there"; and the names of the rows.
     """
     paper = load_tables()
-    rows, mismatches = [], []
+    rows: list[dict[str, float]] = []
+    mismatches, names = [], []
     for result in run.rankings:
-        found: dict[str, Any] = {}
-        for table in paper["table"]:
-            if table.get("rerank") != result["rerank"]:
-                continue
-            own = [row for row in table["row"] if row.get("system") == run.system]
-            if own and len(own[0]) > len(found):  # the table with more columns
-                found = own[0]
-                mismatches += find_mismatches(result["protocol"], paper, table, found)
-        rows.append({name: found[key] / 100 for name, key in METRICS.items() if key in found})
+        found = [
+            (table, row)
+            for table, row in find_rows(run.system, paper)
+            if table.get("rerank") == result["rerank"]
+        ]
+        if not found:
+            rows.append({})
+            continue
+        # The row with more columns.
+        table, row = max(found, key=lambda pair: sum(key in pair[1] for key in METRICS.values()))
+        mismatches += find_mismatches(result["protocol"], paper, table, row)
+        names.append(f"{row['name']} (table {table['number']})")
+        rows.append({name: row[key] / 100 for name, key in METRICS.items() if key in row})
     mismatches += find_config_mismatches(run.config, paper)
-    return rows, list(dict.fromkeys(mismatches))
+    return rows, list(dict.fromkeys(mismatches)), names
