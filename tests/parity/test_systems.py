@@ -24,6 +24,7 @@ from mros_jax.models.heads import dropout
 from mros_jax.parallel import AXIS
 from mros_jax.training.optimizers import make_groups, make_schedules
 from tests.parity import (
+    torch_auto_reid,
     torch_dare,
     torch_hacnn,
     torch_mfbn,
@@ -207,7 +208,27 @@ def _tbn_plus(depth):
     )
 
 
+def _auto_reid(variant, genotype):
+    small = {"cells": (1, 2, 1), "width": 6}
+    make = functools.partial(torch_auto_reid.TorchAutoReID, NUM_CLASSES, genotype, **small)
+    idle = torch_auto_reid.find_idle(make())
+    return Case(
+        "auto_reid",
+        variant,
+        lambda layout: make(),
+        torch_auto_reid.total_loss,
+        torch_auto_reid.make_optimizers,
+        torch_auto_reid.rate,
+        changes=small,
+        idle=idle,
+        remainders=idle,
+        reference=torch.float64,
+    )
+
+
 CASES = {
+    "auto_reid": _auto_reid("", torch_auto_reid.FULL),
+    "auto_reid-reid_space": _auto_reid("reid_space", torch_auto_reid.REID_SPACE),
     "dare": _dare("", "tiny"),
     "dare-densenet201": _dare("densenet201", "tiny_densenet"),
     "hacnn": _hacnn("", torch_hacnn.make_sgd, torch_hacnn.rate, 0.1),
