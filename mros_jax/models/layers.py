@@ -129,7 +129,7 @@ def convolve_depthwise(
 ) -> Float[Array, "B H2 W2 C"]:
     """Square convolution of each channel by itself, padded by dilation * (K // 2)."""
     return _by_platform(
-        functools.partial(convolve_depthwise_on_cpu, stride=stride, dilation=dilation),
+        functools.partial(convolve_depthwise_by_shifts, stride=stride, dilation=dilation),
         functools.partial(convolve_depthwise_plainly, stride=stride, dilation=dilation),
     )(x, kernel)
 
@@ -150,10 +150,10 @@ def convolve_depthwise_plainly(
     )
 
 
-def convolve_depthwise_on_cpu(
+def convolve_depthwise_by_shifts(
     x: Float[Array, "B H W C"], kernel: Float[Array, "K K 1 C"], stride: int, dilation: int
 ) -> Float[Array, "B H2 W2 C"]:
-    """`convolve_depthwise` as a sum of shifted maps: XLA's CPU convolution has no such groups."""
+    """`convolve_depthwise` as a sum of shifted maps, what it is on a CPU; it can be vmapped."""
     size = kernel.shape[0]
     values = _window_values(x, stride, size=size, dilation=dilation, fill=0)
     weights = kernel.reshape(-1, kernel.shape[-1])  # (K * K, C), in reading order

@@ -18,7 +18,12 @@ from jaxtyping import Array, Float
 from mros_jax.errors import UserError
 from mros_jax.models.heads import Reduction, uniform_init
 from mros_jax.models.inception import average_pool
-from mros_jax.models.layers import convolve_depthwise, max_pool, widen
+from mros_jax.models.layers import (
+    convolve_depthwise,
+    convolve_depthwise_by_shifts,
+    max_pool,
+    widen,
+)
 from mros_jax.models.resnet import BatchNorm, Conv
 
 PARTS = 4  # M, horizontal parts that the part-aware operation relates
@@ -96,7 +101,9 @@ class Separable(Operation):
             shape = (3, 3, 1, x.shape[-1])
             kernel = jnp.asarray(Kernel(shape, name=f"depthwise{i}")(), self.dtype)
             stride = self.stride if i == 1 else 1
-            x = convolve_depthwise(nn.relu(x).astype(self.dtype), kernel, stride, self.dilation)
+            # In a search, many side by side: JAX cannot vmap the other form's gradient.
+            convolve = convolve_depthwise if self.affine else convolve_depthwise_by_shifts
+            x = convolve(nn.relu(x).astype(self.dtype), kernel, stride, self.dilation)
             x = self._conv(self.features, f"pointwise{i}")(x)
             x = self._norm(f"norm{i}")(x, train=train)
         return x

@@ -54,11 +54,11 @@ class _Network(nn.Module):
             **fields,
         )
 
-    def _finish(self, maps: dict[str, Array], head: str, train: bool) -> Outputs:
+    def _finish(self, maps: dict[str, Array], train: bool) -> Outputs:
         g = pool_stripes(maps[f"t{len(self.cells)}"], 1, overlap=False)
         neck = BatchNorm(use_bias=False, axis_name=self.bn_axis_name, dtype=g.dtype, name="neck")
         h = neck(g, train=train)
-        logits = Classifiers(self.num_classes, use_bias=False, name=head)(h)
+        logits = Classifiers(self.num_classes, use_bias=False, name="classifier")(h)
         return Outputs(h[:, 0], {"g": g, "h": h}, {"global": logits}, maps)
 
     def parts(self, height: int, width: int) -> tuple[Part, ...]:
@@ -118,7 +118,7 @@ class AutoReID(_Network):
             except UserError as error:
                 raise UserError(f"config.network.{name}: {error}") from error
         maps = self._make_trunk(**genotype)(jnp.asarray(images), train=train)
-        return self._finish(maps, "classifier", train)
+        return self._finish(maps, train)
 
 
 class AutoReIDSearch(_Network):
@@ -126,12 +126,7 @@ class AutoReIDSearch(_Network):
 
     Every edge of a cell is all operations, weighted by the softmax of `alphas`, which all cells of
     a kind share. Its fields and outputs are those of `AutoReID`.
-
-    Attributes:
-        head: name of the classifier, for each half of the training identities one.
     """
-
-    head: str = "classifier"
 
     @nn.compact
     def __call__(
@@ -147,7 +142,7 @@ class AutoReIDSearch(_Network):
         weights = {name: jax.nn.softmax(alpha, axis=-1) for name, alpha in alphas.items()}
         trunk = self._make_trunk(affine=False)
         maps = trunk(jnp.asarray(images), train=train, weights=weights)
-        return self._finish(maps, self.head, train)
+        return self._finish(maps, train)
 
 
 class Alphas(nn.Module):

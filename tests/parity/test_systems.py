@@ -60,7 +60,8 @@ class Case(NamedTuple):
     `remainders` are tensors whose gradient is what is left of sums that cancel, all of it or
     nearly; its error is measured against a hundredth of the network's largest gradient instead of
     its own size, which is rounding or little more. `reference` is the type in which PyTorch
-    computes what our float32 is compared with; see `test_rounding`.
+    computes what our float32 is compared with; see `test_rounding`. `float32` bounds the error of
+    float32's gradients: it is larger where ReLUs follow sums, whose gaps `widen_gaps` cannot widen.
     """
 
     file: str
@@ -76,6 +77,7 @@ class Case(NamedTuple):
     remainders: tuple[str, ...] = ()
     reference: torch.dtype = torch.float32
     trunk: str = "tiny"
+    float32: float = 1e-4
 
     def read(self):
         return read_stage(self.file, self.variant, self.stage)
@@ -223,6 +225,7 @@ def _auto_reid(variant, genotype):
         idle=idle,
         remainders=idle,
         reference=torch.float64,
+        float32=1e-2,
     )
 
 
@@ -363,7 +366,8 @@ def test_evaluation(case):
 
 @each_case
 def test_training_step(case, monkeypatch):
-    check_training(make_pair(case, monkeypatch=monkeypatch), 1e-5, 1e-4, case.reference)
+    pair = make_pair(case, monkeypatch=monkeypatch)
+    check_training(pair, 1e-5, case.float32, case.reference)
 
 
 def test_rounding(monkeypatch):
