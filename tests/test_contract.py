@@ -145,7 +145,7 @@ def find_distinct():
 
 
 # They take long to compile: variants that are not a system's default are slow.
-LONG = {"hacnn", "dare", "mgn"}
+LONG = {"auto_reid", "hacnn", "dare", "mgn"}
 each_distinct_system = pytest.mark.parametrize(
     "system",
     [

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_operation(kind, stride):
         operation = OPERATIONS[kind](features=7, stride=stride, dtype=np.float64)
         init = functools.partial(operation.init, train=False)
         shapes = {"params": {}, **jax.eval_shape(init, jax.random.key(0), x)}
-        variables = torch_weights.from_torch_state_dict(state, shapes)
+        variables = {"params": {}, **torch_weights.from_torch_state_dict(state, shapes)}
         variables = jax.tree.map(lambda v: v.astype(np.float64), variables)
 
         @jax.jit
@@ -40,9 +41,9 @@ def test_operation(kind, stride):
                 return operation.apply(own, x, train=True, mutable=["batch_stats"])
 
             y, pull, stats = jax.vjp(apply, params, x, has_aux=True)
-            return y, stats, pull(weight.transpose(0, 2, 3, 1))
+            return y, stats, pull(jnp.asarray(weight.transpose(0, 2, 3, 1)))
 
-        y, stats, (gradients, dx) = run(variables["params"], x)
+        y, stats, (gradients, dx) = run(variables["params"], jnp.asarray(x))
     assert y.shape == (3, -(-9 // stride), -(-5 // stride), 7)
     assert difference(y.transpose(0, 3, 1, 2), to_numpy(expected), 1) <= 1e-9
     assert difference(dx.transpose(0, 3, 1, 2), to_numpy(theirs_x.grad), 1) <= 1e-9
