@@ -38,7 +38,14 @@ def is_default(name):
     return case["variant"] in ("", module.VARIANTS[0])
 
 
-LONG = {"auto_reid", "hacnn", "mgn", "dare", "mfbn", "tbn_plus"}  # longer to compile than all others
+LONG = {
+    "auto_reid",
+    "hacnn",
+    "mgn",
+    "dare",
+    "mfbn",
+    "tbn_plus",
+}  # longer to compile than all others
 QUICK_FIRST = [
     pytest.param(name, marks=() if is_default(name) and name not in LONG else pytest.mark.slow)
     for name in RECORDED

@@ -21,7 +21,7 @@ TINY = {
     "dataset.preset": "small",
     "input.height": 48,
     "input.width": 16,
-    "batch.identities": 3,
+    "batch.identities": 4,
     "batch.images": 2,
     "network.cells": (1, 1),
     "network.width": 3,
@@ -46,6 +46,7 @@ def test_halves_share_nobody():
     assert not np.array_equal(search_auto_reid.halve(pids, 1)[0], first)
 
 
+@pytest.mark.slow
 def test_a_turn_moves_what_is_its_own(cache_dir):
     """The first half's weights, the other's those of the operations; each the classifier."""
     config = auto_reid.get_config("small")
@@ -55,16 +56,12 @@ def test_a_turn_moves_what_is_its_own(cache_dir):
     own = search_auto_reid.make_config(config, epochs=1, balance=0.5, lr=0.1, alpha_lr=0.5)
     halves = search_auto_reid.Halves(own)
     start, step = search_auto_reid.make_search(own, halves.num_classes, 5)
-    take_turn = parallel.MappedStep(step, jax.devices()[:1])
-    batches = next(halves.batches(0))
-    state = start
-    devices = jax.devices()[:1]
-    data = parallel.replicate(jax.device_get(halves.data), devices)
+    take_turn = parallel.MappedStep(step)
+    state = parallel.replicate(start)
     turns = ({"trunk", "neck", "classifier"}, {"alphas", "classifier"})
-    for moved, batch in zip(turns, batches, strict=True):
+    for moved, batch in zip(turns, next(halves.batches(0)), strict=True):
         before = jax.device_get(state.params["network"])
-        placed = parallel.replicate(jax.device_get(state), devices)
-        state, metrics = take_turn(placed, data, parallel.split(jax.device_get(batch), devices))
+        state, metrics = take_turn(state, halves.data, batch)
         after = jax.device_get(state.params["network"])
         changes = jax.tree.map(np.subtract, after, before)
         found = {name for name, tree in changes.items() if any(map(np.any, jax.tree.leaves(tree)))}
