@@ -24,7 +24,7 @@ REID_SPACE = {
 
 
 def relu(x):
-    # Not torch.nn.functional's: `widen_gaps` shifts those that follow a normalization only.
+    # Not torch.nn.functional's, which `widen_gaps` shifts: most follow a sum, not a normalization.
     return x.clamp(min=0)
 
 
@@ -204,7 +204,7 @@ class Trunk(nn.Module):
         self.channels = last
 
     def forward(self, x):
-        x = F.max_pool2d(F.relu(self.stem_bn(self.stem_conv(x))), 3, 2, 1)
+        x = F.max_pool2d(relu(self.stem_bn(self.stem_conv(x))), 3, 2, 1)
         before, maps = x, {}
         for level, names in self.names.items():
             for name in names:
