@@ -93,6 +93,7 @@ class Halves:
         self._placed = store.place(
             images, fraction=config.dataset.device_fraction, replicate=parallel.replicate
         )
+        log.info("Training images: %s", self._placed.reason)
         self.data = self._placed.data
 
     def batches(self, start: int) -> Iterator[tuple[Any, ...]]:
