@@ -87,6 +87,8 @@ class Halves:
         self._rows = halve(self._labels, config.seed)
         self._sampler = make_sampler(config.batch.to_dict())
         self._seed = config.seed
+        for rows in self._rows:  # refuses a half that is too small for a batch
+            self._sampler.plan(self._labels[rows], seed=config.seed, epoch=0)
         steps = self._sampler.steps(self._labels[self._rows[0]])
         self.sizes = Sizes(len(TURNS) * self._sampler.size, steps, config.num_epochs * steps)
         self.num_classes = self.dataset.num_classes

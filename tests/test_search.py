@@ -156,6 +156,14 @@ def test_bad_input(words, tmp_path, options, message, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("sampler", ["identities", "identities_once"])
+def test_halves_too_small_for_a_batch(words, tmp_path, sampler, capsys):
+    fields = [f"--config.batch.sampler={sampler}", "--config.batch.identities=8"]
+    argv = [*words, *fields, f"--out={tmp_path / 'out'}"]
+    assert console.run(search_auto_reid.main, argv) == console.MISUSE
+    assert "6 identities and a batch needs 8" in capsys.readouterr().err
+
+
 def test_a_config_of_another_system(tmp_path, capsys):
     argv = [f"--config={ROOT / 'configs' / 'demo.py'}", f"--out={tmp_path / 'out'}"]
     assert console.run(search_auto_reid.main, argv) == console.MISUSE
