@@ -12,6 +12,7 @@ _MODULES = {
     "cuhk03": ("h5py",),
     "faiss": ("faiss",),
     "video": ("av",),
+    "jpeg": ("simplejpeg",),
     "stablehlo": ("flatbuffers",),
     "export": ("jax2onnx", "onnx", "onnxruntime"),
     "explore": ("gradio", "jinja2"),

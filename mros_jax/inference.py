@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from mros_jax import console, parallel
 from mros_jax.config import find_size, make_network
 from mros_jax.data import augment, decoding
+from mros_jax.data.prefetch import prefetch
 from mros_jax.errors import UserError
 from mros_jax.models.counting import count_multiply_adds
 from mros_jax.models.outputs import Network, Outputs
@@ -147,9 +148,10 @@ class Embedder:
             batch_size = min(batch_size, max(len(images), 1))
         batch_size = -(-batch_size // devices) * devices
 
-        def embed_batch(start: int) -> dict[str, np.ndarray]:
-            batch = images[start : start + batch_size]
-            batch = self._load(batch)
+        def load(start: int) -> np.ndarray:
+            return self._load(images[start : start + batch_size])
+
+        def embed_batch(batch: np.ndarray) -> dict[str, np.ndarray]:
             padding = batch_size - len(batch)
             padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
             out = self._embed(self._placed, parallel.split(padded), flip_test, crops)
@@ -158,8 +160,9 @@ class Embedder:
             return {name: x[: len(batch)] for name, x in rows.items()}
 
         def work(starts: Sequence[int]) -> list[dict[str, np.ndarray]]:
-            hidden = {"leave": False, "disable": not progress}
-            return [embed_batch(i) for i in console.progress(starts, desc="descriptors", **hidden)]
+            hidden = {"leave": False, "disable": not progress, "total": len(starts)}
+            batches = prefetch(starts, load)  # files are decoded while the network is busy
+            return [embed_batch(x) for x in console.progress(batches, desc="descriptors", **hidden)]
 
         starts = range(0, len(images), batch_size)
         parts = parallel.share(starts, work) if together else work(starts)

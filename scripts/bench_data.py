@@ -1,7 +1,8 @@
-"""What the data path costs: decoding, augmentation, epoch plans, and its share of a training step.
+"""What the data path costs: decoding, augmentation, epoch plans, its share of steps and extraction.
 
     python -m scripts.bench_data --config configs/mros.py --part decode,augment,plan
     python -m scripts.bench_data --config configs/mros.py --config.batch.identities=2 --part step
+    python -m scripts.bench_data --config configs/mros.py --images=512 --part extract
 
 The images are JPEG files of 128 x 64 in memory: those of the tests, or the training images of a
 directory in Market-1501's layout that `--root` names, repeated. The comparison augments image by
@@ -11,6 +12,7 @@ erase.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import io
 import math
@@ -22,8 +24,10 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Generator, Sequence, Sized
 from multiprocessing import shared_memory
+from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -32,16 +36,17 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from mros_jax import console, parallel
-from mros_jax.data import augment, batches, splits, store
+from mros_jax.config import make_network
+from mros_jax.data import augment, batches, decoding, jpeg, splits, store
 from mros_jax.data.datasets import sources
-from mros_jax.data.decoding import decode_image
 from mros_jax.data.images import EncodedImages
+from mros_jax.inference import make_embedder
 from mros_jax.training import recipe
 from scripts import common
 
 MEAN = np.array(augment.IMAGENET_MEAN, np.float32)
 STD = np.array(augment.IMAGENET_STD, np.float32)
-PARTS = ("decode", "augment", "plan", "step")
+PARTS = ("decode", "augment", "plan", "step", "extract")
 Rows = list[tuple[str, ...]]
 
 
@@ -83,8 +88,12 @@ def bench_decode(config: ConfigDict, files: list[bytes], workers: int, repeats: 
         num_threads=workers,
         progress=False,
     )
-    seconds = best(lambda: load(use_cache=False), repeats)
-    rows: Rows = [(f"decode into one array, {workers} threads", *speed(files, seconds))]
+    rows: Rows = []
+    for decoder in ("Pillow", "simplejpeg"):
+        with by_pillow() if decoder == "Pillow" else contextlib.nullcontext():
+            seconds = best(lambda: load(use_cache=False), repeats)
+        name = f"decode into one array, {workers} threads, {decoder}"
+        rows.append((name, *speed(files, seconds)))
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
         load(cache_dir=scratch)
@@ -93,6 +102,13 @@ def bench_decode(config: ConfigDict, files: list[bytes], workers: int, repeats: 
     rows.append(("first start: hash, decode, write the cache", *speed(files, first)))
     rows.append(("every later start: hash, map the cache", *speed(files, again)))
     return rows
+
+
+@contextlib.contextmanager
+def by_pillow() -> Generator[None, None, None]:
+    """Decode as where simplejpeg is not installed."""
+    with mock.patch.object(jpeg, "decode_plain", return_value=None):
+        yield
 
 
 def speed(items: Sized, seconds: float) -> tuple[str, str]:
@@ -139,7 +155,7 @@ def make_shared_batch(files: list[bytes], config: ConfigDict, name: str) -> None
 
 
 def bench_augment(config: ConfigDict, batch: list[bytes], workers: int, repeats: int) -> Rows:
-    pixels = jnp.asarray(np.stack([decode_image(data).pixels for data in batch]))
+    pixels = jnp.asarray(np.stack([decoding.decode_image(data).pixels for data in batch]))
     keys = augment.example_keys(0, 0, np.arange(len(batch)))
     rows: Rows = []
     for dtype in (jnp.float32, jnp.bfloat16):
@@ -192,7 +208,7 @@ def bench_plan(config: ConfigDict, big: int, repeats: int) -> Rows:
 def bench_step(config: ConfigDict, files: list[bytes], repeats: int) -> Rows:
     """Time the step that training runs, with pictures that are ready and with the data path."""
     sampler = batches.make_sampler(config.batch.to_dict())
-    pixels = np.stack([decode_image(data).pixels for data in files])
+    pixels = np.stack([decoding.decode_image(data).pixels for data in files])
     labels = (np.arange(len(files)) // 4).astype(np.int32)
     indices = sampler.plan(labels, seed=config.seed, epoch=0)[0]
     devices = jax.devices()[:1]
@@ -234,6 +250,40 @@ def bench_step(config: ConfigDict, files: list[bytes], repeats: int) -> Rows:
     ]
 
 
+def bench_extract(config: ConfigDict, files: list[bytes], repeats: int) -> Rows:
+    """Time descriptors of files, and what of the decoding the network does not hide."""
+    network: Any = make_network(config, 751)
+    height, width = config.input.height, config.input.width
+    image = jnp.zeros((1, height, width, 3))
+    variables = network.init(jax.random.key(0), image, train=False)
+    embedder = make_embedder(config, network, variables)
+    sizes: dict[str, Any] = config.input.to_dict()
+
+    def load(paths: Sequence[pathlib.Path]) -> np.ndarray:
+        return decoding.load_images(paths, **sizes)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = [pathlib.Path(scratch) / f"{i}.jpg" for i in range(len(files))]
+        for path, data in zip(paths, files, strict=True):
+            path.write_bytes(data)
+        pixels = load(paths)
+        embed = functools.partial(embedder.embed, fill=True)
+        embed(pixels[:1])
+        runs: dict[str, Callable[[], object]] = {
+            "the network alone": lambda: embed(pixels),
+            "read, decode and resize alone": lambda: load(paths),
+            "from files": lambda: embed(paths),
+        }
+        seconds = dict.fromkeys(runs, math.inf)
+        for _ in range(repeats):  # in turn, so that a noisy machine is noisy for all
+            for name, run in runs.items():
+                seconds[name] = min(seconds[name], best(run, 1))
+    alone, decoding_alone, both = seconds.values()
+    hidden = (alone + decoding_alone - both) / decoding_alone
+    rows: Rows = [(name, *speed(files, spent)) for name, spent in seconds.items()]
+    return [*rows, ("of the decoding hidden behind the network", "", f"{100 * hidden:.0f} %")]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.make_parser(__doc__)
     parser.add_argument(
@@ -270,9 +320,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif part == "plan":
             rows = bench_plan(config, args.big, args.repeats)
             title, header = "Epoch plan", ("", "images", "steps", "seconds", "peak MB")
-        else:
+        elif part == "step":
             rows = bench_step(config, files[:num_step], args.repeats)
             title, header = "Training step", ("", "ms", "of the step without data")
+        else:
+            rows = bench_extract(config, files[: args.images], args.repeats)
+            title, header = "Extraction from JPEG files", per_image
         sections.append(f"### {title}\n\n{common.format_table(header, rows)}")
     common.publish("\n\n".join(sections), args.markdown)
     return 0

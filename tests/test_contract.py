@@ -144,16 +144,14 @@ def find_distinct():
     return list(sections.values())
 
 
-# They take long to compile: variants that are not a system's default are slow.
-LONG = {"auto_reid", "hacnn", "dare", "mgn"}
+# To compile a step takes seconds: of other systems and variants they are slow tests.
+QUICK = {("mros", "IV"), ("strong", ""), ("pcb", ""), ("trinet", "")}
 each_distinct_system = pytest.mark.parametrize(
     "system",
     [
         pytest.param(
             (name, variant),
-            marks=()
-            if variant == CONFIGS[name].VARIANTS[0] and name not in LONG
-            else pytest.mark.slow,
+            marks=() if (name, variant) in QUICK else pytest.mark.slow,
             id="-".join(filter(None, (name, variant))),
         )
         for name, variant in find_distinct()

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shutil
+import threading
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,27 @@ def folder(images, tmp_path):
         Image.fromarray(image).save(folder / name)
     (folder / "notes.txt").write_text("not an image")
     return folder
+
+
+def test_files_are_decoded_while_the_network_is_busy(model, folder, monkeypatch):
+    paths = sorted(folder.rglob("*.*g"), key=str)
+    expected = model.embed(paths, batch_size=4)
+    read = threading.Event()
+    load, embed, loaded = model._load, model._embed, []
+
+    def load_and_tell(images):
+        loaded.append(images)
+        if len(loaded) == 2:
+            read.set()
+        return load(images)
+
+    def wait_and_embed(*given):
+        assert read.wait(60)
+        return embed(*given)
+
+    monkeypatch.setattr(model, "_load", load_and_tell)
+    monkeypatch.setattr(model, "_embed", wait_and_embed)
+    np.testing.assert_allclose(model.embed(paths, batch_size=4), expected, rtol=1e-6)
 
 
 def test_lists_images_of_a_directory_and_those_below(folder):

@@ -52,9 +52,8 @@ def test_weights(tmp_path, suffix, request):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    path = tmp_path_factory.mktemp("fuzz")
-    return make_run(path / "run", path / "cache")
+def run(tmp_path_factory, cache_dir):
+    return make_run(tmp_path_factory.mktemp("fuzz") / "run", cache_dir)
 
 
 @pytest.mark.parametrize("name", ["config.json", "run.json", "results.json", "metrics.jsonl"])

@@ -12,6 +12,8 @@ from mros_jax.parallel import AXIS
 from mros_jax.training import recipe
 from tests.training import make_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 def test_the_training_step_has_a_program(platform, tmp_path):

@@ -5,7 +5,6 @@ gradient, and what a few steps of the optimizer change.
 """
 
 import functools
-import importlib
 
 import jax
 import numpy as np
@@ -25,30 +24,11 @@ from tests.parity.common import (
 )
 from tests.recorded import SYSTEMS, compare, digest, draw, load_system
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 3
 RECORDED = sorted(path.stem for path in SYSTEMS.glob("*.npz"))
-
-
-def is_default(name):
-    """Whether a recording is of a config as it is, or of one stage of it."""
-    case, _ = load_system(name)
-    module = importlib.import_module(f"configs.{case['file']}")
-    return case["variant"] in ("", module.VARIANTS[0])
-
-
-LONG = {
-    "auto_reid",
-    "hacnn",
-    "mgn",
-    "dare",
-    "mfbn",
-    "tbn_plus",
-}  # longer to compile than all others
+QUICK = {"mros-IV", "strong", "pcb", "trinet"}  # others take as long, and there are many
 QUICK_FIRST = [
-    pytest.param(name, marks=() if is_default(name) and name not in LONG else pytest.mark.slow)
-    for name in RECORDED
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECORDED
 ]
 
 

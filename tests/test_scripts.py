@@ -178,6 +178,7 @@ def test_schedule_of_a_run_in_stages(tmp_path, monkeypatch):
     assert not lines
 
 
+@pytest.mark.slow
 def test_show_batch_draws_what_the_step_is_given(tmp_path, least):
     """The right half of each pair is what the run's own step sees, at any step."""
     out = tmp_path / "batch.png"

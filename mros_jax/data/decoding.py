@@ -16,6 +16,7 @@ import PIL.Image
 import PIL.ImageOps
 from jaxtyping import UInt8
 
+from mros_jax.data import jpeg
 from mros_jax.data.prefetch import prefetch
 from mros_jax.errors import UserError
 
@@ -87,6 +88,9 @@ def decode_image(data: bytes, name: str = "") -> Decoded:
 
 
 def _decode(data: bytes) -> Decoded:
+    pixels = jpeg.decode_plain(data, _MAX_PIXELS)
+    if pixels is not None:
+        return Decoded(pixels)
     with _loading_formats:  # PIL does it when they are first asked for, which threads must not
         PIL.Image.init()
     with PIL.Image.open(io.BytesIO(data), formats=_FORMATS) as file:

@@ -32,32 +32,43 @@ def plainly() -> Iterator[None]:
 
 
 def _by_platform(
-    cpu: Callable[..., Array], accelerator: Callable[..., Array]
+    cpu: Callable[..., Array], accelerator: Callable[..., Array], **static: int
 ) -> Callable[..., Array]:
     """A function that is `cpu` on a CPU and `accelerator` elsewhere, its gradient as well.
 
-    The choice is made outside of differentiation: JAX would keep what both of them save.
+    Args:
+        cpu: Of arrays, and of numbers by name.
+        accelerator: The same.
+        static: The numbers.
     """
     if _plainly.get():
-        return accelerator
+        return functools.partial(accelerator, **static)
+    return _make_choice(cpu, accelerator, **static)
+
+
+@functools.cache  # as one function, each use of it is traced once
+def _make_choice(
+    cpu: Callable[..., Array], accelerator: Callable[..., Array], **static: int
+) -> Callable[..., Array]:
+    """The choice is made outside of differentiation: JAX would keep what both of them save."""
+    on_cpu, elsewhere = (functools.partial(f, **static) for f in (cpu, accelerator))
+
+    def pull(function: Callable[..., Array], dy: Array, *args: Array) -> Any:
+        return jax.vjp(function, *args)[1](dy)
+
+    pull_on_cpu, pull_elsewhere = (functools.partial(pull, f) for f in (on_cpu, elsewhere))
 
     @jax.custom_vjp
     def chosen(*args: Array) -> Array:
-        result: Array = lax.platform_dependent(*args, cpu=cpu, default=accelerator)
+        result: Array = lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere)
         return result
 
     def forward(*args: Array) -> tuple[Array, tuple[Array, ...]]:
         return chosen(*args), args
 
     def backward(args: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
-        def pull(function: Callable[..., Array], dy: Array, *args: Array) -> Any:
-            return jax.vjp(function, *args)[1](dy)
-
         gradients: tuple[Array, ...] = lax.platform_dependent(
-            dy,
-            *args,
-            cpu=functools.partial(pull, cpu),
-            default=functools.partial(pull, accelerator),
+            dy, *args, cpu=pull_on_cpu, default=pull_elsewhere
         )
         return gradients
 
@@ -71,10 +82,7 @@ def convolve(
     """Square convolution, padded by K // 2."""
     if kernel.shape[0] > 1:
         return convolve_plainly(x, kernel, stride)
-    return _by_platform(
-        functools.partial(convolve_1x1_on_cpu, stride=stride),
-        functools.partial(convolve_plainly, stride=stride),
-    )(x, kernel)
+    return _by_platform(convolve_1x1_on_cpu, convolve_plainly, stride=stride)(x, kernel)
 
 
 def convolve_plainly(

@@ -44,9 +44,8 @@ print(metadata["system"])
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    path = tmp_path_factory.mktemp("export")
-    return make_run(path / "run", path / "cache")
+def run(tmp_path_factory, cache_dir):
+    return make_run(tmp_path_factory.mktemp("export") / "run", cache_dir)
 
 
 @pytest.fixture(scope="module")

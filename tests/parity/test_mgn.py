@@ -42,18 +42,13 @@ def test_training_step(case, monkeypatch):
 
 
 @each_case
-def test_training_step_in_float64(case):
-    test_systems.test_training_step_in_float64(case)
-
-
-@each_case
 def test_schedule(case):
     test_systems.test_schedule(case)
 
 
 @each_case
-def test_five_steps(case):
-    test_systems.test_five_steps(case)
+def test_five_steps_in_float64(case):
+    test_systems.test_five_steps_in_float64(case)
 
 
 def test_training_step_of_resnet50(monkeypatch):

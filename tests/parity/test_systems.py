@@ -4,6 +4,7 @@ A system is entered in `CASES`: what its config says on our side; a network, a l
 a schedule in PyTorch on the other.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -319,16 +320,20 @@ def check_outputs(ours, theirs, tolerance=1e-5):
 
 def check_training(pair, tolerance, gradient_tolerance, dtype, keys=None, dropped=()):
     """One step in train mode: outputs, running statistics, losses and every gradient by name."""
+    run = jax.jit(functools.partial(differentiate, pair.ours, pair.objective))
+    found = run(pair.variables, pair.own, pair.images, keys)
+    check_found(pair, found, tolerance, gradient_tolerance, dtype, dropped)
+
+
+def check_found(pair, found, tolerance, gradient_tolerance, dtype, dropped=()):
+    """What `differentiate` has found of the pair's images, against PyTorch."""
     model, own = pair.theirs.to(dtype).train(), pair.torch_own(dtype)
     out = model(to_torch(pair.images).to(dtype), *dropped)
     total, terms = pair.case.loss(out, torch.from_numpy(LABELS).long(), own)
     total.backward()
     pair.case.finish(own)
 
-    run = jax.jit(functools.partial(differentiate, pair.ours, pair.objective))
-    (our_total, (our_terms, outputs, stats)), (grads, own_grads) = run(
-        pair.variables, pair.own, pair.images, keys
-    )
+    (our_total, (our_terms, outputs, stats)), (grads, own_grads) = found
     check_outputs(outputs, out, tolerance)
     named = torch_weights.to_torch_state_dict({"params": grads, "batch_stats": stats})
     for name, buffer in model.named_buffers():
@@ -392,13 +397,6 @@ def test_rounding(monkeypatch):
     assert our_error <= error(theirs)
 
 
-@each_case
-def test_training_step_in_float64(case):
-    """Without rounding at the ReLUs' corners nothing is left but arithmetic."""
-    with jax.enable_x64(True):
-        check_training(make_pair(case).to_float64(), 1e-9, 1e-9, torch.float64)
-
-
 @pytest.mark.parametrize(
     ("name", "trunk"),
     [("strong", "resnet50"), ("pcb", "resnet50"), ("dare-densenet201", "densenet201")],
@@ -447,8 +445,12 @@ def train_theirs(pair, batches, labels):
 
 
 @each_case
-def test_five_steps(case):
-    """Parameters and running statistics change alike, in float64."""
+def test_five_steps_in_float64(case):
+    """Without rounding at the ReLUs' corners nothing is left but arithmetic.
+
+    The first step's outputs and gradients are PyTorch's, and all five change parameters and
+    running statistics alike.
+    """
     with jax.enable_x64(True):
         pair = make_pair(case).to_float64()
         before = torch_weights.to_torch_state_dict(pair.variables)
@@ -456,8 +458,10 @@ def test_five_steps(case):
         batches = [
             make_images(len(LABELS), HEIGHT, WIDTH, seed=i).astype(np.float64) for i in range(5)
         ]
+        fresh = pair._replace(theirs=copy.deepcopy(pair.theirs), images=batches[0])
         expected_own = train_theirs(pair, batches, torch.from_numpy(LABELS).long())
-        variables, own, _ = train_ours(pair, batches)
+        variables, own, first = train_ours(pair, batches)
+        check_found(fresh, first, 1e-9, 1e-9, torch.float64)
     after = torch_weights.to_torch_state_dict(variables)
     for name, value in pair.theirs.state_dict().items():
         if not name.endswith("num_batches_tracked") and name not in case.idle:

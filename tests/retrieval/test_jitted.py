@@ -111,7 +111,7 @@ def test_scores_of_dense_gathers_equal_those_of_sparse_products(keep_junk, num_d
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("name", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_re_ranking_equals_golden(name, choose):
     with np.load(GOLDEN / f"retrieval_{name}.npz") as file:
         data = dict(file)
@@ -199,6 +199,7 @@ def test_jitted_scores_equal_those_of_evaluate(rerank, options):
     check_scores(run(*case), expected)
 
 
+@pytest.mark.slow
 def test_sets_of_several_sizes_are_mapped_at_once():
     """Galleries become equally long by junk, which changes nothing."""
     cases = [make_case(10, 60, exact=True), make_case(10, 45, exact=True)]

@@ -1,5 +1,7 @@
 """The benchmark of the data path."""
 
+import re
+
 import pytest
 
 from scripts import bench_data
@@ -15,10 +17,19 @@ def own_cache(tmp_path, monkeypatch):
 
 def test_decoding_and_plans(tmp_path, capsys):
     table = tmp_path / "data.md"
-    words = ["--config=configs/mros.py", "--part=decode,plan", "--images=8", "--repeats=1"]
+    words = [
+        "--config=configs/mros.py",
+        "--part=decode,plan",
+        "--images=8",
+        "--repeats=1",
+        "--workers=2",
+    ]
     assert bench_data.main([*words, "--big=64", f"--markdown={table}"]) == 0
     printed = capsys.readouterr().out
-    assert "| decode into one array" in printed
+    assert re.findall("decode into one array, 2 threads, (.*?) ", printed) == [
+        "Pillow",
+        "simplejpeg",
+    ]
     assert "| Market-1501 | 12,936 | 101 |" in printed
     assert "jax" in table.read_text()
 
@@ -33,7 +44,18 @@ def test_the_step_of_a_config(tmp_path, cache_dir, monkeypatch, capsys):
     assert printed.count("100.00 %") >= 1
 
 
+@pytest.mark.slow
+def test_extraction_from_files(tmp_path, cache_dir, monkeypatch, capsys):
+    words = write_config(tmp_path, cache_dir, monkeypatch)
+    assert bench_data.main([*words, "--part=extract", "--repeats=1", "--images=8"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\| from files \| [\d,]+ \| [\d,]+ ms for 8 \|", printed)
+    assert re.search(r"\| of the decoding hidden behind the network \| +\| -?\d+ % \|", printed)
+
+
 def test_an_unknown_part(capsys):
     with pytest.raises(SystemExit):
         bench_data.main(["--config=configs/mros.py", "--part=steps"])
-    assert "no part steps; there are decode, augment, plan, step" in capsys.readouterr().err
+    assert (
+        "no part steps; there are decode, augment, plan, step, extract" in capsys.readouterr().err
+    )

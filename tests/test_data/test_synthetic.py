@@ -222,6 +222,7 @@ DETAIL_ROWS = {
 }
 
 
+@pytest.mark.slow
 def test_a_detail_changes_the_pixels_of_its_stripe_and_no_others():
     assert tuple(DETAIL_ROWS) == pedestrians.DETAILS
     people, pictures = clean_view()
@@ -366,6 +367,7 @@ def test_jpeg_is_what_libjpeg_makes(quality):
     assert error < 0.3 * loss
 
 
+@pytest.mark.slow
 def test_a_perfect_sensor_changes_nothing_and_a_coarse_one_keeps_the_mean():
     cameras = dataclasses.replace(
         pedestrians.draw_cameras(0, jnp.array([1, 2])),
