@@ -117,8 +117,7 @@ class Kernel(nn.Module):
     @nn.compact
     def __call__(self) -> Array:
         """The weights, float32."""
-        kernel: Array = self.param("kernel", uniform_init, self.shape, jnp.float32)
-        return kernel
+        return jnp.asarray(self.param("kernel", uniform_init, self.shape, jnp.float32))
 
 
 class FactorizedReduce(Operation):
