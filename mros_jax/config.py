@@ -20,6 +20,7 @@ from ml_collections.config_dict import placeholder
 
 from mros_jax import parallel
 from mros_jax.data import store
+from mros_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mros_jax.data.datasets import records, sources
 from mros_jax.data.splits import Dataset, Split
 from mros_jax.errors import NotFoundError, UserError
@@ -70,6 +71,9 @@ def base(dataset: str = "market1501") -> ConfigDict:
     config.input.height = 384
     config.input.width = 128
     config.input.interpolation = "bilinear"  # or "bicubic": how images are resized, as PIL does
+    config.input.mean = IMAGENET_MEAN  # of each channel, as a share of 255: is subtracted;
+    config.input.std = IMAGENET_STD  # and what the rest is divided by
+    config.input.channels = "rgb"  # or "bgr": the order in which the network takes them
 
     config.augment = ConfigDict()
     config.augment.resize = ()  # height and width before the crop to the input's size; (): that
@@ -244,6 +248,16 @@ def load_images(config: ConfigDict, split: Split, *, progress: bool = True) -> s
         on_bad_image=config.dataset.on_bad_image,
         progress=progress,
     )
+
+
+def find_normalization(config: ConfigDict) -> dict[str, Any]:
+    """What images are normalized with: those arguments of `mros_jax.data.augment.preprocess`.
+
+    The config of a run of a version that had no such fields gives none: the defaults are its.
+    """
+    return {
+        name: config.input[name] for name in ("mean", "std", "channels") if name in config.input
+    }
 
 
 def find_size(config: ConfigDict, section: ConfigDict) -> tuple[int, int]:
@@ -457,7 +471,7 @@ def parse_config(argv: Sequence[str]) -> tuple[ConfigDict | None, list[str]]:
         known, others = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    overrides, rest = _split_overrides(others)
+    overrides, rest = split_overrides(others)
     if known.config is None:
         if overrides:
             raise UserError(f"{overrides[0]} changes a config, and no --config FILE is given")
@@ -468,8 +482,12 @@ def parse_config(argv: Sequence[str]) -> tuple[ConfigDict | None, list[str]]:
     return config, rest
 
 
-def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`--config.FIELD=VALUE` (also where the value is the next argument), and everything else."""
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take `--config.FIELD=VALUE` out of a command line, also where the value is the next argument.
+
+    Returns:
+        What was taken, for `apply_overrides`; and the other arguments in their order.
+    """
     overrides: list[str] = []
     rest: list[str] = []
     wants_value = False

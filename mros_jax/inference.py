@@ -8,7 +8,7 @@ descriptors = model.embed(images)  # uint8 (N, H, W, 3), arrays of any sizes, or
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import PIL.Image
 from ml_collections import ConfigDict
 
 from mros_jax import console, parallel
-from mros_jax.config import find_size, make_network
+from mros_jax.config import find_normalization, find_size, make_network
 from mros_jax.data import augment, decoding
 from mros_jax.data.prefetch import prefetch
 from mros_jax.errors import UserError
@@ -49,6 +49,7 @@ class Embedder:
         width: and to this width.
         interpolation: of that resize, "bilinear" or "bicubic".
         crop: height and width of each of ten crops; None: those of the images.
+        normalization: of pixels: `mean`, `std` and `channels` of `augment.preprocess`.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Embedder:
         width: int,
         interpolation: str = "bilinear",
         crop: tuple[int, int] | None = None,
+        normalization: Mapping[str, Any] | None = None,
         config: ConfigDict | None = None,
         checkpoint_id: str = "",
     ):
@@ -75,7 +77,9 @@ class Embedder:
         }
         self._placed = parallel.replicate(variables)
         self._input_size = crop or (height, width)
-        preprocess: Preprocess = functools.partial(augment.preprocess, **self._resize)
+        preprocess: Preprocess = functools.partial(
+            augment.preprocess, **self._resize, **(normalization or {})
+        )
         self._embed = make_embed(network, preprocess, self._input_size)
         self._apply = jax.jit(lambda v, x: network.apply(v, preprocess(x), train=False))
 
@@ -310,6 +314,7 @@ def make_embedder(
         width=width,
         interpolation=config.input.interpolation,
         crop=(config.input.height, config.input.width),
+        normalization=find_normalization(config),
         config=config,
         checkpoint_id=checkpoint_id,
     )

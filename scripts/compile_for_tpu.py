@@ -206,6 +206,7 @@ def make_extraction(
         height=height,
         width=width,
         interpolation=config.input.interpolation,
+        **configs.find_normalization(config),
     )
     embed = inference.make_embed(network, preprocess, crop, devices)
     image = jax.ShapeDtypeStruct((1, *crop, 3), jnp.float32)

@@ -27,9 +27,16 @@ from scripts import common
 _GAP = 4  # pixels
 
 
-def to_levels(images: np.ndarray) -> np.ndarray:
+def to_levels(
+    images: np.ndarray,
+    *,
+    mean: Sequence[float] = augment.IMAGENET_MEAN,
+    std: Sequence[float] = augment.IMAGENET_STD,
+    channels: str = "rgb",
+) -> np.ndarray:
     """Undo the normalization."""
-    levels = images * np.array(augment.IMAGENET_STD) + np.array(augment.IMAGENET_MEAN)
+    levels = images * np.array(std) + np.array(mean)
+    levels = levels if channels == "rgb" else levels[..., ::-1]
     clipped: np.ndarray = np.clip(np.rint(255 * levels), 0, 255)
     return clipped.astype(np.uint8)
 
@@ -59,8 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     stored = images.images[plan[step]]
     keys = augment.example_keys(config.seed, args.step, np.arange(sampler.size))
     augmented = jax.jit(recipe.make_augment(config))(stored, keys)
-    plain = augment.resize(stored, **config.input.to_dict())
-    pairs = np.stack([np.asarray(plain).astype(np.uint8), to_levels(np.asarray(augmented))], 1)
+    size = {name: config.input[name] for name in ("height", "width", "interpolation")}
+    plain = augment.resize(stored, **size)
+    shown = to_levels(np.asarray(augmented), **configs.find_normalization(config))
+    pairs = np.stack([np.asarray(plain).astype(np.uint8), shown], 1)
 
     square = math.isqrt(sampler.size)
     columns = sampler.images if isinstance(sampler, batches.Identities) else square

@@ -18,6 +18,7 @@ from mros_jax.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CHANNELS = ("rgb", "bgr")  # orders in which a network may take them
 
 ERASE_FILLS = ("mean", "public", "noise")
 _NOISE = 2  # folded into an example's key for the noise that fills what is erased
@@ -176,6 +177,9 @@ def apply_params(
     interpolation: str = "bilinear",
     pad: int = 10,
     erase_fill: str = "mean",
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    channels: str = "rgb",
     key: Key[Array, ""] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "height width 3"]:
@@ -196,6 +200,9 @@ def apply_params(
         interpolation: of the resize, "bilinear" or "bicubic".
         pad: as given to `draw_params`.
         erase_fill: "mean", "public" or "noise".
+        mean: as for `preprocess`.
+        std: as for `preprocess`.
+        channels: as for `preprocess`.
         key: the example's, which "noise" needs.
         dtype: of the result; the arithmetic is float32.
 
@@ -219,7 +226,7 @@ def apply_params(
     levels = resample_axis(
         narrow, make_taps(image.shape[0], tall, interpolation), 0, jnp.clip(rows, 0, tall - 1)
     )  # (height, width, 3)
-    normalized = _normalize(jnp.where(inside[..., None], levels, 0))
+    normalized = _normalize(jnp.where(inside[..., None], levels, 0), mean, std, channels)
 
     top, left, box_height, box_width = params.erase_box
     y, x = jnp.arange(height)[:, None], jnp.arange(width)
@@ -233,18 +240,38 @@ def apply_params(
     return jnp.where(erased[..., None], fill, normalized).astype(dtype)
 
 
-def _normalize(levels: Float[Array, "*B H W 3"]) -> Float[Array, "*B H W 3"]:
-    """Grey levels 0..255 to (level / 255 - mean) / standard deviation of ImageNet."""
+def _normalize(
+    levels: Float[Array, "*B H W 3"], mean: Sequence[float], std: Sequence[float], channels: str
+) -> Float[Array, "*B H W 3"]:
+    """Grey levels 0..255 to (level / 255 - mean) / standard deviation."""
     # Subtract, then multiply: a product and a sum after it may or may not be fused by the compiler,
     # and the last bit would depend on the program around it.
-    mean, factor = normalization()
-    return (levels - mean) * factor
+    offset, factor = normalization(mean, std)
+    if channels not in CHANNELS:
+        raise UserError(f"channels is {channels!r}; expected one of {', '.join(CHANNELS)}")
+    levels = levels if channels == "rgb" else levels[..., ::-1]
+    return (levels - offset) * factor
 
 
-def normalization() -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
-    """What is subtracted from grey levels 0..255, and then multiplied with: ImageNet's, float32."""
-    mean, std = np.array(IMAGENET_MEAN), np.array(IMAGENET_STD)
-    return (255 * mean).astype(np.float32), (1 / (255 * std)).astype(np.float32)
+def normalization(
+    mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
+    """What is subtracted from grey levels 0..255, and then multiplied with, float32.
+
+    Args:
+        mean: of each channel, as a share of 255.
+        std: of each channel, as a share of 255.
+
+    Raises:
+        UserError: not three numbers each, or a standard deviation that is not above 0.
+    """
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise UserError(
+            f"mean is {tuple(mean)} and std {tuple(std)}; expected three numbers each, as shares "
+            "of 255, those of std above 0"
+        )
+    offset, scale = np.array(mean, np.float64), np.array(std, np.float64)
+    return (255 * offset).astype(np.float32), (1 / (255 * scale)).astype(np.float32)
 
 
 def augment_batch(
@@ -255,6 +282,9 @@ def augment_batch(
     width: int,
     resize: Sequence[int] = (),
     interpolation: str = "bilinear",
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    channels: str = "rgb",
     flip: float = 0.5,
     pad: int = 10,
     erase: float = 0.5,
@@ -265,8 +295,8 @@ def augment_batch(
 ) -> Float[Array, "B height width 3"]:
     """Augments a batch for training; call it inside the jitted step.
 
-    In this order: resize (as PIL), mirror, zero pad and crop, normalise with ImageNet's
-    mean and standard deviation, random erasing. See `draw_params` and `apply_params`.
+    In this order: resize (as PIL), mirror, zero pad and crop, normalise with mean and
+    standard deviation, random erasing. See `draw_params` and `apply_params`.
 
     Args:
         images: (B, h, w, 3) uint8 as stored; any size.
@@ -275,6 +305,9 @@ def augment_batch(
         width: of the network's input, in pixels.
         resize: height and width that images are resized to before the crop; (): the input's.
         interpolation: of the resize, "bilinear" or "bicubic".
+        mean: as for `preprocess`.
+        std: as for `preprocess`.
+        channels: as for `preprocess`.
         flip: probability of mirroring.
         pad: zero pixels on each side before the crop.
         erase: probability of erasing.
@@ -312,6 +345,9 @@ def augment_batch(
             interpolation=interpolation,
             pad=pad,
             erase_fill=erase_fill,
+            mean=mean,
+            std=std,
+            channels=channels,
             key=key,
             dtype=dtype,
         )
@@ -325,6 +361,9 @@ def preprocess(
     height: int,
     width: int,
     interpolation: str = "bilinear",
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    channels: str = "rgb",
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "B height width 3"]:
     """Resize and normalises a batch for evaluation.
@@ -334,20 +373,34 @@ def preprocess(
         height: of the network's input, in pixels.
         width: of the network's input, in pixels.
         interpolation: "bilinear" or "bicubic".
+        mean: of each channel of the network's input, as a share of 255; by default ImageNet's.
+        std: standard deviation of each, as a share of 255.
+        channels: their order in the network's input, "rgb" or "bgr".
         dtype: of the result.
 
     Returns:
         (B, height, width, 3) normalised images.
+
+    Raises:
+        UserError: a mean, standard deviation or order that is none.
     """
     levels = resize(images, height=height, width=width, interpolation=interpolation)
-    return _normalize(levels).astype(dtype)
+    return _normalize(levels, mean, std, channels).astype(dtype)
 
 
 def preprocess_any(
-    images: UInt8[Array, "B h w 3"], *, height: int, width: int, interpolation: str = "bilinear"
+    images: UInt8[Array, "B h w 3"],
+    *,
+    height: int,
+    width: int,
+    interpolation: str = "bilinear",
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    channels: str = "rgb",
 ) -> Float[Array, "B height width 3"]:
     """`preprocess` for programs that are to take images of any size, see `resample.resize_any`."""
-    return _normalize(resize_any(images, height=height, width=width, interpolation=interpolation))
+    levels = resize_any(images, height=height, width=width, interpolation=interpolation)
+    return _normalize(levels, mean, std, channels)
 
 
 def ten_crops(

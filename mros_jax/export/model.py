@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 from mros_jax import __version__
-from mros_jax.config import DTYPES, find_size
+from mros_jax.config import DTYPES, find_normalization, find_size
 from mros_jax.data import augment
 from mros_jax.data.datasets import records
 from mros_jax.inference import Embedder, choose_test, load_model, make_embedder
@@ -58,6 +58,12 @@ class Model:
         return str(self.config.input.interpolation)
 
     @property
+    def normalization(self) -> dict[str, Any]:
+        """Of pixels: `mean`, `std` and `channels` of `mros_jax.data.augment.preprocess`."""
+        defaults = {"mean": augment.IMAGENET_MEAN, "std": augment.IMAGENET_STD, "channels": "rgb"}
+        return defaults | find_normalization(self.config)
+
+    @property
     def normalized(self) -> bool:
         """Whether descriptors are divided by their norm, as the run's protocol compares them."""
         return bool(self.config.eval.normalize)
@@ -94,7 +100,11 @@ class Model:
         height, width = self.size
         descriptor = self.describe(
             augment.preprocess_any(
-                images, height=height, width=width, interpolation=self.interpolation
+                images,
+                height=height,
+                width=width,
+                interpolation=self.interpolation,
+                **self.normalization,
             )
         )
         if not self.normalized:
@@ -116,8 +126,9 @@ class Model:
                 "images": "uint8 RGB (batch, height, width, 3), of any size",
                 "resized_to": list(self.size),
                 "interpolation": self.interpolation,
-                "mean": list(augment.IMAGENET_MEAN),
-                "std": list(augment.IMAGENET_STD),
+                "mean": list(self.normalization["mean"]),
+                "std": list(self.normalization["std"]),
+                "channels": self.normalization["channels"],
                 "flip_test": self.flip_test,
                 "crops": self.crops,
             },

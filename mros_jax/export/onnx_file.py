@@ -26,6 +26,14 @@ OPSET = 18
 _IR_VERSION = 9  # of files with that opset; what is newer is not read by older runtimes
 _VERSIONS = {"ir_version": _IR_VERSION, "opset": OPSET}
 
+# Images to planes, by the order that the network takes them in.
+_PLANES = {
+    "rgb": "planes = Transpose <perm = [0, 3, 1, 2]> (images)",
+    "bgr": """rgb = Transpose <perm = [0, 3, 1, 2]> (images)
+  order = Constant <value_ints = [2, 1, 0]> ()
+  planes = Gather <axis = 1> (rgb, order)""",
+}
+
 # `mros_jax.data.augment.preprocess`, with planes instead of channels, for sizes that are known when
 # it runs. The weights of PIL's resize are those of `mros_jax.data.resample.make_taps` as a matrix.
 _BEFORE = """
@@ -43,7 +51,7 @@ before (uint8[batch, height, width, 3] images) => (float[batch, 3, {height}, {wi
   down = mros_jax.weights (tall, out_tall)
   across = mros_jax.weights (wide, out_wide)
   turned = Transpose <perm = [1, 0]> (across)
-  planes = Transpose <perm = [0, 3, 1, 2]> (images)
+  {planes}
   exact = Cast <to = {double}> (planes)
   sums_across = MatMul (exact, turned)
   narrow = mros_jax.level (sums_across)
@@ -276,7 +284,7 @@ def quantize(
                 width=width,
                 interpolation=model.interpolation,
             )
-            inputs = augment.preprocess(loaded, height=height, width=width)
+            inputs = augment.preprocess(loaded, height=height, width=width, **model.normalization)
             return {"planes": np.asarray(inputs).transpose(0, 3, 1, 2)}
 
     with tempfile.TemporaryDirectory() as directory, _quiet():
@@ -291,11 +299,13 @@ def write_before(model: Model) -> onnx.ModelProto:
     """What comes before the network: uint8 "images" to "inputs" (batch, 3, height, width)."""
     height, width = model.size
     kernel, reach = _KERNELS[model.interpolation]
-    mean, factor = augment.normalization()
+    pixels = model.normalization
+    mean, factor = augment.normalization(pixels["mean"], pixels["std"])
     text = _BEFORE.format(
         **_VERSIONS,
         height=height,
         width=width,
+        planes=_PLANES[pixels["channels"]],
         mean=", ".join(map(repr, mean.tolist())),
         factor=", ".join(map(repr, factor.tolist())),
         kernel=kernel.strip("\n"),

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from mros_jax.errors import UserError
+from mros_jax.models.layers import widen
 from mros_jax.models.resnet import BatchNorm
 
 # As the BNNeck baseline (Luo et al., 2019) starts its classifiers.
@@ -50,6 +51,21 @@ class Classifiers(nn.Module):
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (shape[0], shape[2]), jnp.float32)
         return y
+
+
+class GeneralizedMean(nn.Module):
+    """The p-th root of the mean of p-th powers, between mean and maximum ("GeM").
+
+    Radenovic et al., TPAMI 2019. p is learned, one for all channels, and starts at 3; numbers below
+    1e-6 are taken as that.
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
+        """Pool each channel."""
+        p = self.param("p", nn.initializers.constant(3.0), (1,), jnp.float32)
+        powers = jnp.maximum(widen(x), 1e-6) ** p
+        return jnp.mean(powers, axis=(1, 2)) ** (1 / p)
 
 
 class CosineClassifiers(nn.Module):

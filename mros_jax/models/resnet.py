@@ -26,6 +26,8 @@ from mros_jax.models.layers import (
 )
 
 Block = Literal["basic", "bottleneck"]
+STEM_POOLS = ("centered", "end")
+STRIDES = ("3x3", "1x1", "last")
 
 
 class TrunkSpec(NamedTuple):
@@ -164,13 +166,23 @@ class BatchNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions ("basic") or 1x1, 3x3, 1x1 with expansion 4 ("bottleneck")."""
+    """Two 3x3 convolutions ("basic") or 1x1, 3x3, 1x1 with expansion 4 ("bottleneck").
+
+    Attributes:
+        width: channels of the 3x3 convolutions.
+        block: which of the two.
+        stride: of the block.
+        dtype: compute dtype; parameters and statistics stay float32.
+        bn_axis_name: axis over which batch statistics are shared; None = each device its own.
+        strides: where a bottleneck has it, and how its shortcut does, see `ResNet`.
+    """
 
     width: int
     block: Block
     stride: int
     dtype: Any = jnp.float32
     bn_axis_name: str | None = None
+    strides: str = "3x3"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B H2 W2 F"]:
@@ -189,12 +201,49 @@ class ResidualBlock(nn.Module):
             y = conv_bn(y, out, 3, 1, "conv2", "bn2")
         else:
             out = 4 * self.width
-            y = nn.relu(conv_bn(x, self.width, 1, 1, "conv1", "bn1"))
-            y = nn.relu(conv_bn(y, self.width, 3, self.stride, "conv2", "bn2"))
+            first, second = (self.stride, 1) if self.strides == "1x1" else (1, self.stride)
+            y = nn.relu(conv_bn(x, self.width, 1, first, "conv1", "bn1"))
+            y = nn.relu(conv_bn(y, self.width, 3, second, "conv2", "bn2"))
             y = conv_bn(y, out, 1, 1, "conv3", "bn3")
-        if self.stride != 1 or x.shape[-1] != out:
+        if self.strides == "last" and x.shape[-1] == out:
+            x = x[:, :: self.stride, :: self.stride]
+        elif self.stride != 1 or x.shape[-1] != out:
             x = conv_bn(x, out, 1, self.stride, "downsample_conv", "downsample_bn")
         return nn.relu(x + y)
+
+
+class NonLocal(nn.Module):
+    """Add to each place of a map what all places say of it (Wang et al., CVPR 2018).
+
+    As the AGW baseline has it (Ye et al., TPAMI 2021): one inner channel; the weight of a pair of
+    places is the product of two linear layers there, divided by the number of places; the last
+    normalization starts at 0, so that the block starts as nothing.
+    """
+
+    dtype: Any = jnp.float32
+    bn_axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B H W C"]:
+        """Apply the block."""
+        batch, height, width, channels = x.shape
+
+        def place_by_place(y: Array, features: int, name: str) -> Array:
+            return Conv(features, 1, 1, self.dtype, use_bias=True, name=name)(y)
+
+        theta, phi, g = (
+            place_by_place(x, 1, name).reshape(batch, height * width)
+            for name in ("theta", "phi", "g")
+        )
+        said = theta * jnp.sum(phi * g, axis=1, keepdims=True) / (height * width)
+        y = place_by_place(said.reshape(batch, height, width, 1), channels, "out")
+        norm = BatchNorm(
+            scale_init=nn.initializers.zeros,
+            axis_name=self.bn_axis_name,
+            dtype=self.dtype,
+            name="bn",
+        )
+        return x + norm(y, train=train)
 
 
 class ResNet(nn.Module):
@@ -208,6 +257,13 @@ class ResNet(nn.Module):
         block: "basic" (18, 34) or "bottleneck" (50, 101, 152).
         last_stride: stride of the fourth stage, 1 (usual in re-identification) or 2 (ImageNet).
         stem_relu: the ReLU after the first batch normalization, which some public code leaves out.
+        stem_pool: the windows of the maximum after it begin one pixel outside of the map
+            ("centered"), or with its first pixel, and reach over its end ("end": Caffe's,
+            TensorFlow's and fast-reid's).
+        strides: of a stage's first block, in the bottleneck's "3x3" convolution or in its first
+            "1x1" one (as He et al. have it); "last": in the last block of the stage before, whose
+            shortcut leaves out rows and columns (TF-Slim's).
+        non_local: names of blocks that a `NonLocal` block follows.
         dtype: compute dtype; parameters and statistics stay float32.
         bn_axis_name: axis over which batch statistics are shared; None = each device its own.
     """
@@ -218,6 +274,9 @@ class ResNet(nn.Module):
     block: Block = "bottleneck"
     last_stride: int = 1
     stem_relu: bool = True
+    stem_pool: str = "centered"
+    strides: str = "3x3"
+    non_local: Sequence[str] = ()
     dtype: Any = jnp.float32
     bn_axis_name: str | None = None
 
@@ -236,22 +295,50 @@ class ResNet(nn.Module):
             (B, H/(16 last_stride), ...) for images, in the compute dtype.
         """
         check_last_stride(self.last_stride)
+        _check_choice("stem_pool", self.stem_pool, STEM_POOLS)
+        _check_choice("strides", self.strides, STRIDES)
         if self.stem:
             x = Conv(self.width, 7, 2, self.dtype, name="conv1")(x)
+            centered = self.stem_pool == "centered"
             axis_name = self.bn_axis_name
-            bn = BatchNorm(pool=True, axis_name=axis_name, dtype=self.dtype, name="bn1")
+            bn = BatchNorm(pool=centered, axis_name=axis_name, dtype=self.dtype, name="bn1")
             x = bn(x, train=train)
+            x = x if centered else max_pool_to_end(x)
             x = nn.relu(x) if self.stem_relu else x  # after the pooling, where it gives the same
         stages: dict[str, jax.Array] = {}
         for name in self.blocks:
-            stage, place = (int(number) for number in name.removeprefix("layer").split("_"))
+            stage = int(name[len("layer")])
             x = ResidualBlock(
                 self.width * 2 ** (stage - 1),
                 self.block,
-                (1, 2, 2, self.last_stride)[stage - 1] if place == 0 else 1,
+                self._stride(name),
                 self.dtype,
                 self.bn_axis_name,
+                self.strides,
                 name=name,
             )(x, train=train)
+            if name in self.non_local:
+                after = NonLocal(self.dtype, self.bn_axis_name, name=f"nonlocal_{name}")
+                x = after(x, train=train)
             stages[f"t{stage}"] = x
         return stages
+
+    def _stride(self, name: str) -> int:
+        """The stride of a block."""
+        stage, place = (int(number) for number in name.removeprefix("layer").split("_"))
+        of_stage = (1, 2, 2, self.last_stride, 1)
+        if self.strides != "last":
+            return of_stage[stage - 1] if place == 0 else 1
+        return 1 if f"layer{stage}_{place + 1}" in self.blocks else of_stage[stage]
+
+
+def max_pool_to_end(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+    """Maximum over 3x3 windows, stride 2; of an even size the last window reaches over the end."""
+    pad = tuple((0, 1 - size % 2) for size in x.shape[1:3])
+    largest: Array = nn.max_pool(x, (3, 3), (2, 2), padding=pad)
+    return largest
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}; expected one of {', '.join(choices)}")

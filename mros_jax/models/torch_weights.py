@@ -7,7 +7,11 @@ Nothing here needs PyTorch, except reading a `.pth` file.
 
 import os
 import pathlib
+import pickle
 import re
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +25,9 @@ from mros_jax.errors import NotFoundError, UserError
 from mros_jax.files import write_atomically
 from mros_jax.models.resnet import torchvision_name as module_name
 
+# Entries that training codes put a state dict under.
+WRAPPERS = ("state_dict", "model", "net", "network", "model_state_dict")
+
 StateDict = dict[str, np.ndarray]
 _Path = tuple[str, ...]
 
@@ -29,6 +36,7 @@ _LEAVES = {
     ("params", "kernel"): "weight",
     ("params", "scale"): "weight",
     ("params", "bias"): "bias",
+    ("params", "p"): "p",
     ("batch_stats", "mean"): "running_mean",
     ("batch_stats", "var"): "running_var",
 }
@@ -63,10 +71,9 @@ def load_imagenet(
         WeightsError: truncated or foreign file; or tensors missing, unexpected or misshapen, all
             of them listed.
     """
-    state = read_state_dict(path)
     state = {
-        _OLD_NAME.sub(r"\1\2.", name): value
-        for name, value in state.items()
+        name: value
+        for name, value in read_state_dict(path).items()
         if not re.fullmatch(r"(fc|classifier)\.(weight|bias)", name)
     }
     return _fill(variables, state, torchvision_name, source=str(path))
@@ -89,6 +96,32 @@ def from_torch_state_dict(
             than 0 for a batch normalization whose bias is fixed at 0.
     """
     return _fill(variables, dict(state), module_name, source="state dict")
+
+
+def from_foreign_state_dict(
+    state: Mapping[str, np.ndarray],
+    variables: Mapping[str, Any],
+    name_of: Callable[[str], str],
+    *,
+    source: str,
+) -> dict[str, Any]:
+    """Fill all of `variables` from the state dict of the same network in other code.
+
+    Args:
+        state: name -> array. A linear layer may be a 1x1 convolution there.
+        variables: of the network's `init` (values are not looked at, only shapes).
+        name_of: from a tensor's name in `to_torch_state_dict` to its name there. Several of ours
+            may be filled from one of theirs.
+        source: what the message of an error calls it.
+
+    Returns:
+        New variables, float32.
+
+    Raises:
+        WeightsError: tensors missing, unexpected or misshapen, the first few of each listed by
+            their names there; or a bias other than 0 where it is fixed at 0 here.
+    """
+    return _fill(variables, dict(state), module_name, source=source, rename=name_of, most=6)
 
 
 def to_torch_state_dict(variables: Mapping[str, Any]) -> StateDict:
@@ -134,10 +167,12 @@ def save_torch_state_dict(
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
-    """Read a state dict: safetensors without PyTorch, anything else with it (weights only).
+    """Read a state dict: safetensors or NumPy's `.npz` without PyTorch, anything else with it.
 
-    Wrappers that training codes put around it are taken off: a `state_dict` or `model` entry, and
-    the prefix of all names where they share one of `module.`, `backbone.`, `base.`.
+    Nothing in a file is executed: PyTorch reads weights only, NumPy no objects. Wrappers that
+    training codes put around a state dict are taken off: an entry of `WRAPPERS`, and the prefix of
+    all names where they share one of `module.`, `backbone.`, `base.`. Of a DenseNet's layers
+    "norm.1" is today's "norm1".
 
     Raises:
         NotFoundError: no such file.
@@ -156,9 +191,23 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
                 f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file: {error}; "
                 "download or export it again"
             ) from error
+    elif path.suffix == ".npz":
+        state = _read_npz(path)
     else:
         state = _read_pth(path)
-    return _strip_prefix(state)
+    return {_OLD_NAME.sub(r"\1\2.", name): value for name, value in _strip_prefix(state).items()}
+
+
+def _read_npz(path: pathlib.Path) -> StateDict:
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return dict(file)
+    # NumPy lets any of these through; the fourth of a .npy file, which is one array.
+    except (ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise WeightsError(
+            f"{path} ({path.stat().st_size} bytes) is not a whole .npz file of arrays: {error}; "
+            "download or convert it again"
+        ) from error
 
 
 def _read_pth(path: pathlib.Path) -> StateDict:
@@ -170,14 +219,25 @@ def _read_pth(path: pathlib.Path) -> StateDict:
             "a .safetensors file does not"
         ) from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Training codes keep scores beside the weights, as NumPy's numbers; those of Python 2 as
+        # its strings, of which PyTorch says that it does not take their encoding, and does.
+        numbers = torch.serialization.safe_globals(_numpy_numbers())
+        with numbers, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="pickle_load_args", category=UserWarning)
+            state = torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
     except Exception as error:  # torch has many: RuntimeError, UnpicklingError, EOFError, ...
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
+            why = (
+                "it holds Python objects, perhaps a whole model, which are not read; save "
+                "model.state_dict() with the code that wrote it"
+            )
+        else:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            why = f"{first}; download it again"
         raise WeightsError(
-            f"{path} ({path.stat().st_size} bytes) is not a whole PyTorch weights file: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
-            "download it again"
+            f"{path} ({path.stat().st_size} bytes) is not a whole PyTorch weights file: {why}"
         ) from error
-    for wrapper in ("state_dict", "model"):
+    for wrapper in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not all(
@@ -194,6 +254,14 @@ def _read_pth(path: pathlib.Path) -> StateDict:
     }
 
 
+def _numpy_numbers() -> list[Any]:
+    """What PyTorch needs to read NumPy's numbers, under the module's former name too."""
+    make = type(np.float64(0)).__reduce__(np.float64(0))[0]
+    kinds = ("float32", "float64", "int32", "int64", "bool")
+    types = [type(np.dtype(kind)) for kind in kinds]
+    return [np.dtype, *types, (make, "numpy.core.multiarray.scalar"), make]
+
+
 def _strip_prefix(state: StateDict) -> StateDict:
     for prefix in ("module.", "model.", "backbone.", "base.") * 2:
         if state and all(name.startswith(prefix) for name in state):
@@ -207,8 +275,14 @@ def _fill(
     name_of: Callable[[_Path], str | None],
     *,
     source: str,
+    rename: Callable[[str], str] | None = None,
+    most: int | None = None,
 ) -> dict[str, Any]:
-    """Fill the variables whose module `name_of` names from tensors of that name, strictly."""
+    """Fill the variables whose module `name_of` names from tensors of that name, strictly.
+
+    With `rename` the names are those of other code, where a linear layer may be a 1x1 convolution.
+    An error lists `most` names of each kind.
+    """
     filled = dict(_flatten(variables))
     used: set[str] = set()
     missing: list[str] = []
@@ -221,13 +295,18 @@ def _fill(
         arrays = []
         parts = [(module + suffix, part.shape) for suffix, part in _to_torch(path, template)]
         for name, shape in parts:
+            name = rename(name) if rename else name
             used.add(name)
             if name not in state:
                 missing.append(f"{name} {shape}")
-            elif state[name].shape != shape:
-                misshapen.append(f"{name} {state[name].shape}, expected {shape}")
+                continue
+            found = state[name]
+            if rename and found.shape[len(shape) :] == (1,) * (found.ndim - len(shape)):
+                found = found.reshape(found.shape[: len(shape)])
+            if found.shape != shape:
+                misshapen.append(f"{name} {found.shape}, expected {shape}")
             else:
-                arrays.append(np.asarray(state[name], np.float32))
+                arrays.append(np.asarray(found, np.float32))
         if len(arrays) == len(parts):
             filled[path] = _from_torch(path, arrays, np.shape(value))
     unexpected = []
@@ -240,12 +319,18 @@ def _fill(
             continue
         unexpected.append(f"{name} {state[name].shape}")
     if missing or unexpected or misshapen:
-        raise WeightsError(_explain(source, missing, unexpected, misshapen))
+        raise WeightsError(_explain(source, missing, unexpected, misshapen, most))
     whole: dict[str, Any] = traverse_util.unflatten_dict(filled)
     return whole
 
 
-def _explain(source: str, missing: list[str], unexpected: list[str], misshapen: list[str]) -> str:
+def _explain(
+    source: str,
+    missing: list[str],
+    unexpected: list[str],
+    misshapen: list[str],
+    most: int | None,
+) -> str:
     lines = [f"{source} does not fit this network (another depth, width or number of classes?)"]
     for title, names in (
         ("missing", missing),
@@ -253,7 +338,9 @@ def _explain(source: str, missing: list[str], unexpected: list[str], misshapen: 
         ("misshapen", misshapen),
     ):
         lines += [f"  {title} ({len(names)}):"] * bool(names)
-        lines += [f"    {name}" for name in names]
+        lines += [f"    {name}" for name in names[:most]]
+        if most is not None and len(names) > most:
+            lines.append(f"    and {len(names) - most} more")
     return "\n".join(lines)
 
 

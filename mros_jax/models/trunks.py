@@ -1,10 +1,11 @@
 """The trunks that networks are built on, by name."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from mros_jax.errors import UserError
 from mros_jax.models.densenet import DenseNetSpec
-from mros_jax.models.resnet import TrunkSpec
+from mros_jax.models.resnet import ResNet, TrunkSpec
 
 
 @runtime_checkable
@@ -60,6 +61,20 @@ def find_trunk(name: str) -> Trunk:
     if name not in TRUNKS:
         raise UserError(f"trunk is {name!r}; it must be one of {', '.join(TRUNKS)}")
     return TRUNKS[name]
+
+
+def find_trunk_with(name: str, fields: Mapping[str, Any]) -> tuple[Trunk, dict[str, Any]]:
+    """The entry of `TRUNKS`, and those of its fields that only a ResNet has and that are changed.
+
+    Args:
+        name: of the trunk.
+        fields: of `ResNet`, with the values that they are to have.
+
+    Raises:
+        UserError: there is no trunk of that name, or a field is changed of one that is no ResNet.
+    """
+    changed = {key: value for key, value in fields.items() if value != getattr(ResNet, key)}
+    return (find_resnet(name) if changed else find_trunk(name)), changed
 
 
 def find_resnet(name: str) -> TrunkSpec:

@@ -98,12 +98,23 @@ class Checkpoints:
         """
         if not parallel.is_main_process():
             return
-        ocp, manager = _load_orbax(), self._managers[name]
         step = int(state.step)
-        if step in manager.all_steps():
+        if step in self._managers[name].all_steps():
             return
         state = jax.tree.map(np.asarray, jax.device_get(state))
         items = {"model": state.eval_variables} | ({"training": state} if name == "last" else {})
+        self._write(name, step, items)
+
+    def save_model(self, variables: dict[str, Any]) -> None:
+        """Save a network that was trained elsewhere as "last", of step 0; no run goes on from it.
+
+        Args:
+            variables: parameters and statistics, NumPy arrays.
+        """
+        self._write("last", 0, {"model": variables})
+
+    def _write(self, name: str, step: int, items: dict[str, Any]) -> None:
+        ocp, manager = _load_orbax(), self._managers[name]
         digests = {item: digest(value) for item, value in items.items()}
         arguments = {item: ocp.args.StandardSave(value) for item, value in items.items()}
         try:

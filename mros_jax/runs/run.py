@@ -138,7 +138,9 @@ class Run:
         """
         words = ["features"]
         tested = [fingerprints[split] for split in ("query", "gallery")]
-        if tested != [self.fingerprints.get(split) for split in ("query", "gallery")]:
+        own = [self.fingerprints[split] for split in ("query", "gallery")]
+        # A run that was trained elsewhere knows its data set by name alone.
+        if tested != own and (any(own) or dataset != self.dataset):
             words += [dataset, *(text[:8] for text in tested)]
         words += [checkpoint] * (checkpoint != "last") + ["flip"] * flip_test
         words += [f"{crops}crops"] * (crops != "none")
@@ -190,7 +192,7 @@ class Run:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Split -> fingerprint of the data that the run was started with."""
+        """Split -> fingerprint of the data that the run was started with; "" of an imported one."""
         fingerprints: dict[str, str] = self.record["dataset"]["fingerprints"]
         return fingerprints
 
@@ -287,6 +289,12 @@ class Run:
             return
         lock.check(self._lock_file)
         if self.exists():
+            if imported := self.record.get("imported"):
+                raise UserError(
+                    f"{self.path} was imported from {imported.get('file')} and has nothing to go "
+                    f"on from; to start from its network, give another --workdir and "
+                    f"--config.init.run={self.path}"
+                )
             self._check_config(config)
         elif strangers := [p.name for p in self.path.iterdir() if not _is_stray(p.name)]:
             raise UserError(
@@ -330,11 +338,23 @@ class Run:
             for entry in self.path.iterdir():
                 if _TEMPORARY.fullmatch(entry.name):
                     entry.unlink()
-            write_json(self.record_file, record)
-            write_json(self.config_file, _resolve(config))
-            for name in ("config", "record"):
-                self.__dict__.pop(name, None)
+            self._write(config, record)
             yield
+
+    def create(self, config: ConfigDict, record: Mapping[str, Any]) -> None:
+        """Make a directory that is no run yet this config's; for runs that were trained elsewhere.
+
+        Args:
+            config: of the run.
+            record: as `claim` takes it, with an entry "imported" that says where it is from.
+        """
+        self._write(config, {"format": FORMAT, **record, "earlier_starts": []})
+
+    def _write(self, config: ConfigDict, record: Mapping[str, Any]) -> None:
+        write_json(self.record_file, record)
+        write_json(self.config_file, _resolve(config))
+        for name in ("config", "record"):
+            self.__dict__.pop(name, None)
 
     def _check_resumable(self, config: ConfigDict, record: Mapping[str, Any]) -> None:
         """Refuse to resume with other data, init or arithmetic than the run was started with."""

@@ -19,13 +19,14 @@ class MGN(nn.Module):
     """A shared trunk, and branches with the rest of it each: one global, others with stripes.
 
     The trunk ends with layer3's first block. A branch's tail is the rest of layer3 and layer4, of
-    its own; the global branch's layer4 has stride 2, the others' 1. Every branch is max-pooled over
-    its whole map, and every other one over its stripes too (Figure 3 of the paper).
+    its own; the global branch's layer4 has stride 2, the others' 1. Every branch is pooled over its
+    whole map, and every other one over its stripes too (Figure 3 of the paper).
 
     Attributes:
         num_classes: identities of the training set, N.
         trunk: a ResNet in `mros_jax.models.trunks.TRUNKS`.
         stripes: stripes of each branch beside the global one.
+        pooling: of whole maps and stripes, "max" (the paper's) or "mean".
         reduced: numbers that each pooled vector is reduced to, by a layer of its own.
         global_heads: the classifiers of whole maps see the vectors before ("z", as in the paper)
             or after reduction ("f"). Those of stripes always see f.
@@ -51,6 +52,7 @@ class MGN(nn.Module):
     num_classes: int
     trunk: str = "resnet50"
     stripes: tuple[int, ...] = (2, 3)
+    pooling: Literal["max", "mean"] = "max"
     reduced: int = 256
     global_heads: Literal["z", "f"] = "z"
     head_bias: bool = False
@@ -92,9 +94,9 @@ class MGN(nn.Module):
             )
             t4 = tail(shared["t3"], train=train)["t4"]
             maps[f"t4_{branch}"] = t4
-            whole.append(pool_stripes(t4, 1, overlap=False, kind="max"))
+            whole.append(pool_stripes(t4, 1, overlap=False, kind=self.pooling))
             if branch != "global":
-                pooled[branch] = pool_stripes(t4, count, overlap=False, kind="max")
+                pooled[branch] = pool_stripes(t4, count, overlap=False, kind=self.pooling)
         pooled = {"global": jnp.concatenate(whole, axis=1), **pooled}  # (B, S, C) each
 
         embeddings: dict[str, Array] = {}

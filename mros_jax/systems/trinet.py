@@ -12,7 +12,7 @@ from mros_jax.models.heads import Reduction
 from mros_jax.models.outputs import Outputs, Part, check_images
 from mros_jax.models.resnet import torchvision_name
 from mros_jax.models.stripes import pool_stripes
-from mros_jax.models.trunks import find_trunk
+from mros_jax.models.trunks import find_trunk_with
 
 
 class TriNet(nn.Module):
@@ -22,6 +22,8 @@ class TriNet(nn.Module):
         num_classes: identities of the training set; no layer depends on it.
         trunk: a name in `mros_jax.models.trunks.TRUNKS`.
         last_stride: stride of the trunk's last stage, 1 or 2.
+        stem_pool: of the ResNet, see `mros_jax.models.resnet.ResNet`.
+        strides: of the ResNet, see `mros_jax.models.resnet.ResNet`.
         reduced: numbers after the first linear layer.
         embedded: numbers of the embedding.
         dtype: compute dtype of the trunk; what follows, parameters and statistics are float32.
@@ -35,6 +37,8 @@ class TriNet(nn.Module):
     num_classes: int
     trunk: str = "resnet50"
     last_stride: int = 2
+    stem_pool: str = "centered"
+    strides: str = "3x3"
     reduced: int = 1024
     embedded: int = 128
     dtype: Any = jnp.float32
@@ -58,7 +62,10 @@ class TriNet(nn.Module):
             raise UserError(
                 f"reduced is {self.reduced} and embedded {self.embedded}; both must be 1 or more"
             )
-        trunk = find_trunk(self.trunk).make(
+        places = {"stem_pool": self.stem_pool, "strides": self.strides}
+        spec, changed = find_trunk_with(self.trunk, places)
+        trunk = spec.make(
+            **changed,
             last_stride=self.last_stride,
             dtype=self.dtype,
             bn_axis_name=self.bn_axis_name,

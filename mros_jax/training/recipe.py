@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _CHOICES = {
     "dataset.on_bad_image": ("error", "skip"),
     "input.interpolation": INTERPOLATIONS,
+    "input.channels": augment.CHANNELS,
     "augment.erase_fill": augment.ERASE_FILLS,
     "eval.crops": CROPS,
     "eval.metric": ("cosine", "euclidean"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +89,26 @@ def test_images_are_resized_as_pil_does(make, interpolation, tmp_path):
             images, height=height, width=width, interpolation=interpolation
         )
         np.testing.assert_allclose(made.transpose(0, 2, 3, 1), expected, atol=1e-6)
+
+
+def test_other_pixels_than_imagenets(make):
+    import onnxruntime
+
+    from mros_jax.export import onnx_file
+
+    pixels: dict[str, Any] = {
+        "mean": (0.4, 0.45, 0.5),
+        "std": (1 / 255, 0.5, 0.25),
+        "channels": "bgr",
+    }
+    model = load(make("strong"))
+    model.config.input.update(pixels)
+    height, width = model.size
+    session = onnxruntime.InferenceSession(onnx_file.write_before(model).SerializeToString())
+    images = np.random.default_rng(0).integers(0, 256, (2, 48, 24, 3), dtype=np.uint8)
+    [made] = session.run(None, {"images": images})
+    expected = augment.preprocess(images, height=height, width=width, **pixels)
+    np.testing.assert_allclose(made.transpose(0, 2, 3, 1), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["float16", "int8"])

@@ -1,10 +1,12 @@
 """The cosine classifier against PyTorch, and what makes it one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mros_jax.models.heads import CosineClassifiers
+from mros_jax.models.heads import CosineClassifiers, GeneralizedMean
 
 MODEL = CosineClassifiers(num_classes=5, scale=14.0)
 
@@ -65,3 +67,33 @@ def test_each_classifier_starts_from_xaviers_distribution():
     assert kernel.shape == (2, 1024, 751)
     for one in kernel:
         np.testing.assert_allclose(one.std(), (2 / (1024 + 751)) ** 0.5, rtol=0.01)
+
+
+def test_generalized_mean_lies_between_mean_and_maximum():
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    positive = np.maximum(x.astype(np.float64), 1e-6)
+
+    def pool(p):
+        return GeneralizedMean().apply(
+            {"params": {"p": jnp.full(1, p, jnp.float32)}}, jnp.asarray(x)
+        )
+
+    expected = (positive**3).mean((1, 2)) ** (1 / 3)
+    np.testing.assert_allclose(pool(3.0), expected, rtol=1e-5)
+    np.testing.assert_allclose(pool(1.0), positive.mean((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(pool(60.0), positive.max((1, 2)), rtol=0.1)
+    start = GeneralizedMean().init(jax.random.key(0), jnp.asarray(x))["params"]
+    np.testing.assert_array_equal(start["p"], [3.0])
+
+
+def test_the_power_of_the_mean_is_learned():
+    x = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, (2, 3, 4, 5)).astype(np.float32))
+
+    def total(p):
+        pooled: Any = GeneralizedMean().apply({"params": {"p": p}}, x)
+        return pooled.sum()
+
+    slope = jax.grad(total)(jnp.array([3.0]))[0]
+    step = 1e-2
+    by_difference = (total(jnp.array([3 + step])) - total(jnp.array([3 - step]))) / (2 * step)
+    np.testing.assert_allclose(slope, by_difference, rtol=1e-2)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -312,3 +314,31 @@ def test_wrong_parameters(options, message):
     images, keys = np.zeros((1, 4, 2, 3), np.uint8), example_keys(0, 0, np.arange(1))
     with pytest.raises(ValueError, match=message):
         augment_batch(images, keys, height=H, width=W, **options)
+
+
+def test_other_pixels_than_imagenets():
+    """Caffe's: grey levels less a mean, blue first. In training and at test the same."""
+    mean, std = (0.4, 0.45, 0.5), (1 / 255, 1 / 255, 0.5)
+    images = np.random.default_rng(0).integers(0, 256, (2, 24, 8, 3), np.uint8)
+    size = {"height": 24, "width": 8}
+    blue_first = images[..., ::-1].astype(np.float64)
+    expected = (blue_first / 255 - np.array(mean)) / np.array(std)
+    given: dict[str, Any] = {**size, "mean": mean, "std": std, "channels": "bgr"}
+    np.testing.assert_allclose(preprocess(images, **given), expected, rtol=1e-5, atol=1e-4)
+    still: dict[str, Any] = {"flip": 0.0, "pad": 0, "erase": 0.0}
+    augmented = augment_batch(images, example_keys(0, 0, np.arange(2)), **given, **still)
+    np.testing.assert_allclose(augmented, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("mean", (0.5, 0.5), "expected three numbers each"),
+        ("std", (0.2, 0.0, 0.2), "above 0"),
+        ("channels", "rbg", "channels is 'rbg'; expected one of rgb, bgr"),
+    ],
+)
+def test_pixels_that_are_none_are_refused(field, value, what):
+    images = np.zeros((1, 24, 8, 3), np.uint8)
+    with pytest.raises(UserError, match=what):
+        preprocess(images, height=24, width=8, **{field: value})
