@@ -55,6 +55,7 @@ report
 explore
 export
 exactness
+auto_reid
 benchmarks
 tpu
 adding

@@ -203,6 +203,8 @@ def shrink(config: ConfigDict) -> ConfigDict:
         network.trunk = find_trunk(network.trunk).smallest
     if "widths" in network:
         network.widths = (16, 32, 48)
+    if "cells" in network:
+        network.cells, network.width = (1, 1, 1), 8  # the last map has 6 rows
     if "depth" in network:
         network.depth = min(network.depth, 2)  # the last map has 6 rows
     config.weights = "none"

@@ -68,7 +68,7 @@ def read_csv(text):
 def test_the_papers_tables_are_whole():
     tables = paper.load_tables()["table"]
     sizes = {table["number"]: len(table["row"]) for table in tables}
-    assert sizes == {1: 4, 2: 10, 3: 8, 4: 11, 5: 10, 6: 1}
+    assert sizes == {1: 4, 2: 10, 3: 8, 4: 11, 5: 11, 6: 1}
     rows = {(t["number"], r["name"]): r for t in tables for r in t["row"]}
     assert rows[2, "Proposed MROS"]["rank10"] == 98.7
     assert rows[3, "Proposed MROS"]["mAP"] == 93.5

@@ -475,6 +475,7 @@ def save_torchvision_file(path, trunk):
         ("pcb", "network.num_stripes=5", "cannot be cut into 5 equal stripes"),
         ("pcb", "network.descriptor=f", "descriptor is 'f'.*'g' or 'h'"),
         ("strong", "network.trunk=resnet5", "trunk is 'resnet5'.*resnet50"),
+        ("auto_reid", "network.normal=sep(0)", "config.network.normal: node 2 of a cell is 'sep"),
         ("hacnn", "weights=auto", "weights is 'auto', and the network hacnn starts from no"),
         ("hacnn", "network.widths=(16, 24, 32)", r"widths are \(16, 24, 32\); .*multiples of 16"),
         ("hacnn", "network.region=(24, 30)", r"region is \(24, 30\); .*multiples of 4"),

@@ -118,6 +118,7 @@ class BatchNorm(nn.Module):
 
     feature_axes: int = 1
     pool: bool = False
+    use_scale: bool = True
     use_bias: bool = True
     scale_init: Any = nn.initializers.ones
     momentum: float = 0.1
@@ -133,7 +134,10 @@ class BatchNorm(nn.Module):
             ValueError: in training, if there is only one value per channel: no variance.
         """
         shape = x.shape[-self.feature_axes :]
-        scale = jnp.asarray(self.param("scale", self.scale_init, shape, jnp.float32))
+        if self.use_scale:
+            scale = jnp.asarray(self.param("scale", self.scale_init, shape, jnp.float32))
+        else:
+            scale = jnp.ones(shape, jnp.float32)
         if self.use_bias:
             bias = jnp.asarray(self.param("bias", nn.initializers.zeros, shape, jnp.float32))
         else:

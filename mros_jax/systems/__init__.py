@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from mros_jax.models.outputs import Network
+from mros_jax.systems.auto_reid import AutoReID
 from mros_jax.systems.dare import DaRe
 from mros_jax.systems.gsrw import GSRW
 from mros_jax.systems.hacnn import HACNN
@@ -18,6 +19,7 @@ from mros_jax.systems.trinet import TriNet
 
 # What `config.network.name` may say. The rest of the section are the module's fields.
 NETWORKS: dict[str, Callable[..., Network]] = {
+    "auto_reid": AutoReID,
     "dare": DaRe,
     "gsrw": GSRW,
     "hacnn": HACNN,

@@ -11,23 +11,25 @@ import pytest
 from mros_jax.models import layers
 
 
-def plain_max_pool(x):
-    return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+def plain_max_pool(x, stride):
+    return nn.max_pool(x, (3, 3), (stride, stride), padding=((1, 1), (1, 1)))
 
 
 @pytest.mark.parametrize("pool", [layers.max_pool, layers.max_pool_on_cpu, layers.max_pool_plainly])
 @pytest.mark.parametrize("ties", [True, False])
 @pytest.mark.parametrize("size", [(8, 4), (7, 5), (1, 1)])
-def test_max_pool_equals_the_library(size, ties, pool):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_max_pool_equals_the_library(stride, size, ties, pool):
     rng = np.random.default_rng(0)
     shape = (2, *size, 3)
     drawn = rng.integers(-2, 2, shape) if ties else rng.standard_normal(shape)
     x = jnp.asarray(drawn, jnp.float32)
-    dy = rng.standard_normal((2, -(-size[0] // 2), -(-size[1] // 2), 3)).astype(np.float32)
+    shape = (2, -(-size[0] // stride), -(-size[1] // stride), 3)
+    dy = rng.standard_normal(shape).astype(np.float32)
 
     @functools.partial(jax.jit, static_argnums=0)
     def both(pool, x, dy):
-        y, pull = jax.vjp(pool, x)
+        y, pull = jax.vjp(lambda x: pool(x, stride), x)
         return y, pull(dy)[0]
 
     y, dx = both(pool, x, dy)
@@ -45,6 +47,26 @@ def test_multiply(shape):
     plain = jax.grad(lambda x, k: jnp.sum((x @ k) ** 2), (0, 1))(x, k)
     for a, b in zip(ours, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("size", [(7, 4), (1, 2)])
+def test_depthwise_convolutions_agree(size, stride, dilation):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, *size, 5)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 1, 5)), jnp.float32)
+    shape = (2, -(-size[0] // stride), -(-size[1] // stride), 5)
+    dy = jnp.asarray(rng.standard_normal(shape), x.dtype)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(convolve):
+        y, pull = jax.vjp(lambda x, k: convolve(x, k, stride, dilation), x, kernel)
+        return y, *pull(dy)
+
+    plain = run(layers.convolve_depthwise_plainly)
+    for convolve in (layers.convolve_depthwise, layers.convolve_depthwise_by_shifts):
+        for ours, expected in zip(run(convolve), plain, strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
