@@ -198,12 +198,12 @@ def make_images(folder: pathlib.Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory, cache_dir):
     """Folder and outcome of each process: of one by itself, and of two that work together."""
     root = tmp_path_factory.mktemp("hosts")
     make_images(root)
     for name in ("single", "pair"):
-        make_run(root / name / "run", root / "cache")
+        make_run(root / name / "run", cache_dir)
         (root / name / "run" / "features.npz").unlink()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -72,24 +72,24 @@ def test_what_is_drawn_goes_by_name():
     assert len(explain(["attention_x1", "attention_x2", "regions_x1"])) == 2
 
 
-def make_run_of(system, tmp_path_factory, **fields):
+def make_run_of(system, tmp_path_factory, cache_dir, **fields):
     config = system.get_config()
     return make_run(
         tmp_path_factory.mktemp("runs") / config.name,
-        tmp_path_factory.mktemp("cache"),
+        cache_dir,
         network=ConfigDict({**config.network, **fields}),
         objective=config.objective,
     )
 
 
 @pytest.fixture(scope="module")
-def run_with_parts(tmp_path_factory):
-    return make_run_of(pcb_rpp, tmp_path_factory, trunk="tiny")
+def run_with_parts(tmp_path_factory, cache_dir):
+    return make_run_of(pcb_rpp, tmp_path_factory, cache_dir, trunk="tiny")
 
 
 @pytest.fixture(scope="module")
-def run_with_regions(tmp_path_factory):
-    return make_run_of(hacnn, tmp_path_factory, stem=4, widths=(16, 16, 16), embedded=8)
+def run_with_regions(tmp_path_factory, cache_dir):
+    return make_run_of(hacnn, tmp_path_factory, cache_dir, stem=4, widths=(16, 16, 16), embedded=8)
 
 
 def read_views(run, page):

@@ -28,7 +28,7 @@ SYSTEMS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.s
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory):
+def make(tmp_path_factory, cache_dir):
     """`make(system)`: a run with random weights of the system's smallest network."""
     directory = tmp_path_factory.mktemp("runs")
 
@@ -37,7 +37,7 @@ def make(tmp_path_factory):
         if not path.exists():
             config = shrink(read(ROOT / "configs" / f"{name}.py").unlock())
             config.dataset.preset = "small"
-            config.dataset.cache_dir = str(directory / "cache")
+            config.dataset.cache_dir = str(cache_dir)
             begin_run(path, config.lock())
         return path
 

@@ -15,12 +15,12 @@ from tests.runs import make_run
 
 
 @pytest.mark.slow
-def test_a_run_computes_the_same_in_pytorch(tmp_path, torch):
+def test_a_run_computes_the_same_in_pytorch(tmp_path, cache_dir, torch):
     from safetensors.torch import load_file
 
     from tests.parity.torch_mros import TorchMROS
 
-    run = make_run(tmp_path / "run", tmp_path / "cache")
+    run = make_run(tmp_path / "run", cache_dir)
     out = tmp_path / "mros.safetensors"
     assert export.main([str(run), "--format=torch", f"--out={out}"]) == 0
 

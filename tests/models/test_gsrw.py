@@ -235,12 +235,12 @@ def test_a_network_without_heads_has_no_such_reranking():
 
 
 @pytest.mark.slow
-def test_a_run_is_reranked_by_its_own_heads(tmp_path, capsys):
+def test_a_run_is_reranked_by_its_own_heads(tmp_path, cache_dir, capsys):
     """In training, by the command and in the report: the same scores."""
     config = shrink(read(CONFIGS / "gsrw.py").unlock()).lock()
     changes = {
         "dataset.preset": "small",
-        "dataset.cache_dir": tmp_path / "cache",
+        "dataset.cache_dir": cache_dir,
         "num_epochs": 2,
         "stages.stage1.epochs": 1,
         "stages.stage2.epochs": 1,
