@@ -64,11 +64,24 @@ def torch():
     return pytest.importorskip("torch", reason="PyTorch is not installed; `make test-all` has it")
 
 
+# Compiled programs keep memory mapped, and a process may map some 65,000 pieces on Linux: beyond
+# them it crashes. A slow test of float64 takes a few thousand.
+MAPS = pathlib.Path("/proc/self/maps")
+MANY_MAPS = 20_000
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """Compiled programs keep memory mapped, and a process may map some 65,000 pieces on Linux."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def few_programs_of_slow_tests(request):
+    yield
+    slow = request.node.get_closest_marker("slow") or request.node.get_closest_marker("pytorch")
+    if slow and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
