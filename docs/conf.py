@@ -48,11 +48,14 @@ _CONTENTS = """
 ../README
 training
 data
+systems
+reproduce
 synthetic
 evaluation
 index_search
 report
 explore
+import
 export
 exactness
 auto_reid
