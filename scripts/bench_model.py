@@ -7,24 +7,31 @@ JAX takes the step that training runs, on one device and on images that are read
 backward, optimizer. PyTorch takes the network of the parity tests, where there is one, with the
 config's loss terms and optimizer; eagerly with both memory layouts and, on a GPU or with
 `--compile`, compiled. Frameworks take turns; a row is the median of its repeats.
+
+Of a training in stages it is the last one. Beside PyTorch there is no dropout on either side: the
+networks of the parity tests are given their masks.
 """
 
+import functools
+import importlib
 import importlib.util
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from mros_jax import config as configs
 from mros_jax import console, parallel
 from mros_jax.data.batches import make_sampler
 from mros_jax.errors import UserError
+from mros_jax.losses import make_objective
 from mros_jax.models.outputs import Outputs
 from mros_jax.training import recipe
 from scripts import common
@@ -71,8 +78,90 @@ def make_jax_steps(config: ConfigDict, num_classes: int) -> Steps:
     }
 
 
+class TorchSystem(NamedTuple):
+    """A network of the parity tests, and how it is trained.
+
+    Attributes:
+        network: the module.
+        prepare: of the network on its device and some images, the loss (outputs, labels) -> total,
+            the optimizers, and what is done between gradients and steps.
+    """
+
+    network: Any
+    prepare: Callable[[Any, Any], tuple[Callable[[Any, Any], Any], list[Any], Callable[[], None]]]
+
+
+def make_parity_system(config: ConfigDict, num_classes: int) -> TorchSystem:
+    """A system whose PyTorch network comes with its losses and optimizers."""
+    import torch
+
+    fields = config.network
+    module = importlib.import_module(f"tests.parity.torch_{fields.name}")
+    total, optimize = find_training(fields.name, module)
+
+    def prepare(network: Any, images: Any) -> Any:
+        shapes = find_own_shapes(config, num_classes)
+        device = images.device
+        own = {k: torch.randn(s, device=device, requires_grad=True) for k, s in shapes.items()}
+
+        def finish() -> None:
+            if fields.name == "strong":
+                module.undo_weight(own)
+
+        optimizers = [optimizer for optimizer, _ in optimize(network, own)]
+        return lambda out, labels: total(out, labels, own)[0], optimizers, finish
+
+    return TorchSystem(PARITY_NETWORKS[fields.name](module, fields, num_classes), prepare)
+
+
+# By config.network.name: (module of tests/parity, config.network, classes) -> network.
+PARITY_NETWORKS: dict[str, Callable[[Any, ConfigDict, int], Any]] = {
+    "auto_reid": lambda module, fields, n: module.TorchAutoReID(
+        n, cells=fields.cells, width=fields.width
+    ),
+    "dare": lambda module, fields, n: module.TorchDaRe(fields.trunk),
+    "gsrw": lambda module, fields, n: module.TorchGSRW(fields.trunk, fields.groups),
+    "hacnn": lambda module, fields, n: module.TorchHACNN(
+        n, fields.stem, fields.widths, fields.embedded
+    ),
+    "mfbn": lambda module, fields, n: module.TorchMFBN(n, fields.trunk),
+    "mgn": lambda module, fields, n: module.TorchMGN(n, fields.trunk),
+    "pcb": lambda module, fields, n: module.TorchPCB(n, fields.trunk),
+    "pcb_rpp": lambda module, fields, n: module.TorchPCBRPP(n, fields.trunk),
+    "spherereid": lambda module, fields, n: module.TorchSphereReID(n, fields.trunk),
+    "strong": lambda module, fields, n: module.TorchStrong(n, fields.trunk),
+    "tbn_plus": lambda module, fields, n: module.TorchTBNPlus(n, fields.trunk, fields.depth),
+    "trinet": lambda module, fields, n: module.TorchTriNet(fields.trunk),
+}
+
+
+def find_training(name: str, module: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Loss and optimizers of the last stage."""
+    if name == "hacnn":
+        return module.make_loss(0.1), module.make_sgd
+    if name == "gsrw":
+        return module.total_loss, module.make_adam
+    if name == "pcb_rpp":
+        plain = importlib.import_module("tests.parity.torch_pcb")
+        return plain.total_loss, lambda network, own: module.make_optimizers(network, "stage3")
+    return module.total_loss, module.make_optimizers
+
+
+def find_own_shapes(config: ConfigDict, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of the config's losses, by name."""
+    network: Any = configs.make_network(config, num_classes)
+    objective = make_objective(config.objective.to_dict())
+    image = jax.ShapeDtypeStruct((8, config.input.height, config.input.width, 3), np.float32)
+    key = jax.random.key(0)
+    init = functools.partial(network.init_with_output, train=False)
+    outputs, _ = jax.eval_shape(init, key, image)
+    own = jax.eval_shape(lambda x: objective.init(key, x, num_classes), outputs)
+    flat = traverse_util.flatten_dict(own, sep="/")
+    return {name: leaf.shape for name, leaf in flat.items()}
+
+
 def make_torch_mros(config: ConfigDict, num_classes: int) -> Any:
-    """MROS, and how the config's names are found in what it returns."""
+    """MROS, and how the config's names are found in what it returns: name -> list of (B, D)."""
     from tests.parity.torch_mros import TorchMROS
 
     fields = config.network
@@ -90,9 +179,42 @@ def make_torch_mros(config: ConfigDict, num_classes: int) -> Any:
     return network, name_vectors
 
 
-# Networks of tests/parity by config.network.name: (config, classes) -> module, and its outputs ->
-# name -> list of (B, D).
-TORCH_NETWORKS: dict[str, Callable[[ConfigDict, int], Any]] = {"mros": make_torch_mros}
+def make_mros_system(config: ConfigDict, num_classes: int) -> TorchSystem:
+    """MROS in any of its settings, with the losses that a config has."""
+    import torch
+
+    network, name_vectors = make_torch_mros(config, num_classes)
+
+    def prepare(network: Any, images: Any) -> Any:
+        with torch.no_grad():
+            out = network.eval()(images)
+        named = {"descriptor": [out["descriptor"]], **name_vectors(out)}
+        centers = {
+            name: [
+                torch.randn(num_classes, x.shape[1], device=images.device, requires_grad=True)
+                for key in term.on
+                for x in named[key]
+            ]
+            for name, term in config.objective.items()
+            if term.loss == "center" and term.weight
+        }
+
+        def finish() -> None:
+            for name, own in centers.items():
+                for center in own:
+                    center.grad /= config.objective[name].weight  # they see the term unweighted
+
+        loss = make_torch_loss(config, centers, name_vectors)
+        return loss, make_torch_optimizers(config, network, centers), finish
+
+    return TorchSystem(network, prepare)
+
+
+# By config.network.name.
+TORCH_SYSTEMS: dict[str, Callable[[ConfigDict, int], TorchSystem]] = {
+    "mros": make_mros_system,
+    **dict.fromkeys(PARITY_NETWORKS, make_parity_system),
+}
 
 
 def make_torch_loss(config: ConfigDict, centers: Mapping[str, Any], name_vectors: Any) -> Any:
@@ -174,26 +296,13 @@ def make_torch_steps(
     import torch
 
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    network, name_vectors = TORCH_NETWORKS[config.network.name](config, num_classes)
-    network = network.to(device, memory_format=layout)
+    system = TORCH_SYSTEMS[config.network.name](config, num_classes)
+    network = system.network.to(device, memory_format=layout)
     batch = {k: torch.from_numpy(v).to(device) for k, v in make_batch(config, num_classes).items()}
     images = batch["images"].permute(0, 3, 1, 2).contiguous(memory_format=layout)
     labels = batch["labels"].long()
     dtype = getattr(torch, config.dtype)
-    with torch.no_grad():
-        out = network.eval()(images[:2])
-    named = {"descriptor": [out["descriptor"]], **name_vectors(out)}
-    centers = {
-        name: [
-            torch.randn(num_classes, x.shape[1], device=device, requires_grad=True)
-            for key in term.on
-            for x in named[key]
-        ]
-        for name, term in config.objective.items()
-        if term.loss == "center" and term.weight
-    }
-    loss = make_torch_loss(config, centers, name_vectors)
-    optimizers = make_torch_optimizers(config, network, centers)
+    loss, optimizers, finish = system.prepare(network, images[:2])
     call = torch.compile(network) if compiled else network
 
     def run() -> Any:
@@ -211,9 +320,7 @@ def make_torch_steps(
         for optimizer in optimizers:
             optimizer.zero_grad()
         total.backward()
-        for name, own in centers.items():
-            for center in own:
-                center.grad /= config.objective[name].weight  # they see the term unweighted
+        finish()
         for optimizer in optimizers:
             optimizer.step()
 
@@ -326,10 +433,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     config.weights = "none"  # they take no other time
     # Else JAX takes three quarters of a GPU's memory at once, and PyTorch has to do with the rest.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    with_torch = not args.no_torch and config.network.name in TORCH_NETWORKS
+    config = list(configs.split_stages(config).values())[-1]
+    with_torch = not args.no_torch and config.network.name in TORCH_SYSTEMS
     if not args.no_torch and not with_torch:
         print(f"tests/parity has no {config.network.name}: JAX alone", file=sys.stderr)
 
+    if with_torch:
+        dropouts = {name: 0.0 for name in config.network if name.endswith("dropout")}
+        config.network.update(dropouts)
     steps = {"JAX": make_jax_steps(config, args.classes)}
     if with_torch:
         variants = {"PyTorch": (False, False), "PyTorch, channels last": (True, False)}

@@ -290,6 +290,31 @@ def test_both_frameworks_of_the_model_benchmark_compute_the_same(words, torch):
     assert float(ours(**batch)) == pytest.approx(theirs.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", sorted(bench_model.PARITY_NETWORKS))
+def test_the_other_systems_are_trained_in_pytorch(name, torch):
+    config = configs.shrink(configs.read(ROOT / "configs" / f"{name}.py").unlock())
+    config.input.width = 32
+    config = list(configs.split_stages(config).values())[-1]
+    system = bench_model.make_parity_system(config, 20)
+    batch = bench_model.make_batch(config, 20)
+    images = torch.from_numpy(batch["images"]).permute(0, 3, 1, 2)
+    loss, optimizers, finish = system.prepare(system.network, images)
+    learned = [x for x in system.network.parameters() if x.requires_grad]
+    before = [x.detach().clone() for x in learned]
+    total = loss(system.network.train()(images), torch.from_numpy(batch["labels"]).long())
+    total.backward()
+    finish()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.isfinite(total)
+    moved = [not torch.equal(x, y) for x, y in zip(before, learned, strict=True)]
+    assert np.mean(moved) > 0.9
+    ours: Any = configs.make_network(config, 20)
+    init = functools.partial(ours.init, train=False)
+    shapes = jax.eval_shape(init, jax.random.key(0), batch["images"][:2])
+    assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == sum(x.numel() for x in learned)
+
+
 def test_a_step_is_taken_each_time(least):
     config, _ = configs.parse_config(least)
     devices = jax.devices()[:1]
