@@ -66,7 +66,7 @@ def test_every_system(make, system, tmp_path):
     assert metadata["system"] == model.run.system
     assert metadata["precision"] == "float32"
     assert json.loads(metadata["check"])["difference"] <= 1e-4
-    assert json.loads(metadata["descriptor"])["normalized"] is (system not in ("dare", "trinet"))
+    assert json.loads(metadata["descriptor"])["normalized"] is model.config.eval.normalize
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
