@@ -1,7 +1,7 @@
 """Check published numbers: train the systems, evaluate as they were published, say what came out.
 
     python -m mros_jax.reproduce --root PATH/TO/Market-1501-v15.09.15 --estimate
-    python -m mros_jax.reproduce --root PATH/TO/Market-1501-v15.09.15 --systems 'mros-*,strong'
+    python -m mros_jax.reproduce --root PATH/TO/Market-1501-v15.09.15 --systems mros-IV,strong
 
 Data and weights are checked first, and how long all will take is measured and said. Given again,
 the same command goes on where it was. The report is OUT/reproduce.html, and .txt, .md, .csv, .json.
