@@ -3,7 +3,6 @@
 import argparse
 import csv
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -302,10 +301,10 @@ def test_ctrl_c_loses_nothing(tmp_path, cache_dir):
     command += ["--systems=strong", "--seeds=0", "--epochs=8", *words]
     command += [f"--config.dataset.cache_dir={cache_dir}"]
     metrics = out / "runs" / "strong-seed0" / "metrics.jsonl"
-    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells may not
-    started = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=listen
-    )
+    # A shell may have told all that it started to ignore it, and they would tell theirs.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, former)
     while not metrics.exists() or not metrics.stat().st_size:  # has taken steps
         assert started.poll() is None
         time.sleep(0.05)
