@@ -89,7 +89,8 @@ def bench_decode(config: ConfigDict, files: list[bytes], workers: int, repeats: 
         progress=False,
     )
     rows: Rows = []
-    for decoder in ("Pillow", "simplejpeg"):
+    decoders = ["Pillow"] if jpeg.find_decoder() is None else ["Pillow", "simplejpeg"]
+    for decoder in decoders:
         with by_pillow() if decoder == "Pillow" else contextlib.nullcontext():
             seconds = best(lambda: load(use_cache=False), repeats)
         name = f"decode into one array, {workers} threads, {decoder}"

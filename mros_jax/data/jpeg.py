@@ -29,7 +29,7 @@ def decode_plain(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"] | N
         colors, cameras that were turned, files that are damaged in any way, and all files where
         simplejpeg is not installed, or decodes other pixels than Pillow does.
     """
-    decoder = _find_decoder()
+    decoder = find_decoder()
     if decoder is None or not data.startswith(b"\xff\xd8"):
         return None
     if any(mark in data for mark in _MORE_THAN_PIXELS):
@@ -45,8 +45,8 @@ def decode_plain(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"] | N
 
 
 @functools.cache
-def _find_decoder() -> Any:
-    """Find simplejpeg, if it is there and agrees with Pillow, whose JPEG library may be another."""
+def find_decoder() -> Any:
+    """Simplejpeg; None where it is missing, or its JPEG library gives other pixels than Pillow's."""
     try:
         decoder = importlib.import_module("simplejpeg")
     except ImportError:

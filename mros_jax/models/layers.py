@@ -37,9 +37,10 @@ def _by_platform(
     """A function that is `cpu` on a CPU and `accelerator` elsewhere, its gradient as well.
 
     Args:
-        cpu: Of arrays, and of numbers by name.
-        accelerator: The same.
-        static: The numbers.
+        cpu: of arrays, and of numbers by name; no function made for one call: what is made of it
+            stays.
+        accelerator: the same.
+        static: the numbers.
     """
     if _plainly.get():
         return functools.partial(accelerator, **static)
@@ -136,10 +137,8 @@ def convolve_depthwise(
     x: Float[Array, "B H W C"], kernel: Float[Array, "K K 1 C"], stride: int, dilation: int = 1
 ) -> Float[Array, "B H2 W2 C"]:
     """Square convolution of each channel by itself, padded by dilation * (K // 2)."""
-    return _by_platform(
-        functools.partial(convolve_depthwise_by_shifts, stride=stride, dilation=dilation),
-        functools.partial(convolve_depthwise_plainly, stride=stride, dilation=dilation),
-    )(x, kernel)
+    forms = convolve_depthwise_by_shifts, convolve_depthwise_plainly
+    return _by_platform(*forms, stride=stride, dilation=dilation)(x, kernel)
 
 
 def convolve_depthwise_plainly(
@@ -178,10 +177,7 @@ def max_pool(x: Float[Array, "B H W C"], stride: int = 2) -> Float[Array, "B H2 
 
     Of equal values the first in reading order gets the gradient, as in PyTorch.
     """
-    return _by_platform(
-        functools.partial(max_pool_on_cpu, stride=stride),
-        functools.partial(max_pool_plainly, stride=stride),
-    )(x)
+    return _by_platform(max_pool_on_cpu, max_pool_plainly, stride=stride)(x)
 
 
 def max_pool_plainly(x: Float[Array, "B H W C"], stride: int = 2) -> Float[Array, "B H2 W2 C"]:

@@ -15,6 +15,21 @@ def plain_max_pool(x, stride):
     return nn.max_pool(x, (3, 3), (stride, stride), padding=((1, 1), (1, 1)))
 
 
+def test_a_choice_by_platform_is_made_once():
+    """Else each use would be traced, and kept, by itself."""
+    x, kernel = jnp.ones((1, 6, 4, 2)), jnp.ones((3, 3, 1, 2))
+
+    def use_all():
+        layers.max_pool(x)
+        layers.convolve_depthwise(x, kernel, 1)
+        layers.convolve(x, jnp.ones((1, 1, 2, 2)), 1)
+
+    use_all()
+    made = layers._make_choice.cache_info().misses
+    use_all()
+    assert layers._make_choice.cache_info().misses == made
+
+
 @pytest.mark.parametrize("pool", [layers.max_pool, layers.max_pool_on_cpu, layers.max_pool_plainly])
 @pytest.mark.parametrize("ties", [True, False])
 @pytest.mark.parametrize("size", [(8, 4), (7, 5), (1, 1)])

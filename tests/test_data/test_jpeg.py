@@ -99,9 +99,9 @@ def another_library(monkeypatch):
         )
 
     monkeypatch.setattr("importlib.import_module", find)
-    jpeg._find_decoder.cache_clear()
+    jpeg.find_decoder.cache_clear()
     yield
-    jpeg._find_decoder.cache_clear()
+    jpeg.find_decoder.cache_clear()
 
 
 def test_other_pixels_are_not_taken(another_library):
