@@ -13,7 +13,6 @@ networks of the parity tests are given their masks.
 """
 
 import functools
-import importlib
 import importlib.util
 import os
 import statistics
@@ -92,59 +91,33 @@ class TorchSystem(NamedTuple):
 
 
 def make_parity_system(config: ConfigDict, num_classes: int) -> TorchSystem:
-    """A system whose PyTorch network comes with its losses and optimizers."""
+    """A system as the parity tests have it, with its losses and optimizers.
+
+    Raises:
+        UserError: they do not have this variant.
+    """
     import torch
 
-    fields = config.network
-    module = importlib.import_module(f"tests.parity.torch_{fields.name}")
-    total, optimize = find_training(fields.name, module)
+    from tests.parity import test_mgn, test_systems
+
+    cases = {**test_systems.CASES, **test_mgn.CASES}
+    name = config.name.removesuffix("-reconstruction")
+    if name not in cases:
+        raise UserError(f"tests/parity has no {config.name}; --no_torch leaves PyTorch out")
+    case = cases[name]
 
     def prepare(network: Any, images: Any) -> Any:
         shapes = find_own_shapes(config, num_classes)
         device = images.device
         own = {k: torch.randn(s, device=device, requires_grad=True) for k, s in shapes.items()}
+        optimizers = [optimizer for optimizer, _ in case.optimizers(network, own)]
 
-        def finish() -> None:
-            if fields.name == "strong":
-                module.undo_weight(own)
+        def loss(out: Any, labels: Any) -> Any:
+            return case.loss(out, labels, own)[0]
 
-        optimizers = [optimizer for optimizer, _ in optimize(network, own)]
-        return lambda out, labels: total(out, labels, own)[0], optimizers, finish
+        return loss, optimizers, lambda: case.finish(own)
 
-    return TorchSystem(PARITY_NETWORKS[fields.name](module, fields, num_classes), prepare)
-
-
-# By config.network.name: (module of tests/parity, config.network, classes) -> network.
-PARITY_NETWORKS: dict[str, Callable[[Any, ConfigDict, int], Any]] = {
-    "auto_reid": lambda module, fields, n: module.TorchAutoReID(
-        n, cells=fields.cells, width=fields.width
-    ),
-    "dare": lambda module, fields, n: module.TorchDaRe(fields.trunk),
-    "gsrw": lambda module, fields, n: module.TorchGSRW(fields.trunk, fields.groups),
-    "hacnn": lambda module, fields, n: module.TorchHACNN(
-        n, fields.stem, fields.widths, fields.embedded
-    ),
-    "mfbn": lambda module, fields, n: module.TorchMFBN(n, fields.trunk),
-    "mgn": lambda module, fields, n: module.TorchMGN(n, fields.trunk),
-    "pcb": lambda module, fields, n: module.TorchPCB(n, fields.trunk),
-    "pcb_rpp": lambda module, fields, n: module.TorchPCBRPP(n, fields.trunk),
-    "spherereid": lambda module, fields, n: module.TorchSphereReID(n, fields.trunk),
-    "strong": lambda module, fields, n: module.TorchStrong(n, fields.trunk),
-    "tbn_plus": lambda module, fields, n: module.TorchTBNPlus(n, fields.trunk, fields.depth),
-    "trinet": lambda module, fields, n: module.TorchTriNet(fields.trunk),
-}
-
-
-def find_training(name: str, module: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Loss and optimizers of the last stage."""
-    if name == "hacnn":
-        return module.make_loss(0.1), module.make_sgd
-    if name == "gsrw":
-        return module.total_loss, module.make_adam
-    if name == "pcb_rpp":
-        plain = importlib.import_module("tests.parity.torch_pcb")
-        return plain.total_loss, lambda network, own: module.make_optimizers(network, "stage3")
-    return module.total_loss, module.make_optimizers
+    return TorchSystem(case.theirs(config.network, num_classes), prepare)
 
 
 def find_own_shapes(config: ConfigDict, num_classes: int) -> dict[str, tuple[int, ...]]:
@@ -208,13 +181,6 @@ def make_mros_system(config: ConfigDict, num_classes: int) -> TorchSystem:
         return loss, make_torch_optimizers(config, network, centers), finish
 
     return TorchSystem(network, prepare)
-
-
-# By config.network.name.
-TORCH_SYSTEMS: dict[str, Callable[[ConfigDict, int], TorchSystem]] = {
-    "mros": make_mros_system,
-    **dict.fromkeys(PARITY_NETWORKS, make_parity_system),
-}
 
 
 def make_torch_loss(config: ConfigDict, centers: Mapping[str, Any], name_vectors: Any) -> Any:
@@ -296,7 +262,8 @@ def make_torch_steps(
     import torch
 
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    system = TORCH_SYSTEMS[config.network.name](config, num_classes)
+    make = make_mros_system if config.network.name == "mros" else make_parity_system
+    system = make(config, num_classes)
     network = system.network.to(device, memory_format=layout)
     batch = {k: torch.from_numpy(v).to(device) for k, v in make_batch(config, num_classes).items()}
     images = batch["images"].permute(0, 3, 1, 2).contiguous(memory_format=layout)
@@ -434,7 +401,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Else JAX takes three quarters of a GPU's memory at once, and PyTorch has to do with the rest.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     config = list(configs.split_stages(config).values())[-1]
-    with_torch = not args.no_torch and config.network.name in TORCH_SYSTEMS
+    there = importlib.util.find_spec(f"tests.parity.torch_{config.network.name}") is not None
+    with_torch = not args.no_torch and there
     if not args.no_torch and not with_torch:
         print(f"tests/parity has no {config.network.name}: JAX alone", file=sys.stderr)
 

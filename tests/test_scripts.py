@@ -290,9 +290,11 @@ def test_both_frameworks_of_the_model_benchmark_compute_the_same(words, torch):
     assert float(ours(**batch)) == pytest.approx(theirs.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(bench_model.PARITY_NETWORKS))
+@pytest.mark.parametrize(
+    "name", sorted({p.stem for p in configs.list_configs()} - {"demo", "mros"})
+)
 def test_the_other_systems_are_trained_in_pytorch(name, torch):
-    config = configs.shrink(configs.read(ROOT / "configs" / f"{name}.py").unlock())
+    config = configs.shrink(configs.read(f"configs/{name}.py").unlock())
     config.input.width = 32
     config = list(configs.split_stages(config).values())[-1]
     system = bench_model.make_parity_system(config, 20)
@@ -313,6 +315,12 @@ def test_the_other_systems_are_trained_in_pytorch(name, torch):
     init = functools.partial(ours.init, train=False)
     shapes = jax.eval_shape(init, jax.random.key(0), batch["images"][:2])
     assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == sum(x.numel() for x in learned)
+
+
+def test_a_variant_that_is_not_in_pytorch(torch):
+    config = configs.read("configs/gsrw.py", "k2")
+    with pytest.raises(UserError, match=r"no gsrw-k2; --no_torch"):
+        bench_model.make_parity_system(config, 20)
 
 
 def test_a_step_is_taken_each_time(least):

@@ -46,7 +46,7 @@ def decode_plain(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"] | N
 
 @functools.cache
 def find_decoder() -> Any:
-    """Simplejpeg; None where it is missing, or its JPEG library gives other pixels than Pillow's."""
+    """Simplejpeg; None where it is missing, or it gives other pixels than Pillow."""
     try:
         decoder = importlib.import_module("simplejpeg")
     except ImportError:

@@ -10,7 +10,7 @@ import torch
 
 from mros_jax.models import torch_weights
 from tests.parity import test_mgn, test_systems
-from tests.parity.common import LABELS, NUM_CLASSES, make_ours
+from tests.parity.common import LABELS, make_ours
 from tests.parity.harness import to_numpy
 from tests.parity.test_systems import Case, make_pair, to_torch, train_theirs
 from tests.parity.torch_mros import TorchMROS, stack_centers, total_loss
@@ -51,7 +51,7 @@ def _mros(setting):
     return Case(
         "mros",
         setting,
-        lambda layout: _MROS(NUM_CLASSES, setting, layout),
+        lambda fields, n: _MROS(n, setting, fields.trunk),
         loss,
         make_optimizers,
         lambda epoch: 0.01 * (1 - epoch / 10) + epoch / 10,  # the first ten epochs

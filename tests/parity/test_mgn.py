@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from tests.parity import test_systems
-from tests.parity.common import NUM_CLASSES
 from tests.parity.torch_mgn import TorchMGN, make_optimizers, rate, rate_of_public, total_loss
 
 CASES = {
     "mgn": test_systems.Case(
         "mgn",
         "",
-        lambda layout: TorchMGN(NUM_CLASSES, layout),
+        lambda fields, n: TorchMGN(n, fields.trunk),
         total_loss,
         make_optimizers,
         rate,
@@ -22,7 +21,7 @@ CASES = {
     "mgn-public": test_systems.Case(
         "mgn",
         "public",
-        lambda layout: TorchMGN(NUM_CLASSES, layout, public=True),
+        lambda fields, n: TorchMGN(n, fields.trunk, public=True),
         functools.partial(total_loss, triplet_weight=2),
         make_optimizers,
         rate_of_public,

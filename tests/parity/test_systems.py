@@ -54,6 +54,7 @@ from tests.parity.harness import randomise, to_numpy, widen_gaps
 class Case(NamedTuple):
     """A variant of a config, and the same in PyTorch.
 
+    `theirs` makes the network of the config's fields and a number of identities.
     `changes` are fields of the network that differ from the config: dropout is tested by itself.
     `finish` is called between gradients and updates. `idle` are tensors that the loss does not
     depend on: their gradient is rounding, which Adam makes steps of, another one on each side.
@@ -68,7 +69,7 @@ class Case(NamedTuple):
 
     file: str
     variant: str
-    theirs: Callable[[str], torch.nn.Module]
+    theirs: Callable[[Any, int], torch.nn.Module]
     loss: Callable[..., Any]
     optimizers: Callable[..., Any]
     rate: Callable[[int], float]
@@ -89,7 +90,7 @@ def _strong(variant, rate):
     return Case(
         "strong",
         variant,
-        lambda layout: torch_strong.TorchStrong(NUM_CLASSES, layout, variant != "authors"),
+        lambda fields, n: torch_strong.TorchStrong(n, fields.trunk, variant != "authors"),
         torch_strong.total_loss,
         torch_strong.make_optimizers,
         rate,
@@ -101,7 +102,7 @@ def _pcb(variant):
     return Case(
         "pcb",
         variant,
-        lambda layout: torch_pcb.TorchPCB(NUM_CLASSES, layout, own=variant == "own"),
+        lambda fields, n: torch_pcb.TorchPCB(n, fields.trunk, own=variant == "own"),
         torch_pcb.total_loss,
         torch_pcb.make_optimizers,
         torch_pcb.rate,
@@ -114,8 +115,8 @@ def _pcb_rpp(variant, stage):
     return Case(
         "pcb_rpp",
         variant,
-        lambda layout: torch_pcb_rpp.TorchPCBRPP(
-            NUM_CLASSES, layout, refined=stage != "stage1", authors=variant == "authors"
+        lambda fields, n: torch_pcb_rpp.TorchPCBRPP(
+            n, fields.trunk, refined=stage != "stage1", authors=variant == "authors"
         ),
         torch_pcb.total_loss,
         lambda model, own: torch_pcb_rpp.make_optimizers(model, rates),
@@ -129,7 +130,7 @@ def _spherereid():
     return Case(
         "spherereid",
         "",
-        lambda layout: torch_spherereid.TorchSphereReID(NUM_CLASSES, layout),
+        lambda fields, n: torch_spherereid.TorchSphereReID(n, fields.trunk),
         torch_spherereid.total_loss,
         torch_spherereid.make_optimizers,
         torch_spherereid.rate,
@@ -143,7 +144,7 @@ def _trinet():
     return Case(
         "trinet",
         "",
-        torch_trinet.TorchTriNet,
+        lambda fields, n: torch_trinet.TorchTriNet(fields.trunk),
         torch_trinet.total_loss,
         torch_trinet.make_optimizers,
         lambda epoch: torch_trinet.rate_at(7 * epoch),
@@ -153,14 +154,13 @@ def _trinet():
 
 def _hacnn(variant, optimizers, rate, smoothing, align_corners=True):
     small = {"stem": 8, "widths": (32, 64, 96), "embedded": 32}
-    make = functools.partial(
-        torch_hacnn.TorchHACNN, NUM_CLASSES, **small, align_corners=align_corners
-    )
-    names = tuple(make().state_dict())
+    names = tuple(torch_hacnn.TorchHACNN(NUM_CLASSES, **small).state_dict())
     return Case(
         "hacnn",
         variant,
-        lambda layout: make(),
+        lambda fields, n: torch_hacnn.TorchHACNN(
+            n, fields.stem, fields.widths, fields.embedded, align_corners=fields.align_corners
+        ),
         torch_hacnn.make_loss(smoothing),
         optimizers,
         rate,
@@ -178,7 +178,7 @@ def _dare(variant, trunk):
     return Case(
         "dare",
         variant,
-        torch_dare.TorchDaRe,
+        lambda fields, n: torch_dare.TorchDaRe(fields.trunk),
         torch_dare.total_loss,
         torch_dare.make_optimizers,
         lambda epoch: torch_dare.rate_at(7 * epoch),
@@ -194,7 +194,7 @@ def _gsrw(stage):
     return Case(
         "gsrw",
         "",
-        lambda layout: torch_gsrw.TorchGSRW(layout, alpha=0.95 if walks else 0.0),
+        lambda fields, n: torch_gsrw.TorchGSRW(fields.trunk, alpha=0.95 if walks else 0.0),
         torch_gsrw.total_loss,
         torch_gsrw.make_adam if walks else torch_gsrw.make_sgd,
         lambda epoch: 1.0 if walks or epoch < 40 else 0.1,
@@ -207,7 +207,7 @@ def _mfbn():
     return Case(
         "mfbn",
         "",
-        lambda layout: torch_mfbn.TorchMFBN(NUM_CLASSES, layout),
+        lambda fields, n: torch_mfbn.TorchMFBN(n, fields.trunk),
         torch_mfbn.total_loss,
         torch_mfbn.make_optimizers,
         torch_mfbn.rate,
@@ -218,7 +218,7 @@ def _tbn_plus(depth):
     return Case(
         "tbn_plus",
         "",
-        lambda layout: torch_tbn_plus.TorchTBNPlus(NUM_CLASSES, layout, depth),
+        lambda fields, n: torch_tbn_plus.TorchTBNPlus(n, fields.trunk, fields.depth),
         torch_tbn_plus.total_loss,
         torch_tbn_plus.make_optimizers,
         torch_tbn_plus.rate,
@@ -228,12 +228,11 @@ def _tbn_plus(depth):
 
 def _auto_reid(variant, genotype):
     small = {"cells": (1, 2, 1), "width": 6}
-    make = functools.partial(torch_auto_reid.TorchAutoReID, NUM_CLASSES, genotype, **small)
-    idle = torch_auto_reid.find_idle(make())
+    idle = torch_auto_reid.find_idle(torch_auto_reid.TorchAutoReID(NUM_CLASSES, genotype, **small))
     return Case(
         "auto_reid",
         variant,
-        lambda layout: make(),
+        lambda fields, n: torch_auto_reid.TorchAutoReID(n, genotype, fields.cells, fields.width),
         torch_auto_reid.total_loss,
         torch_auto_reid.make_optimizers,
         torch_auto_reid.rate,
@@ -302,11 +301,11 @@ def to_torch(images):
 def make_pair(case, layout=None, *, height=HEIGHT, monkeypatch=None):
     """Give both frameworks one network; with `monkeypatch`, after `widen_gaps`."""
     layout = layout or case.trunk
-    theirs = randomise(case.theirs(layout))
     config = case.read()
     if "trunk" in config.network:
         config.network.trunk = layout
     config.network.update(case.changes)
+    theirs = randomise(case.theirs(config.network, NUM_CLASSES))
     ours = make_network_alone(config)
     objective = make_objective(config.objective.to_dict())
     images = make_images(len(LABELS), height, WIDTH)
