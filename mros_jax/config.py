@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
-from mros_jax import parallel
+from mros_jax import errors, parallel
 from mros_jax.data import store
 from mros_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mros_jax.data.datasets import records, sources
@@ -405,8 +405,7 @@ def check_choice(name: str, value: Any, choices: Mapping[str, Any] | Sequence[st
     Raises:
         UserError: names the field, its value and the choices.
     """
-    if value not in choices:
-        raise UserError(f"config.{name} is {value!r}; expected one of {', '.join(choices)}")
+    errors.check_choice(f"config.{name}", value, choices)
 
 
 def get_field(config: ConfigDict, name: str) -> Any:

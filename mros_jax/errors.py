@@ -1,5 +1,8 @@
 """What a user can mend is a `UserError`; everything else is a bug and keeps its traceback."""
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class UserError(ValueError):
     """Input, options or surroundings that a user can mend.
@@ -19,3 +22,13 @@ class NotFoundError(UserError, FileNotFoundError):
 
 class DivergedError(UserError, FloatingPointError):
     """The loss of a training run became NaN or infinite."""
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuse a value that is not among the choices.
+
+    Raises:
+        UserError: names the field, its value and the choices.
+    """
+    if value not in (known := tuple(choices)):
+        raise UserError(f"{name} is {value!r}; expected one of {', '.join(known)}")

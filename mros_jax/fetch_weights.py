@@ -8,7 +8,6 @@ only after the checksum has been verified.
 """
 
 import argparse
-import hashlib
 import http.client
 import os
 import pathlib
@@ -22,7 +21,7 @@ from typing import Any
 
 from mros_jax import console
 from mros_jax.errors import UserError
-from mros_jax.files import cache_directory
+from mros_jax.files import cache_directory, find_sha256
 
 ASSETS = pathlib.Path(__file__).with_name("assets.toml")
 CHUNK = 1 << 18
@@ -64,7 +63,7 @@ def fetch(
             or the checksum is wrong (the bad file is deleted).
     """
     if target.exists():
-        if digest(target).startswith(sha256_prefix):
+        if find_sha256(target).startswith(sha256_prefix):
             return
         raise FetchError(
             f"{target} exists and its SHA-256 does not start with {sha256_prefix}; move it away"
@@ -93,7 +92,7 @@ def fetch(
         except (OSError, http.client.HTTPException) as problem:
             error = str(problem) or type(problem).__name__
             continue
-        found = digest(part)
+        found = find_sha256(part)
         if found.startswith(sha256_prefix):
             os.replace(part, target)
             return
@@ -103,12 +102,6 @@ def fetch(
             raise FetchError(f"{url}: {error}; the file was deleted")
     kept = f"; {part} is kept, call again to continue" if part.exists() else ""
     raise FetchError(f"{url}: gave up after {attempts} attempts, the last one: {error}{kept}")
-
-
-def digest(path: pathlib.Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _receive(url: str, part: pathlib.Path, timeout: float, progress: bool) -> None:

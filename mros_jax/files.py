@@ -1,6 +1,7 @@
 """Files that are whole or not there, JSON, and where this project keeps what it can make again."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -88,6 +89,12 @@ def check_output(path: str | os.PathLike[str]) -> None:
         raise UserError(f"{path} cannot be written: {path.parent} is no directory; make it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"{path} cannot be written: no permission in {path.parent}")
+
+
+def find_sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -9,13 +9,9 @@ the same system here, with what the other code does otherwise. docs/import.md sa
 """
 
 import argparse
-import hashlib
-import logging
 import os
 import pathlib
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,15 +22,14 @@ from ml_collections import ConfigDict
 from mros_jax import config as configs
 from mros_jax import console
 from mros_jax.data import augment
-from mros_jax.errors import UserError
+from mros_jax.errors import UserError, check_choice
+from mros_jax.files import find_sha256, make_directory_atomically
 from mros_jax.models import torch_weights
 from mros_jax.models.outputs import Network
 from mros_jax.peers import PEERS, Plan
 from mros_jax.runs import provenance
 from mros_jax.runs.checkpoints import Checkpoints
 from mros_jax.runs.run import Run
-
-log = logging.getLogger("mros_jax.import_weights")  # also where this file is __main__
 
 
 def import_run(
@@ -59,10 +54,9 @@ def import_run(
             tensors missing, unexpected or misshapen; a field that the config does not have; or a
             directory that holds something.
     """
-    if peer not in PEERS:
-        raise UserError(f"peer is {peer!r}; expected one of {', '.join(PEERS)}")
-    _check_free(pathlib.Path(out))
-    path = pathlib.Path(path)
+    check_choice("peer", peer, PEERS)
+    path, out = pathlib.Path(path), pathlib.Path(out)
+    _check_free(out)
     plan = _make_plan(path, peer, torch_weights.read_state_dict(path))
     config = _make_config(plan, overrides)
     network = configs.make_network(config, plan.num_classes)
@@ -76,14 +70,19 @@ def import_run(
         **provenance.describe(),
         "arithmetic": provenance.describe_arithmetic(),
         "init": None,
-        "imported": {"from": peer, "file": path.name, "sha256": _digest(path)},
+        "imported": {"from": peer, "file": path.name, "sha256": find_sha256(path)},
         "dataset": {
             "name": config.dataset.name,
             "num_classes": plan.num_classes,
             "fingerprints": dict.fromkeys(("train", "query", "gallery"), ""),
         },
     }
-    return _write(pathlib.Path(out), variables, config, record)
+    with make_directory_atomically(out) as directory:
+        saved = Checkpoints(Run(directory).checkpoints)
+        saved.save_model(variables)
+        saved.close()
+        Run(directory).create(config, record)
+    return Run.open(out)
 
 
 def _check_free(out: pathlib.Path) -> None:
@@ -141,35 +140,6 @@ def _shape_variables(config: ConfigDict, network: Network) -> dict[str, Any]:
 
     shapes: dict[str, Any] = jax.eval_shape(init, jax.random.key(0), stored)
     return shapes
-
-
-def _digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(
-    out: pathlib.Path, variables: dict[str, Any], config: ConfigDict, record: dict[str, Any]
-) -> Run:
-    """Write the run beside its place, and move it there when it is whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent.absolute()))
-    try:
-        saved = Checkpoints(Run(unfinished).checkpoints)
-        saved.save_model(variables)
-        saved.close()
-        Run(unfinished).create(config, record)
-        unfinished.chmod(0o777 & ~_find_umask())
-        unfinished.replace(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return Run.open(out)
-
-
-def _find_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -1,12 +1,12 @@
 """Checkpoints that other code has trained, as runs that are evaluated beside our own."""
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Sequence
 
 from mros_jax.campaign.jobs import Ledger, run_step
 from mros_jax.errors import UserError
+from mros_jax.files import find_sha256
 from mros_jax.peers import PEERS
 from mros_jax.runs.run import Run
 
@@ -67,9 +67,7 @@ def import_all(weights: Sequence[Imported], words: Sequence[str], ledger: Ledger
         if not one.file.is_file():
             problems.append(f"weights: {one.file} does not exist")
         elif one.run.exists():
-            with one.file.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if one.run.record["imported"]["sha256"] != digest:
+            if one.run.record["imported"]["sha256"] != find_sha256(one.file):
                 problems.append(
                     f"weights: {one.run} was made of another {one.file.name}; remove it"
                 )

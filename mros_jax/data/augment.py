@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32, Key, Shaped, UInt8
 
 from mros_jax.data.resample import make_taps, resample_axis, resize_any
-from mros_jax.errors import UserError
+from mros_jax.errors import UserError, check_choice
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -98,8 +98,7 @@ def draw_params(
     """
     tall, wide = resized_size(resize, height, width, "augmentation: resize")
     _check(flip, pad, erase, erase_area, erase_aspect)
-    if erase_place not in ERASE_PLACES:
-        raise UserError(f"erase_place is {erase_place!r}; expected {' or '.join(ERASE_PLACES)}")
+    check_choice("erase_place", erase_place, ERASE_PLACES)
     # One call for all numbers: multiples of 2^-23 below 1, so that floor(u n) is 0..n-1, each as
     # probable as the others to n 2^-23.
     u = jax.random.uniform(key, (6 + 2 * _ATTEMPTS,))
@@ -174,11 +173,6 @@ def _check(
         raise UserError(f"augmentation: erase_aspect must be ascending and positive, got {aspect}")
 
 
-def _check_fill(erase_fill: str) -> None:
-    if erase_fill not in ERASE_FILLS:
-        raise UserError(f"erase_fill is {erase_fill!r}; expected one of {', '.join(ERASE_FILLS)}")
-
-
 def apply_params(
     image: UInt8[Array, "h w 3"],
     params: AugmentParams,
@@ -223,7 +217,7 @@ def apply_params(
         UserError: unknown `erase_fill` or `interpolation`.
         ValueError: no key for the noise or the colour.
     """
-    _check_fill(erase_fill)
+    check_choice("erase_fill", erase_fill, ERASE_FILLS)
     tall, wide = resized_size(resize, height, width, "augmentation: resize")
     rows = jnp.arange(height) + params.offset[0] - pad
     columns = jnp.arange(width) + params.offset[1] - pad
@@ -264,8 +258,7 @@ def _normalize(
     # Subtract, then multiply: a product and a sum after it may or may not be fused by the compiler,
     # and the last bit would depend on the program around it.
     offset, factor = normalization(mean, std)
-    if channels not in CHANNELS:
-        raise UserError(f"channels is {channels!r}; expected one of {', '.join(CHANNELS)}")
+    check_choice("channels", channels, CHANNELS)
     levels = levels if channels == "rgb" else levels[..., ::-1]
     return (levels - offset) * factor
 
@@ -342,7 +335,7 @@ def augment_batch(
     Raises:
         UserError: parameters out of range.
     """
-    _check_fill(erase_fill)
+    check_choice("erase_fill", erase_fill, ERASE_FILLS)
 
     def augment(image: UInt8[Array, "h w 3"], key: Key[Array, ""]) -> Float[Array, "H W 3"]:
         params = draw_params(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from mros_jax.errors import UserError
+from mros_jax.errors import UserError, check_choice
 from mros_jax.models.layers import (
     convolve,
     count_values,
@@ -295,8 +295,8 @@ class ResNet(nn.Module):
             (B, H/(16 last_stride), ...) for images, in the compute dtype.
         """
         check_last_stride(self.last_stride)
-        _check_choice("stem_pool", self.stem_pool, STEM_POOLS)
-        _check_choice("strides", self.strides, STRIDES)
+        check_choice("stem_pool", self.stem_pool, STEM_POOLS)
+        check_choice("strides", self.strides, STRIDES)
         if self.stem:
             x = Conv(self.width, 7, 2, self.dtype, name="conv1")(x)
             centered = self.stem_pool == "centered"
@@ -307,11 +307,11 @@ class ResNet(nn.Module):
             x = nn.relu(x) if self.stem_relu else x  # after the pooling, where it gives the same
         stages: dict[str, jax.Array] = {}
         for name in self.blocks:
-            stage = int(name[len("layer")])
+            stage, place = (int(number) for number in name.removeprefix("layer").split("_"))
             x = ResidualBlock(
                 self.width * 2 ** (stage - 1),
                 self.block,
-                self._stride(name),
+                self._stride(stage, place),
                 self.dtype,
                 self.bn_axis_name,
                 self.strides,
@@ -323,9 +323,8 @@ class ResNet(nn.Module):
             stages[f"t{stage}"] = x
         return stages
 
-    def _stride(self, name: str) -> int:
-        """The stride of a block."""
-        stage, place = (int(number) for number in name.removeprefix("layer").split("_"))
+    def _stride(self, stage: int, place: int) -> int:
+        """The stride of a block, by its place in its stage."""
         of_stage = (1, 2, 2, self.last_stride, 1)
         if self.strides != "last":
             return of_stage[stage - 1] if place == 0 else 1
@@ -337,8 +336,3 @@ def max_pool_to_end(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
     pad = tuple((0, 1 - size % 2) for size in x.shape[1:3])
     largest: Array = nn.max_pool(x, (3, 3), (2, 2), padding=pad)
     return largest
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UserError(f"{name} is {value!r}; expected one of {', '.join(choices)}")

@@ -171,8 +171,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
 
     Nothing in a file is executed: PyTorch reads weights only, NumPy no objects. Wrappers that
     training codes put around a state dict are taken off: an entry of `WRAPPERS`, and the prefix of
-    all names where they share one of `module.`, `backbone.`, `base.`. Of a DenseNet's layers
-    "norm.1" is today's "norm1".
+    all names where they share one of `module.`, `model.`, `backbone.`, `base.`. Of a DenseNet's
+    layers "norm.1" is today's "norm1".
 
     Raises:
         NotFoundError: no such file.
@@ -256,7 +256,7 @@ def _read_pth(path: pathlib.Path) -> StateDict:
 
 def _numpy_numbers() -> list[Any]:
     """What PyTorch needs to read NumPy's numbers, under the module's former name too."""
-    make = type(np.float64(0)).__reduce__(np.float64(0))[0]
+    make = np.float64(0).__reduce__()[0]
     kinds = ("float32", "float64", "int32", "int64", "bool")
     types = [type(np.dtype(kind)) for kind in kinds]
     return [np.dtype, *types, (make, "numpy.core.multiarray.scalar"), make]

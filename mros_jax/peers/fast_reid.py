@@ -12,13 +12,12 @@ import numpy as np
 
 from mros_jax.errors import UserError
 from mros_jax.models.torch_weights import StateDict
-from mros_jax.peers.plan import Peer, Plan, count, drop, name_resnet, refuse_foreign
+from mros_jax.peers.plan import Peer, Plan, count, drop, name_resnet
 
 _POWER = "heads.pool_layer.p"  # of GeM
 
 
 def _plan(state: StateDict) -> Plan:
-    refuse_foreign(state)
     neck = "heads.bnneck." if "heads.bnneck.weight" in state else "heads.bottleneck.0."
     if state[f"{neck}weight"].ndim > 1:
         raise UserError(

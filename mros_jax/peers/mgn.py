@@ -1,8 +1,8 @@
 """MGN by seathiefwang/MGN-pytorch, GNAYUOHZ/ReID-MGN and levyfan/reid-mgn, told apart by names.
 
-All resize bicubically and take the mean of image and mirror image; the authors published no code.
-seathiefwang's published weights have average pooling in place of the maximum. GNAYUOHZ's reduces
-all vectors by one layer, which is taken for each of ours.
+All take the mean of image and mirror image; the first two resize bicubically. The authors published
+no code. seathiefwang's published weights have average pooling in place of the maximum. GNAYUOHZ's
+reduces all vectors by one layer, which is taken for each of ours.
 """
 
 import re
@@ -14,18 +14,15 @@ from mros_jax.peers.plan import Names, Peer, Plan, count, find_resnet
 def _plan(state: StateDict) -> Plan:
     # Of the repositories one alone writes "backone".
     start = "backone." if "backone.0.weight" in state else "backbone."
-    reduction = "reduction.0.weight" if "reduction.0.weight" in state else "reduction_0.0.weight"
-    reduced = state[reduction].shape[0]
+    one = "reduction.0.weight" in state
+    reduced = state["reduction.0.weight" if one else "reduction_0.0.weight"].shape[0]
     after_reduction = state["fc_id_2048_0.weight"].shape[1] == reduced
     changes = {
         "network.trunk": name_cut_resnet(state, start),
         "network.pooling": "mean" if start == "backone." else "max",
         "network.reduced": reduced,
-        "network.global_heads": "f" if after_reduction else "z",
         "network.head_bias": True,
-        "input.interpolation": "bilinear" if not after_reduction else "bicubic",
     }
-    one = "reduction.0.weight" in state
     names = (
         *name_shared(start),
         *name_tails({"tail_global": "p1", "tail_part2": "p2", "tail_part3": "p3"}),

@@ -105,17 +105,12 @@ def find_resnet(state: StateDict, sizes: Sequence[int], stem: str, *, bottleneck
     Raises:
         UserError: there is none; or the checkpoint has layers that no network here has.
     """
-    refuse_foreign(state)
+    _refuse_foreign(state)
     block: Block = "bottleneck" if bottleneck else "basic"
     first, second, third, fourth = sizes
     spec = TrunkSpec((first, second, third, fourth), state[stem].shape[0], block)
-    for name, known in TRUNKS.items():
-        if isinstance(known, TrunkSpec) and known == spec:
-            return name
-    raise UserError(
-        f"its trunk has {', '.join(map(str, sizes))} {block} blocks of width {spec.width}; the "
-        f"ResNets here are {_list_trunks(TrunkSpec)}"
-    )
+    layers = f"{', '.join(map(str, sizes))} {block} blocks of width {spec.width}"
+    return _find_trunk(spec, layers, "ResNets")
 
 
 def name_densenet(state: StateDict) -> str:
@@ -124,27 +119,26 @@ def name_densenet(state: StateDict) -> str:
     Raises:
         UserError: there is none of these layers.
     """
-    layers = [
+    sizes = [
         count(state, rf"features\.denseblock{stage}\.(denselayer\d+)\.") for stage in range(1, 5)
     ]
-    first, second, third, fourth = layers
+    first, second, third, fourth = sizes
     growth = state["features.denseblock1.denselayer1.conv2.weight"].shape[0]
     stem = state["features.conv0.weight"].shape[0]
     spec = DenseNetSpec((first, second, third, fourth), growth, stem)
-    for name, known in TRUNKS.items():
-        if isinstance(known, DenseNetSpec) and known == spec:
+    layers = f"{', '.join(map(str, sizes))} dense layers of growth {growth}"
+    return _find_trunk(spec, layers, "DenseNets")
+
+
+def _find_trunk(spec: TrunkSpec | DenseNetSpec, layers: str, kind: str) -> str:
+    known = {name: one for name, one in TRUNKS.items() if isinstance(one, type(spec))}
+    for name, one in known.items():
+        if one == spec:
             return name
-    raise UserError(
-        f"its trunk has {', '.join(map(str, layers))} dense layers of growth {growth}; the "
-        f"DenseNets here are {_list_trunks(DenseNetSpec)}"
-    )
+    raise UserError(f"its trunk has {layers}; the {kind} here are {', '.join(known)}")
 
 
-def _list_trunks(kind: type) -> str:
-    return ", ".join(name for name, spec in TRUNKS.items() if isinstance(spec, kind))
-
-
-def refuse_foreign(state: StateDict) -> None:
+def _refuse_foreign(state: StateDict) -> None:
     """Refuse a checkpoint with layers that no network here has.
 
     Raises:

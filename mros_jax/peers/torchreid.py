@@ -7,7 +7,7 @@ system and are called by their names there.
 from typing import Any
 
 from mros_jax.models.torch_weights import StateDict
-from mros_jax.peers.plan import Names, Peer, Plan, name_densenet, name_resnet
+from mros_jax.peers.plan import Names, Peer, Plan, count, name_densenet, name_resnet
 
 _RAW: dict[str, Any] = {"eval.metric": "euclidean", "eval.normalize": False}
 
@@ -25,7 +25,6 @@ def _plan_global(state: StateDict) -> Plan:
     dense = "features.conv0.weight" in state
     trunk = name_densenet(state) if dense else name_resnet(state)
     embedded = "fc.0.weight" in state
-    size = {"input.height": 256, "input.width": 128}
     name = f"torchreid-{trunk}"
     names: Names = ((r"trunk\.", ""), (r"classifier\.0\.", "classifier."))
     classes = state["classifier.weight"].shape[0]
@@ -43,6 +42,8 @@ def _plan_global(state: StateDict) -> Plan:
     features = state["fc.0.weight"].shape[0]
     changes = {
         "name": f"{name}_fc{features}",
+        "input.height": 256,
+        "input.width": 128,
         "network.trunk": trunk,
         "network.last_stride": 2 if dense else 1,
         "network.num_stripes": 1,
@@ -52,14 +53,13 @@ def _plan_global(state: StateDict) -> Plan:
         "network.descriptor": "h",
     }
     names = (*names, (r"embedding\.bn\.", "fc.1."), (r"embedding\.", "fc.0."))
-    return Plan("configs/pcb.py", size | changes | _RAW, names, state, classes)
+    return Plan("configs/pcb.py", changes | _RAW, names, state, classes)
 
 
 def _plan_pcb(state: StateDict) -> Plan:
-    stripes = len([name for name in state if name.startswith("classifier.")]) // 2
     changes = {
         "network.trunk": name_resnet(state),
-        "network.num_stripes": stripes,
+        "network.num_stripes": count(state, r"classifier\.(\d+)\."),
         "network.reduced": state["conv5.layers.0.weight"].shape[0],
     }
     names = (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, Shaped
 
-from mros_jax.errors import UserError
+from mros_jax.errors import check_choice
 from mros_jax.models.heads import Classifiers, GeneralizedMean
 from mros_jax.models.outputs import Outputs, Part, check_images
 from mros_jax.models.resnet import BatchNorm, torchvision_name
@@ -67,7 +67,8 @@ class StrongBaseline(nn.Module):
                 rank, channel number or type.
         """
         check_images(images)
-        self._check()
+        check_choice("pooling", self.pooling, ("mean", "gem"))
+        check_choice("descriptor", self.descriptor, ("f_i", "f_t"))
         fields = {name: getattr(self, name) for name in ("stem_relu", "stem_pool", "non_local")}
         spec, changed = find_trunk_with(self.trunk, fields)
         trunk = spec.make(
@@ -100,9 +101,3 @@ class StrongBaseline(nn.Module):
         if path[0] != "trunk" or path[1].startswith("nonlocal"):
             return None
         return torchvision_name(path[1:])
-
-    def _check(self) -> None:
-        choices = {"pooling": ("mean", "gem"), "descriptor": ("f_i", "f_t")}
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                raise UserError(f"{name} is {value!r}; expected one of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""The cosine classifier against PyTorch, and what makes it one."""
+"""The cosine classifier against PyTorch, and what makes it one; the generalized mean."""
 
 from typing import Any
 
