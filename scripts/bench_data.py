@@ -198,7 +198,7 @@ def bench_plan(config: ConfigDict, big: int, repeats: int) -> Rows:
     market = np.repeat(np.arange(751), rng.multinomial(12_936 - 751 * 2, np.ones(751) / 751) + 2)
     large = np.repeat(np.arange(big), rng.integers(1, 9, big))
     for name, labels in (("Market-1501", market), (f"{big:,} identities", large)):
-        plan = functools.partial(sampler.plan, labels, seed=0, epoch=0)
+        plan = functools.partial(sampler.plan, labels, np.zeros_like(labels), seed=0, epoch=0)
         seconds = best(plan, repeats)
         tracemalloc.start()
         steps = len(plan())
@@ -215,7 +215,7 @@ def bench_step(config: ConfigDict, files: list[bytes], repeats: int) -> Rows:
     sampler = batches.make_sampler(config.batch.to_dict())
     pixels = np.stack([decoding.decode_image(data).pixels for data in files])
     labels = (np.arange(len(files)) // 4).astype(np.int32)
-    indices = sampler.plan(labels, seed=config.seed, epoch=0)[0]
+    indices = sampler.plan(labels, np.zeros_like(labels), seed=config.seed, epoch=0)[0]
     devices = jax.devices()[:1]
     looked_up = parallel.split({"indices": indices}, devices)
     data = parallel.replicate({"images": pixels, "labels": labels}, devices)

@@ -183,7 +183,7 @@ def measure_step(args: argparse.Namespace, dtype: str, precision: str | None) ->
     shape = (counts["train"], *compile_for_tpu.STORED, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     labels = np.arange(len(images), dtype=np.int32) % counts["classes"]
-    indices = sampler.plan(labels, seed=config.seed, epoch=0)[0]
+    indices = sampler.plan(labels, np.zeros_like(labels), seed=config.seed, epoch=0)[0]
     devices = jax.devices()[:1]
     data = parallel.replicate({"images": images, "labels": labels}, devices)
     batch = parallel.split({"indices": indices}, devices)

@@ -44,7 +44,7 @@ def make_batch(config: ConfigDict, num_classes: int) -> dict[str, np.ndarray]:
     """Normalized images of noise, and labels as the config's sampler draws them."""
     sampler = make_sampler(config.batch.to_dict())
     people = np.arange(max(8 * num_classes, sampler.size), dtype=np.int32) % num_classes
-    labels = people[sampler.plan(people, seed=config.seed, epoch=0)[0]]
+    labels = people[sampler.plan(people, np.zeros_like(people), seed=config.seed, epoch=0)[0]]
     shape = (sampler.size, config.input.height, config.input.width, 3)
     images = np.random.default_rng(0).standard_normal(shape, np.float32)
     return {"images": images, "labels": labels}

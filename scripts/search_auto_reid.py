@@ -39,7 +39,6 @@ from mros_jax import train as training
 from mros_jax.data import store
 from mros_jax.data.batches import make_sampler
 from mros_jax.errors import UserError
-from mros_jax.files import write_atomically
 from mros_jax.losses import make_objective
 from mros_jax.models.cells import CELLS, Nodes, choose_edges, draw_cell, format_cell, write_genotype
 from mros_jax.runs import checkpoints, features, provenance
@@ -76,22 +75,21 @@ class Halves:
     Attributes:
         data: of all images; None where batches carry theirs.
         sizes: of a batch of each half together, and steps of an epoch, one batch of each half.
-        num_classes: training identities of both halves.
-        dataset: the whole of it.
+        dataset: of both halves.
     """
 
     def __init__(self, config: ConfigDict):
         self.dataset = configs.load_dataset(config)
         images = configs.load_images(config, self.dataset.train)
         self._labels = store.labels_of(images)
+        self._camids = images.split.camids
         self._rows = halve(self._labels, config.seed)
         self._sampler = make_sampler(config.batch.to_dict())
         self._seed = config.seed
         for rows in self._rows:  # refuses a half that is too small for a batch
-            self._sampler.plan(self._labels[rows], seed=config.seed, epoch=0)
+            self._plan(rows, 0)
         steps = self._sampler.steps(self._labels[self._rows[0]])
         self.sizes = Sizes(len(TURNS) * self._sampler.size, steps, config.num_epochs * steps)
-        self.num_classes = self.dataset.num_classes
         self._placed = store.place(
             images, fraction=config.dataset.device_fraction, replicate=parallel.replicate
         )
@@ -103,12 +101,16 @@ class Halves:
         return zip(*(self._repeat(rows, start) for rows in self._rows), strict=True)
 
     def _repeat(self, rows: np.ndarray, start: int) -> Iterator[Any]:
-        labels = self._labels[rows]
-        epoch, first = divmod(start, self._sampler.steps(labels))
+        epoch, first = divmod(start, self._sampler.steps(self._labels[rows]))
         while True:
-            plan = rows[self._sampler.plan(labels, seed=self._seed, epoch=epoch)]
-            yield from self._placed.batches(plan[first:], parallel.split)
+            yield from self._placed.batches(self._plan(rows, epoch)[first:], parallel.split)
             epoch, first = epoch + 1, 0
+
+    def _plan(self, rows: np.ndarray, epoch: int) -> np.ndarray:
+        """Indices of an epoch of one half."""
+        labels, camids = self._labels[rows], self._camids[rows]
+        plan: np.ndarray = rows[self._sampler.plan(labels, camids, seed=self._seed, epoch=epoch)]
+        return plan
 
 
 def take_turns(*rules: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -215,7 +217,7 @@ def search(config: ConfigDict, workdir: pathlib.Path, file: pathlib.Path) -> Gen
     run.check_free(config)
     halves = Halves(config)
     sizes = halves.sizes
-    start, step = make_search(config, halves.num_classes, sizes.total_steps)
+    start, step = make_search(config, halves.dataset.num_classes, sizes.total_steps)
     with contextlib.ExitStack() as stack:
         fingerprint = features.fingerprint(halves.dataset)
         record = provenance.describe_run(halves.dataset, fingerprint)
@@ -275,6 +277,9 @@ def compare(config: ConfigDict, found: Genotype, count: int, out: pathlib.Path) 
     """Train the genotype and random ones by the config's recipe; returns the table.
 
     None where it was stopped; finished trainings are not repeated.
+
+    Raises:
+        UserError: a directory has a training by another recipe.
     """
     rows: list[tuple[str, float, float, str]] = []
     for i in range(count + 1):
@@ -283,12 +288,13 @@ def compare(config: ConfigDict, found: Genotype, count: int, out: pathlib.Path) 
         label = f"random {i}" if i else "found"
         own = config.copy_and_resolve_references()
         own.network.update({name: format_cell(genotype[name]) for name in CELLS})
-        own.name = f"auto_reid-{label.replace(' ', '')}"
+        name = label.replace(" ", "")
+        own.name = f"auto_reid-{name}"
         own.report = False
-        workdir = out / label.replace(" ", "")
-        log.info("%s: %s", label, workdir)
-        results = Run(workdir).results if (workdir / "results.json").exists() else None
-        results = results or training.train(own.lock(), workdir)
+        run = Run(out / name)
+        log.info("%s: %s", label, run.path)
+        run.check_free(own.lock())  # what is finished there may be of another recipe
+        results = run.results if run.results_file.is_file() else training.train(own, run.path)
         if results is None:
             return None
         plain = results["results"][0]
@@ -313,7 +319,7 @@ def make_config(config: ConfigDict, *, epochs: int, balance: float, **rates: flo
     if not 0 <= balance <= 1:
         raise UserError(f"--balance is {balance}; it must be from 0 to 1")
     for name, rate in rates.items():
-        if rate <= 0:
+        if not rate > 0:
             raise UserError(f"--{name} is {rate}; it must be above 0")
     config = config.copy_and_resolve_references().unlock()
     config.name = "auto_reid-search"
@@ -334,7 +340,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, default=0.1, help="first rate of the weights")
     parser.add_argument("--alpha_lr", type=float, default=0.02, help="of the operations' weights")
     parser.add_argument(
-        "--compare", type=int, default=0, metavar="N", help="train it, and N random genotypes"
+        "--compare",
+        type=console.count,
+        default=0,
+        metavar="N",
+        help="train it, and N random genotypes",
     )
     config, args = common.parse_with_config(parser, argv)
     recipe.check_config(config)
@@ -350,9 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.compare:
         table = compare(config.unlock(), found, args.compare, out)
         if table is not None:
-            with write_atomically(out / "compare.md") as file:
-                file.write(table + "\n")
-            print(table)
+            common.publish(table, out / "compare.md")
     return 0
 
 

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampler = batches.make_sampler(config.batch.to_dict())
     labels = labels_of(images)
     epoch, step = divmod(args.step, sampler.steps(labels))
-    plan = sampler.plan(labels, seed=config.seed, epoch=epoch)
+    plan = sampler.plan(labels, images.split.camids, seed=config.seed, epoch=epoch)
     stored = images.images[plan[step]]
     keys = augment.example_keys(config.seed, args.step, np.arange(sampler.size))
     augmented = jax.jit(recipe.make_augment(config))(stored, keys)

@@ -13,6 +13,7 @@ import sys
 import time
 import types
 from typing import Any, ClassVar
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from PIL import Image
 
 from mros_jax import config as configs
 from mros_jax import console, parallel
+from mros_jax.data import batches
 from mros_jax.errors import UserError
 from mros_jax.models.counting import count_multiply_adds
 from mros_jax.models.torch_weights import to_torch_state_dict
@@ -221,10 +223,14 @@ def see_batch(config, number):
     return np.asarray(seen[0])
 
 
-@pytest.mark.parametrize("sampler", ["identities", "shuffled"])
+@pytest.mark.parametrize("sampler", ["identities", "shuffled", "probes_and_gallery"])
 def test_show_batch_of_any_sampler(sampler, tmp_path, monkeypatch):
     config = tmp_path / "config.py"
-    sizes = {"identities": {"identities": 2, "images": 2}, "shuffled": {"size": 3}}
+    sizes = {
+        "identities": {"identities": 2, "images": 2},
+        "shuffled": {"size": 3},
+        "probes_and_gallery": {"probes": 2, "gallery": 1},
+    }
     section = {"sampler": sampler, **sizes[sampler]}
     config.write_text(
         "from mros_jax.config import read\n"
@@ -239,8 +245,14 @@ def test_show_batch_of_any_sampler(sampler, tmp_path, monkeypatch):
     out = tmp_path / "batch.png"
     words += ["--config.input.height=96", "--config.input.width=16"]
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    plan = mock.Mock(wraps=batches.plan_probes)
+    monkeypatch.setattr(batches, "plan_probes", plan)
     assert show_batch.main([*words, f"--out={out}"]) == 0
-    rows, columns = {"identities": (2, 2), "shuffled": (3, 1)}[sampler]
+    rows, columns = (3, 1) if sampler == "shuffled" else (2, 2)
+    if sampler == "probes_and_gallery":
+        train = configs.load_dataset(configs.parse_config(words)[0]).train
+        np.testing.assert_array_equal(plan.call_args.args[1], train.camids)
+        assert len(np.unique(train.camids)) > 1
     with Image.open(out) as picture:
         assert picture.size == (2 * columns * (16 + 4), rows * (96 + 4))
 

@@ -1,5 +1,7 @@
 """The search for Auto-ReID's cells: halves, its steps, going on, the comparison, bad input."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from mros_jax import console, parallel
 from mros_jax import train as training
 from mros_jax.models.cells import draw_cell, format_cell, parse_cell, read_genotype
 from mros_jax.models.operations import OPERATIONS
+from mros_jax.runs.results import FORMAT
 from mros_jax.runs.run import Run
 from mros_jax.training import loop
 from scripts import search_auto_reid
@@ -64,7 +67,7 @@ def test_a_turn_moves_what_is_its_own(cache_dir, few_operations):
         config.batch_norm = "synchronised"
     own = search_auto_reid.make_config(config, epochs=1, balance=0.5, lr=0.1, alpha_lr=0.5)
     halves = search_auto_reid.Halves(own)
-    start, step = search_auto_reid.make_search(own, halves.num_classes, 5)
+    start, step = search_auto_reid.make_search(own, halves.dataset.num_classes, 5)
     take_turn = parallel.MappedStep(step)
     state = parallel.replicate(start)
     turns = ({"trunk", "neck", "classifier"}, {"alphas", "classifier"})
@@ -142,11 +145,44 @@ def test_comparison_is_of_equal_trainings(words, tmp_path, monkeypatch, capsys):
         assert config == ours
 
 
+def test_comparison_takes_no_results_of_another_recipe(words, tmp_path, monkeypatch, capsys):
+    found = {name: draw_cell(np.random.default_rng(9)) for name in ("normal", "reduce")}
+
+    prints = dict.fromkeys(("train", "query", "gallery"), "")
+    record = {"dataset": {"name": "", "num_classes": 1, "fingerprints": prints}}
+
+    def train(config, workdir):
+        with Run(workdir).claim(config, record):
+            entry = {"name": "plain", "protocol": {}, "mAP": 0.5, "cmc": [0.5]}
+            results = {"format": FORMAT, "run": {}, "dataset": {}, "results": [entry]}
+            (workdir / "results.json").write_text(json.dumps(results))
+        return Run(workdir).results
+
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(search_auto_reid, "search", lambda *_: found)
+    argv = [*words, f"--out={tmp_path}", "--compare=1"]
+    assert console.run(search_auto_reid.main, argv) == 0
+    table = (tmp_path / "compare.md").read_text()
+    monkeypatch.setattr(training, "train", None)  # finished trainings are not repeated
+    assert console.run(search_auto_reid.main, argv) == 0
+    assert (tmp_path / "compare.md").read_text() == table
+    assert console.run(search_auto_reid.main, [*argv, "--config.num_epochs=7"]) == console.MISUSE
+    assert "belongs to a run of another config" in capsys.readouterr().err
+
+
+def test_a_comparison_with_fewer_than_none(words, tmp_path, capsys):
+    """It is refused before the search."""
+    with pytest.raises(SystemExit):
+        search_auto_reid.main([*words, f"--out={tmp_path / 'out'}", "--compare=-1"])
+    assert "-1 is below 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--balance=1.5"], "--balance is 1.5; it must be from 0 to 1"),
         (["--alpha_lr=0"], "--alpha_lr is 0.0; it must be above 0"),
+        (["--lr=nan"], "--lr is nan; it must be above 0"),
     ],
 )
 def test_bad_input(words, tmp_path, options, message, capsys):

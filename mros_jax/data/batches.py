@@ -26,7 +26,7 @@ def steps_per_epoch(num_images: int, batch: int) -> int:
     if num_images < batch:
         raise UserError(
             f"the training split has {num_images} images, fewer than one batch of {batch}: "
-            "lower identities or images of a batch"
+            "lower identities, images or probes of config.batch"
         )
     return num_images // batch
 
@@ -42,14 +42,14 @@ def process_slice(batch: int, process_index: int, process_count: int) -> slice:
     if batch % process_count:
         raise UserError(
             f"a batch of {batch} images cannot be shared evenly by {process_count} processes: "
-            "choose identities x images as a multiple of the number of processes"
+            "choose a multiple of the number of processes (config.batch)"
         )
     share = batch // process_count
     return slice(process_index * share, (process_index + 1) * share)
 
 
 def plan_epoch(
-    labels: Integer[np.ndarray, "N"],
+    labels: Labels,
     *,
     identities: int,
     images: int,
@@ -103,7 +103,7 @@ def plan_epoch(
 
 
 def _count_images(
-    labels: Integer[np.ndarray, "N"], identities: int, images: int
+    labels: Labels, identities: int, images: int
 ) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "C"]]:
     """Number the identities from 0; return the number of each image and the images of each."""
     if identities < 1 or images < 1:
@@ -187,7 +187,7 @@ def _assign_identities(
 
 
 def plan_once(
-    labels: Integer[np.ndarray, "N"],
+    labels: Labels,
     *,
     identities: int,
     images: int,
@@ -260,8 +260,8 @@ def plan_shuffled(
 
 
 def plan_probes(
-    labels: Integer[np.ndarray, "N"],
-    camids: Integer[np.ndarray, "N"],
+    labels: Labels,
+    camids: Labels,
     *,
     probes: int,
     gallery: int,
@@ -329,9 +329,7 @@ class Identities:
         """Steps of every epoch."""
         return steps_per_epoch(len(labels), self.size)
 
-    def plan(
-        self, labels: Labels, camids: Labels | None = None, **place: int
-    ) -> Int32[np.ndarray, "steps b"]:
+    def plan(self, labels: Labels, camids: Labels, **place: int) -> Int32[np.ndarray, "steps b"]:
         """Indices of an epoch; `place` are the keyword arguments from `seed` on of `plan_epoch`."""
         return plan_epoch(labels, identities=self.identities, images=self.images, **place)
 
@@ -344,9 +342,7 @@ class IdentitiesOnce(Identities):
         """Steps of every epoch."""
         return len(np.unique(labels)) // self.identities
 
-    def plan(
-        self, labels: Labels, camids: Labels | None = None, **place: int
-    ) -> Int32[np.ndarray, "steps b"]:
+    def plan(self, labels: Labels, camids: Labels, **place: int) -> Int32[np.ndarray, "steps b"]:
         """Indices of an epoch; `place` are the keyword arguments from `seed` on of `plan_once`."""
         return plan_once(labels, identities=self.identities, images=self.images, **place)
 
@@ -361,9 +357,7 @@ class Shuffled:
         """Steps of every epoch."""
         return steps_per_epoch(len(labels), self.size)
 
-    def plan(
-        self, labels: Labels, camids: Labels | None = None, **place: int
-    ) -> Int32[np.ndarray, "steps b"]:
+    def plan(self, labels: Labels, camids: Labels, **place: int) -> Int32[np.ndarray, "steps b"]:
         """Indices of an epoch; `place` are the keyword arguments from `seed` on of `plan_epoch`."""
         return plan_shuffled(len(labels), batch=self.size, **place)
 
@@ -384,14 +378,8 @@ class ProbesAndGallery:
         """Steps of every epoch."""
         return steps_per_epoch(len(labels), self.probes)
 
-    def plan(
-        self, labels: Labels, camids: Labels | None = None, **place: int
-    ) -> Int32[np.ndarray, "steps b"]:
-        """Indices of an epoch; `place` are the keyword arguments from `seed` on of `plan_probes`.
-
-        Without `camids` all images are of one camera.
-        """
-        camids = np.zeros_like(labels) if camids is None else camids
+    def plan(self, labels: Labels, camids: Labels, **place: int) -> Int32[np.ndarray, "steps b"]:
+        """Indices of an epoch; `place` are the keyword arguments from `seed` of `plan_probes`."""
         return plan_probes(labels, camids, probes=self.probes, gallery=self.gallery, **place)
 
 

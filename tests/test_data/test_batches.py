@@ -187,9 +187,9 @@ def test_each_identity_once(counts, P, K, seed):
     sampler = make_sampler({"sampler": "identities_once", "identities": P, "images": K})
     if len(counts) < P:
         with pytest.raises(ValueError, match=f"{len(counts)} identities and a batch needs {P}"):
-            sampler.plan(labels, seed=seed, epoch=0)
+            sampler.plan(labels, np.zeros_like(labels), seed=seed, epoch=0)
         return
-    plan = sampler.plan(labels, seed=seed, epoch=3)
+    plan = sampler.plan(labels, np.zeros_like(labels), seed=seed, epoch=3)
     assert plan.shape == (len(counts) // P, P * K) == (sampler.steps(labels), sampler.size)
     assert plan.dtype == np.int32
     groups = plan.reshape(-1, K)
