@@ -231,7 +231,7 @@ def _check_pairs(arrays: Mapping[str, np.ndarray], path: str | os.PathLike[str])
         return
     size = arrays["query_features"].shape[1]
     kernel, bias = (np.asarray(arrays.get(name, ())) for name in PAIR_ARRAYS)
-    groups = len(bias)
+    groups = len(np.atleast_1d(bias))
     if (
         bias.shape != (groups, 2)
         or kernel.shape != (groups, size // max(groups, 1), 2)

@@ -152,6 +152,7 @@ def test_heads_come_with_the_descriptors(data, tmp_path):
     for name, bad in (
         ("pair_kernel", heads.kernel[:, :2]),
         ("pair_bias", heads.bias[:1]),
+        ("pair_bias", np.float32(1)),
         ("pair_bias", np.full((K, 2), np.nan, np.float32)),
         ("pair_kernel", np.zeros((0, C, 2), np.float32)),
     ):
