@@ -28,6 +28,7 @@ from mros_jax.losses.triplet import batch_hard_triplet
 from mros_jax.models.outputs import Outputs
 
 Params = dict[str, Any]
+Labels = Int[Array, "B"]
 
 
 @runtime_checkable
@@ -97,12 +98,7 @@ class Triplet(Base):
             raise UserError(f"margin is {self.margin}; it must not be negative")
 
     def __call__(
-        self,
-        params: Params,
-        outputs: Outputs,
-        labels: Int[Array, "B"],
-        *,
-        axis_name: str | None = None,
+        self, params: Params, outputs: Outputs, labels: Labels, *, axis_name: str | None = None
     ) -> Scalar:
         """Compute the unweighted loss."""
         loss = functools.partial(
@@ -150,12 +146,7 @@ class Center(Base):
         }
 
     def __call__(
-        self,
-        params: Params,
-        outputs: Outputs,
-        labels: Int[Array, "B"],
-        *,
-        axis_name: str | None = None,
+        self, params: Params, outputs: Outputs, labels: Labels, *, axis_name: str | None = None
     ) -> Scalar:
         """Compute the unweighted loss."""
 
@@ -196,12 +187,7 @@ class CrossEntropy(Base):
         check_share(self.share)
 
     def __call__(
-        self,
-        params: Params,
-        outputs: Outputs,
-        labels: Int[Array, "B"],
-        *,
-        axis_name: str | None = None,
+        self, params: Params, outputs: Outputs, labels: Labels, *, axis_name: str | None = None
     ) -> Scalar:
         """Compute the unweighted loss."""
         logits = jnp.concatenate([outputs.scores(name) for name in self.on], axis=1)  # (B, S, N)
@@ -216,12 +202,7 @@ class Mutual(Base):
     """What all classifiers of the named outputs learn from each other; see `mutual_divergence`."""
 
     def __call__(
-        self,
-        params: Params,
-        outputs: Outputs,
-        labels: Int[Array, "B"],
-        *,
-        axis_name: str | None = None,
+        self, params: Params, outputs: Outputs, labels: Labels, *, axis_name: str | None = None
     ) -> Scalar:
         """Compute the unweighted loss."""
         logits = jnp.concatenate([outputs.scores(name) for name in self.on], axis=1)  # (B, S, N)
@@ -233,12 +214,7 @@ class PairCrossEntropy(Base):
     """Cross-entropy of two classes, the mean over all pairs of the named outputs."""
 
     def __call__(
-        self,
-        params: Params,
-        outputs: Outputs,
-        labels: Int[Array, "B"],
-        *,
-        axis_name: str | None = None,
+        self, params: Params, outputs: Outputs, labels: Labels, *, axis_name: str | None = None
     ) -> Scalar:
         """Compute the unweighted loss."""
         if axis_name is not None:
@@ -286,12 +262,7 @@ class Objective:
         return {name: params for name, params in made.items() if params}
 
     def __call__(
-        self,
-        params: Params,
-        outputs: Outputs,
-        labels: Int[Array, "B"],
-        *,
-        axis_name: str | None = None,
+        self, params: Params, outputs: Outputs, labels: Labels, *, axis_name: str | None = None
     ) -> tuple[Scalar, dict[str, Scalar]]:
         """The total, and the unweighted terms by name.
 

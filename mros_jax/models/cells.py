@@ -303,8 +303,8 @@ class CellTrunk(nn.Module):
     cells for blocks.
 
     Attributes:
-        normal: the cell that keeps its map's size; (): a `MixedCell`.
-        reduce: the cell that halves it; (): a `MixedCell`.
+        normal: the cell that keeps its map's size; not looked at where `weights` are given.
+        reduce: the cell that halves it; the same.
         cells: how many each stage has.
         width: channels of the stem, and of the first stage's nodes; they double with every stage.
         affine: learn scale and bias of the cells' batch normalizations, see `Operation`.
@@ -333,7 +333,7 @@ class CellTrunk(nn.Module):
         Args:
             images: normalized.
             train: batch statistics (True) or running statistics (False).
-            weights: "normal" and "reduce", of mixed cells.
+            weights: "normal" and "reduce": each cell is a `MixedCell`. None: a `Cell`.
         """
         x = Conv(self.width, 7, 2, self.dtype, name="stem_conv")(images)
         bn = BatchNorm(pool=True, axis_name=self.bn_axis_name, dtype=self.dtype, name="stem_bn")

@@ -59,6 +59,13 @@ class Operation(nn.Module):
             name=name,
         )
 
+    def _halve(self, x: Array, train: bool) -> Array:
+        reduce = FactorizedReduce(
+            self.features, 2, self.affine, self.dtype, self.bn_axis_name, name="reduce"
+        )
+        halved: Array = reduce(x, train=train)
+        return halved
+
 
 class Pool(Operation):
     """Maximum or mean over 3x3 windows; what is outside of the map counts for neither.
@@ -146,12 +153,7 @@ class Skip(Operation):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], *, train: bool) -> Float[Array, "B H2 W2 C"]:
         """Apply it."""
-        if self.stride == 1:
-            return x
-        reduce = FactorizedReduce(
-            self.features, 2, self.affine, self.dtype, self.bn_axis_name, name="reduce"
-        )
-        return reduce(x, train=train)
+        return x if self.stride == 1 else self._halve(x, train)
 
 
 class PartAware(Operation):
@@ -179,10 +181,7 @@ class PartAware(Operation):
         )
         y = jnp.concatenate([x, beside.astype(x.dtype)], axis=-1)
         if self.stride == 2:
-            reduce = FactorizedReduce(
-                self.features, 2, self.affine, self.dtype, self.bn_axis_name, name="reduce"
-            )
-            return reduce(y, train=train)
+            return self._halve(y, train)
         return self._norm("bn")(self._conv(self.features, "conv")(y), train=train)
 
 
