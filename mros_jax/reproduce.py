@@ -69,7 +69,7 @@ def _parse(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns 0 where every run came to its end, else 1."""
+    """Command line; returns 0 where every run came to its end and was evaluated, else 1."""
     args, chosen = _parse(argv)
     paper = load_tables()
     planned = jobs.make_jobs(chosen, [] if args.no_training else args.seeds, args.out)
@@ -92,14 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.estimate:
             return 0
         try:
-            for one in evaluations.collect((), (), ledger, weights):  # soon done
-                one.evaluate(paper, ledger)
+            ready = evaluations.collect((), (), ledger, weights)  # soon done
+            evaluated = [one.evaluate(paper, ledger) for one in ready]
             jobs.train(planned, ledger)
-            for one in evaluations.collect(chosen, planned, ledger):
-                one.evaluate(paper, ledger)
+            trained = evaluations.collect(chosen, planned, ledger)
+            evaluated += [one.evaluate(paper, ledger) for one in trained]
         finally:
             print(write_results(args.out, chosen, planned, ledger, paper, weights))
-        return int(any(ledger.failure(job.name) for job in planned))
+        return int(not all(evaluated) or any(ledger.failure(job.name) for job in planned))
 
 
 if __name__ == "__main__":

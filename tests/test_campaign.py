@@ -6,12 +6,14 @@ import dataclasses
 import io
 import json
 import math
+import multiprocessing
 import pathlib
 import signal
 import statistics
 import subprocess
 import sys
 import time
+import unittest.mock
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -23,6 +25,7 @@ from mros_jax import console, train
 from mros_jax.campaign import board, chart, costs, jobs, summary, systems
 from mros_jax.errors import UserError
 from mros_jax.models.counting import count_multiply_adds
+from mros_jax.runs import paper as papers
 from scripts import benchmark_systems
 from tests.least import write_config
 from tests.training import ROOT, TINY
@@ -249,6 +252,25 @@ def test_cost_of_a_run_is_foretold():
     assert cost.train_speed == 128
     assert cost.evaluate_seconds == pytest.approx(12)
     assert cost.run_seconds == pytest.approx(30 + 500 + 4 * 12)
+
+
+def test_the_published_row_is_the_reports(tmp_path):
+    """Of HA-CNN's two rows that of its paper, whatever else is noted of the other."""
+    [hacnn] = systems.choose(systems.find_systems(), ["hacnn"])
+    planned = jobs.make_jobs([hacnn], [0], tmp_path)
+    [line] = board.make_lines([hacnn], planned, jobs.Ledger(tmp_path), papers.load_tables())
+    assert (line.published["name"], line.published["mAP"]) == ("HA-CNN", 75.7)
+
+
+def test_a_bug_in_measuring_keeps_its_traceback(monkeypatch, caplog):
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    monkeypatch.setattr(console, "show_messages", lambda: None)
+    for error, said in ((UserError("no room"), "no room"), (IndexError("x"), "IndexError: x")):
+        monkeypatch.setattr(costs, "measure", unittest.mock.Mock(side_effect=error))
+        caplog.clear()
+        costs._answer(sending, ["--config=a.py"], 1, 0.0)
+        assert receiving.recv() == said
+        assert [r.exc_info[1] for r in caplog.records] == [error] * (said != "no room")
 
 
 def test_table_beside_published_numbers():

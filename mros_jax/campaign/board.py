@@ -59,15 +59,14 @@ def make_lines(
             except UserError as error:
                 why = str(error)
             missing[job.seed] = why or "not trained yet"
-        found = papers.find_rows(system.name, paper)
-        plain = [row for table, row in found if "rerank" not in table]
+        published = papers.find_row(system.name, None, paper)
         lines.append(
             Line(
                 system=system.name,
                 seeds=tuple(seeds),
                 scores=score(entries) if entries else {},
                 protocol=entries[0]["protocol"] if entries else {},
-                published=max(plain, key=len, default={}),
+                published=published[1] if published else {},
                 minutes=sum(minutes) / len(minutes) if any(minutes) else None,
                 cost=load_cost(system, own[0].folder),
                 missing=missing,

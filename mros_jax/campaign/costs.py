@@ -141,7 +141,7 @@ def measure(words: Sequence[str], repeats: int, asked: float) -> Cost:
         words=tuple(words),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(parts.state.params["network"])),
         multiply_adds=embedder.count_multiply_adds()["descriptor"],
-        passes=10 if config.eval.crops == "ten" else 1 + config.eval.flip_test,
+        passes=count_passes(config.eval.flip_test, config.eval.crops),
         descriptor=size,
         batch=sizes.batch,
         steps=sizes.total_steps,
@@ -157,6 +157,11 @@ def measure(words: Sequence[str], repeats: int, asked: float) -> Cost:
         load=os.getloadavg()[0],
         commit=get_commit(),
     )
+
+
+def count_passes(flip_test: bool, crops: str) -> int:
+    """Passes of one image at test."""
+    return 10 if crops == "ten" else 1 + flip_test
 
 
 def _time_steps(stage: recipe.Stage, state: TrainState, feed: Feed, repeats: int) -> float:
@@ -246,8 +251,12 @@ def _answer(sending: Connection, words: Sequence[str], repeats: int, asked: floa
     console.show_messages()
     try:
         sending.send(measure(words, repeats, asked))
-    except Exception as error:
-        sending.send(console.explain(error) or f"{type(error).__name__}: {error}")
+    except Exception as error:  # of any kind, XLA's own too: the process that asks goes on
+        why = console.explain(error)
+        if why is None:
+            log.exception("%s could not be measured", " ".join(words))
+            why = f"{type(error).__name__}: {error}"
+        sending.send(why)
 
 
 def load_cost(system: System, folder: pathlib.Path) -> Cost | None:

@@ -140,10 +140,13 @@ class Evaluations:
         """The ranking of a protocol; None where the run was not evaluated so."""
         return next((entry for entry in self._entries if protocol.fits(entry)), None)
 
-    def evaluate(self, protocols: Sequence[Protocol], ledger: Ledger) -> None:
+    def evaluate(self, protocols: Sequence[Protocol], ledger: Ledger) -> bool:
         """Evaluate the run under each protocol that it was not evaluated under yet.
 
         Those that differ in re-ranking only are evaluated by one process.
+
+        Returns:
+            Whether there is a ranking of each now.
         """
         missing = [protocol for protocol in protocols if self.find(protocol) is None]
         for plain in dict.fromkeys(protocol.plain for protocol in missing):
@@ -161,6 +164,7 @@ class Evaluations:
             if failure := run_step(self._job, name, words, ledger):
                 log.warning("%s could not be evaluated: %s", self._job.name, failure)
         self.__dict__.pop("_entries", None)
+        return all(self.find(protocol) is not None for protocol in protocols)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,10 +188,11 @@ class Contestant:
         found = {seed: made.find(protocol) for seed, made in self.made.items()}
         return {seed: entry for seed, entry in found.items() if entry is not None}
 
-    def evaluate(self, paper: Mapping[str, Any], ledger: Ledger) -> None:
-        """Evaluate its runs under all of its system's protocols."""
-        for made in self.made.values():
-            made.evaluate(list_protocols(self.system, paper), ledger)
+    def evaluate(self, paper: Mapping[str, Any], ledger: Ledger) -> bool:
+        """Evaluate its runs under all of its system's protocols; whether all could be."""
+        protocols = list_protocols(self.system, paper)
+        evaluated = [made.evaluate(protocols, ledger) for made in self.made.values()]
+        return all(evaluated)
 
 
 def collect(

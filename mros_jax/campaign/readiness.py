@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mros_jax.campaign.costs import Cost
+from mros_jax.campaign.costs import Cost, count_passes
 from mros_jax.campaign.evaluations import Protocol, list_protocols
 from mros_jax.campaign.jobs import Job
 from mros_jax.campaign.systems import System
@@ -108,9 +108,7 @@ def format_estimate(
         cost = costs[system.name]
         own = [job for job in jobs if job.system == system]
         left = [job for job in own if not job.is_complete()]
-        extra = sum(
-            _foretell(protocol, cost, system) for protocol in list_protocols(system.name, paper)
-        )
+        extra = _foretell(list_protocols(system.name, paper), cost, system)
         seconds = len(left) * (cost.run_seconds + extra)
         total += seconds
         peak = cost.host_bytes if cost.device_bytes is None else cost.device_bytes
@@ -134,13 +132,17 @@ def format_estimate(
     )
 
 
-def _foretell(protocol: Protocol, cost: Cost, system: System) -> float:
-    """Seconds of an evaluation that training does not do itself, without its re-ranking."""
+def _foretell(protocols: Sequence[Protocol], cost: Cost, system: System) -> float:
+    """Seconds of the evaluations that training does not do itself, without their re-ranking.
+
+    Descriptors are kept, and re-rankings of one protocol share its process: each is made once.
+    """
     own = system.read().eval
-    same = (own.flip_test, own.crops) == (protocol.flip_test, protocol.crops)
-    passes = 10 if protocol.crops == "ten" else 1 + protocol.flip_test
+    plain = {protocol.plain for protocol in protocols}
+    made = {(p.flip_test, p.crops) for p in plain} - {(own.flip_test, own.crops)}
+    passes = sum(count_passes(*way) for way in made)
     extraction = cost.test_images * cost.extract_seconds * passes / cost.passes
-    return cost.rank_seconds + (0.0 if same else extraction)
+    return len(plain) * cost.rank_seconds + extraction
 
 
 def format_time(seconds: float) -> str:

@@ -6,24 +6,23 @@ import difflib
 import fnmatch
 import logging
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from ml_collections import ConfigDict
 
 from mros_jax import config as configs
 from mros_jax import console
 from mros_jax.data.batches import make_sampler
-from mros_jax.data.splits import Dataset
 from mros_jax.errors import UserError
+from mros_jax.runs.run import FREE_FIELDS
 
 log = logging.getLogger(__name__)
 
 PRESETS = ("full", "small")
 # Changes of a recipe that change nothing about what its last state scores.
 _HARMLESS = (
-    *("dataset.root", "dataset.cache_dir", "dataset.device_fraction"),
-    *("eval.batch_size", "eval.every_epochs", "eval.rerank", "eval.rerank_options"),
-    *("checkpoint_every_epochs", "log_every_steps", "report"),
+    *FREE_FIELDS,
+    *("eval.every_epochs", "eval.rerank", "eval.rerank_options"),
 )
 _CHANGES_SHOWN = 3
 
@@ -123,7 +122,6 @@ def prepare(
     preset: str = "full",
     epochs: int | None = None,
     overrides: Sequence[str] = (),
-    load_dataset: Callable[[ConfigDict], Dataset] = configs.load_dataset,
 ) -> tuple[System, ...]:
     """The systems with the changes that a campaign makes of their recipes.
 
@@ -133,42 +131,42 @@ def prepare(
             `mros_jax.config.shrink`.
         epochs: of every run, in place of its recipe's; None: those.
         overrides: `--config.FIELD=VALUE` words, for those systems that have the field.
-        load_dataset: of a config, for the length of an epoch.
 
     Raises:
         UserError: a field that no system has, or a value that it cannot take.
     """
     configs.check_choice("preset", preset, PRESETS)
     named = {word: word.partition("=")[0].removeprefix("--config.") for word in overrides}
-    known: set[str] = set()
+    lacking: dict[str, list[str]] = {word: [] for word in named}
     prepared = []
     for system in systems:
         recipe, config = system.read(), system.read().unlock()
         if preset == "small":
             configs.shrink(config)
         own = [word for word, name in named.items() if configs.has_field(config, name)]
-        known.update(own)
+        for word in named.keys() - set(own):
+            lacking[word].append(system.name)
         config.lock()
         configs.apply_overrides(config, own)
         if epochs is not None:
-            steps = config.num_steps and epochs * _count_steps(config, load_dataset(config))
+            steps = config.num_steps and epochs * _count_steps(config)
             configs.shorten(config, epochs=epochs, steps=steps)
             configs.apply_overrides(config, own)
         changes = configs.list_changes(recipe, config)
         prepared.append(dataclasses.replace(system, changes=changes))
     for word, name in named.items():
-        if word not in known:
+        if len(lacking[word]) == len(prepared):
             configs.check_field(systems[0].read(), name)
-        lacking = [s.name for s in prepared if not configs.has_field(s.read(), name)]
-        if lacking:
-            log.info("%s is not for %s, which lack the field", word, ", ".join(lacking))
+        if lacking[word]:
+            log.info("%s is not for %s, which lack the field", word, ", ".join(lacking[word]))
     return tuple(prepared)
 
 
-def _count_steps(config: ConfigDict, dataset: Dataset) -> int:
+def _count_steps(config: ConfigDict) -> int:
     """Training steps of an epoch."""
-    assert dataset.train.labels is not None
-    return make_sampler(config.batch.to_dict()).steps(dataset.train.labels)
+    labels = configs.load_dataset(config).train.labels
+    assert labels is not None
+    return make_sampler(config.batch.to_dict()).steps(labels)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, preset: str) -> None:

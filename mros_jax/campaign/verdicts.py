@@ -81,8 +81,11 @@ def make_verdicts(contestants: Sequence[Contestant], paper: Mapping[str, Any]) -
     for one in contestants:
         for table, row in papers.find_rows(one.system, paper):
             found = one.find(Protocol.of(paper, table, row))
-            reasons = [] if found else ["no run has come to its end"]
-            if found:
+            reasons = []
+            if not found:
+                lack = "could be evaluated so" if one.made else "has come to its end"
+                reasons.append(f"no run {lack}")
+            else:
                 seed, entry = next(iter(found.items()))
                 reasons += one.changes
                 reasons += papers.find_mismatches(entry["protocol"], paper, table, row)

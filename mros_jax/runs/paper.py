@@ -102,6 +102,20 @@ def find_rows(
     ]
 
 
+def find_row(
+    system: str, rerank: str | None, paper: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """The row to show of a system, after its table: of several that with most columns.
+
+    Args:
+        system: a config's `name`.
+        rerank: the method of the table; None: without re-ranking.
+        paper: as `load_tables` returns it.
+    """
+    found = [pair for pair in find_rows(system, paper) if pair[0].get("rerank") == rerank]
+    return max(found, key=lambda pair: sum(x in pair[1] for x in METRICS.values()), default=None)
+
+
 def find_paper_rows(run: Run) -> tuple[list[dict[str, float]], list[str], list[str]]:
     """What was published of each ranking of a run.
 
@@ -113,16 +127,11 @@ def find_paper_rows(run: Run) -> tuple[list[dict[str, float]], list[str], list[s
     rows: list[dict[str, float]] = []
     mismatches, names = [], []
     for result in run.rankings:
-        found = [
-            (table, row)
-            for table, row in find_rows(run.system, paper)
-            if table.get("rerank") == result["rerank"]
-        ]
-        if not found:
+        found = find_row(run.system, result["rerank"], paper)
+        if found is None:
             rows.append({})
             continue
-        # The row with more columns.
-        table, row = max(found, key=lambda pair: sum(key in pair[1] for key in METRICS.values()))
+        table, row = found
         mismatches += find_mismatches(result["protocol"], paper, table, row)
         names.append(f"{row['name']} (table {table['number']})")
         rows.append({name: row[key] / 100 for name, key in METRICS.items() if key in row})

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1  # of the directory: its files, and what they hold
 
 # Fields that change nothing about what a run computes: a resumed run may have others.
-_FREE_FIELDS = (
+FREE_FIELDS = (
     "dataset.root",
     "dataset.cache_dir",
     "dataset.device_fraction",
@@ -304,8 +304,8 @@ class Run:
 
     def _check_config(self, config: ConfigDict) -> None:
         different = _compare(self.config, _resolve(config))
-        moved = [line for name, line in different.items() if name in _FREE_FIELDS]
-        if fixed := [line for name, line in different.items() if name not in _FREE_FIELDS]:
+        moved = [line for name, line in different.items() if name in FREE_FIELDS]
+        if fixed := [line for name, line in different.items() if name not in FREE_FIELDS]:
             raise UserError(
                 f"{self.path} belongs to a run of another config; give another --workdir, or the "
                 "same config to resume. Differences (there -> here):\n  " + "\n  ".join(fixed)
