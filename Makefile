@@ -15,9 +15,11 @@ demo: $(VENV)/.runtime
 
 # Without PyTorch, in minutes; `make test-all` has all tests. CONTRIBUTING.md says what is slow.
 test: $(VENV)/.test
-	$(BIN)/python $(PYTEST) -m "not slow"
+	MROS_CHECK_TYPES=$(or $(CHECK_TYPES),0) $(BIN)/python $(PYTEST) -m "not slow"
 
-# Then what that leaves out, and with PyTorch what it compared with recorded numbers.
+# The same with shapes and types checked in every call; then what it leaves out, and with PyTorch
+# what it compared with recorded numbers.
+test-all: CHECK_TYPES := 1
 test-all: test $(VENV)/.test-all
 	$(BIN)/python $(PYTEST) -m "slow or pytorch"
 
@@ -27,7 +29,7 @@ test-newest:
 
 # On the lower bounds of pyproject.toml. What old packages warn of is nothing to us.
 test-oldest: $(VENV)-oldest/.test
-	$(VENV)-oldest/bin/python $(PYTEST) -m "not slow" \
+	MROS_CHECK_TYPES=0 $(VENV)-oldest/bin/python $(PYTEST) -m "not slow" \
 		-p no:cacheprovider -W default
 
 # ONNX files, in a .venv of their own: jax2onnx wants an older Orbax than the newest.

@@ -1,4 +1,7 @@
-"""Four virtual CPU devices, and run-time checks of every annotated shape and type."""
+"""Four virtual CPU devices, and run-time checks of every annotated shape and type.
+
+The checks take a tenth of the time: MROS_CHECK_TYPES=0, as in `make test`, leaves them out.
+"""
 
 import os
 import pathlib
@@ -21,10 +24,11 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
-# An int is good enough for a float.
-jaxtyping.install_import_hook(
-    "mros_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-)
+if os.environ.get("MROS_CHECK_TYPES", "1") == "1":
+    # An int is good enough for a float.
+    jaxtyping.install_import_hook(
+        "mros_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    )
 
 
 # A file is one worker's, see Makefile; with these first, none has a long one left at the end.

@@ -26,7 +26,7 @@ from tests.recorded import SYSTEMS, compare, digest, draw, load_system
 
 STEPS = 3
 RECORDED = sorted(path.stem for path in SYSTEMS.glob("*.npz"))
-QUICK = {"mros-IV", "strong", "pcb", "trinet"}  # others take as long, and there are many
+QUICK = {"mros-IV", "pcb"}  # others take as long, and there are many
 QUICK_FIRST = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECORDED
 ]

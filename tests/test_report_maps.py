@@ -101,6 +101,7 @@ def read_views(run, page):
     return section
 
 
+@pytest.mark.slow
 def test_report_shows_each_part(run_with_parts, tmp_path):
     section = read_views(run_with_parts, tmp_path / "page.html")
     assert section.count('class="over"') == 3 * 6

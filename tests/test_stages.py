@@ -206,6 +206,7 @@ def test_what_does_not_fit_ends_in_one_line(tmp_path, words, words_of_it, messag
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_a_stage_begins_anew(words):
     """Accumulated gradients are the optimizer's and go; the moving average stays."""
     more = ["--config.accumulate_steps=2", "--config.ema_decay=0.5", "--config.clip_norm=1.0"]

@@ -235,6 +235,7 @@ def test_a_detail_changes_the_pixels_of_its_stripe_and_no_others():
         assert top <= rows.min() <= rows.max() <= bottom, (detail, rows.min(), rows.max())
 
 
+@pytest.mark.slow
 def test_every_attribute_shows():
     pairs = (
         ("hair_kind", 0, 3), ("top_kind", 0, 1), ("top_kind", 0, 2), ("bottom_kind", 0, 1),
