@@ -3,6 +3,7 @@
     python -m scripts.bench_retrieval --quick                     # a smoke test, seconds
     python -m scripts.bench_retrieval                             # about five minutes
     python -m scripts.bench_retrieval --growth --plot docs/images/retrieval_growth.png
+    python -m scripts.bench_retrieval --mapped                    # large ones from files; an hour
     python -m scripts.bench_retrieval --slow --peer_python PEERS/bin/python --fastreid FAST-REID
 
 Descriptors are random with Market-1501's shape: 3,368 queries of 750 people, six cameras; or they
@@ -23,13 +24,16 @@ COMMIT): its package takes turns with ours.
 """
 
 import argparse
+import atexit
 import dataclasses
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -68,27 +72,37 @@ def load_labels(path: str, num_gallery: int) -> dict[str, Any]:
     return labels
 
 
-def make_features(pids: np.ndarray, centres: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Descriptors around a centre for each person, in memory that begins at a multiple of 64 bytes.
+def make_aligned(num: int, size: int) -> np.ndarray:
+    """Memory that begins at a multiple of 64 bytes.
 
     So does what the package's own extraction makes; JAX copies what begins elsewhere.
     """
-    size = centres.shape[1]
-    raw = np.empty(len(pids) * size + 16, np.float32)
+    raw = np.empty(num * size + 16, np.float32)
     begin = -raw.ctypes.data % 64 // 4
-    features = raw[begin : begin + len(pids) * size].reshape(len(pids), size)
-    rng.standard_normal(dtype=np.float32, out=features)
-    features *= 2.2
-    step = max(1, 2**22 // size)  # no second array of this size
+    return raw[begin : begin + num * size].reshape(num, size)
+
+
+def fill_features(
+    features: np.ndarray, pids: np.ndarray, centres: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Descriptors around a centre for each person."""
+    step = max(1, 2**22 // features.shape[1])  # no second array of this size
     for start in range(0, len(pids), step):
-        part = pids[start : start + step]
-        features[start : start + step] += centres[np.maximum(part, 0)] * (part > 0)[:, None]
-    return features
+        some, part = features[start : start + step], pids[start : start + step]
+        rng.standard_normal(dtype=np.float32, out=some)
+        some *= 2.2
+        some += centres[np.maximum(part, 0)] * (part > 0)[:, None]
 
 
 def make_data(
-    num_query: int, num_gallery: int, size: int, seed: int = 0, labels: str | None = None
+    num_query: int,
+    num_gallery: int,
+    size: int,
+    seed: int = 0,
+    labels: str | None = None,
+    directory: str | None = None,
 ) -> dict[str, np.ndarray]:
+    """The six arrays of an evaluation; with a directory they are also files there."""
     rng = np.random.default_rng(seed)
     data: dict[str, Any] = (
         load_labels(labels, num_gallery) if labels else make_labels(num_query, num_gallery, rng)
@@ -96,7 +110,18 @@ def make_data(
     most = max(data["query_pids"].max(), data["gallery_pids"].max())
     centres = rng.standard_normal((most + 1, size), np.float32)
     for name in ("query", "gallery"):
-        data[f"{name}_features"] = make_features(data[f"{name}_pids"], centres, rng)
+        pids = data[f"{name}_pids"]
+        file = f"{directory}/{name}_features.npy"
+        features = (
+            make_aligned(len(pids), size)
+            if directory is None
+            else np.lib.format.open_memmap(file, "w+", np.float32, (len(pids), size))
+        )
+        fill_features(features, pids, centres, rng)
+        data[f"{name}_features"] = features
+    if directory is not None:
+        for name in ARRAYS[2:]:
+            np.save(f"{directory}/{name}.npy", data[name])
     return data
 
 
@@ -342,6 +367,8 @@ class Case:
     needs: str = ""  # "peer_python" or "fastreid": an argument
     distance: bool = False  # starts from a matrix of distances
     package: str = ""  # a clone whose package is measured in place of this one
+    queries: int = QUERIES
+    mapped: bool = False  # starts from files that are mapped into memory
 
     def group(self) -> tuple[Any, ...]:
         """The same for cases that take turns."""
@@ -414,6 +441,19 @@ CASES = {
         "k-reciprocal distances", "torchreid", torchreid_k_reciprocal, MARKET, 512, 1, True, PEER
     ),
 }
+MAPPED = {
+    f"{name}-{kind}": Case(
+        f"scores{what}, {size}", "ours", run, gallery, 512, 1, queries=queries, mapped=True
+    )
+    for name, size, queries, gallery in (
+        ("msmt17", "MSMT17's size", 11659, 82161),
+        ("market500k", "Market-1501 and 500,000 distractors", QUERIES, MARKET_ALL + 500000),
+    )
+    for kind, what, run in (
+        ("scores", "", ours_features),
+        ("ecn", " after ECN", ours_rerank_scores("ecn")),
+    )
+}
 GROWTH = {
     f"growth-{kind}-{gallery}": Case(title, "ours", run, gallery, 512, 1)
     for kind, title, run, galleries in (
@@ -426,11 +466,27 @@ GROWTH = {
 
 def make_input(case: Case, quick: bool, labels: str | None = None) -> dict[str, np.ndarray]:
     scale = 0.02 if quick else 1.0
-    sizes = int(QUERIES * scale), int(case.gallery * scale)
+    sizes = int(case.queries * scale), int(case.gallery * scale)
+    if case.mapped:
+        return map_files(*sizes, case.size)
     data = make_data(*sizes, case.size, labels=labels)
     if case.distance:
         add_distance(data)
     return data
+
+
+def map_files(*sizes: int) -> dict[str, np.ndarray]:
+    """The same from files: another process writes them, so that this one's peak has them mapped."""
+    from mros_jax.retrieval.descriptors import load_features
+
+    directory = tempfile.mkdtemp(prefix="bench_retrieval_")
+    atexit.register(shutil.rmtree, directory)
+    make = multiprocessing.get_context("spawn").Process(
+        target=make_data, args=sizes, kwargs={"directory": directory}
+    )
+    make.start()
+    make.join()
+    return load_features(directory)
 
 
 def run_once(case: Case, data: dict[str, np.ndarray]) -> dict[str, float]:
@@ -510,7 +566,7 @@ def take_turns(cases: dict[str, Case], args: argparse.Namespace) -> dict[str, di
     warm = {
         child.name
         for child in children
-        if child.case.who.startswith("ours") and child.case.gallery < 1000000 and child.run()
+        if child.case.who.startswith("ours") and child.case.gallery < 500000 and child.run()
     }
     for turn in range(max((child.case.repeats for child in children), default=0)):
         for child in children:
@@ -588,12 +644,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--before", help="a clone of this project at another commit")
     parser.add_argument("--labels", help="an .npz file with Market-1501's labels")
     parser.add_argument("--growth", action="store_true", help="only galleries of 20k to 1M")
+    parser.add_argument("--mapped", action="store_true", help="only large ones from mapped files")
     parser.add_argument("--only", help="names of cases, with commas")
     parser.add_argument("--plot", type=pathlib.Path, help="where --growth draws its picture")
     parser.add_argument("--markdown", type=pathlib.Path, help="also write the table to a file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    cases = CASES | GROWTH
+    cases = CASES | GROWTH | MAPPED
     if args.child:
         if args.fastreid:
             root = pathlib.Path(args.fastreid, "fastreid")
@@ -608,7 +665,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"no case {', '.join(unknown)}; there are {', '.join(cases)}")
         chosen = {name: cases[name] for name in args.only.split(",")}
     else:
-        chosen = GROWTH if args.growth else CASES
+        chosen = GROWTH if args.growth else MAPPED if args.mapped else CASES
         chosen = {n: c for n, c in chosen.items() if args.slow or args.quick or not c.slow}
     if args.labels:
         chosen = {n: c for n, c in chosen.items() if c.gallery in (MARKET, MARKET_ALL)}

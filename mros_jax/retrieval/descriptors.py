@@ -1,5 +1,7 @@
 """Descriptors on disk, ours and anybody's: `.npz` files with named arrays, or MATLAB's `.mat`.
 
+Those that are too many for memory: directories with a `.npy` file for each array, which are mapped.
+
 Of a network that has further descriptors, such as those of early exits, `exits` (E,) has their
 names, `query_exit_NAME` and `gallery_exit_NAME` (N, D) are theirs, and `multiply_adds` (E + 1,) is
 what each takes, the main descriptor last.
@@ -13,7 +15,7 @@ they are of two identities and that they are of one. Learned re-ranking takes th
 import collections
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,10 +60,10 @@ def save_features(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> No
 
 
 def load_arrays(path: str | os.PathLike[str], required: Iterable[str]) -> dict[str, np.ndarray]:
-    """Read all arrays of a `.npz` file.
+    """Read all arrays of a `.npz` file, or map those of a directory of `.npy` files into memory.
 
     Args:
-        path: the file.
+        path: the file; or the directory, in which `NAME.npy` is the array of that name.
         required: arrays that it must hold.
 
     Raises:
@@ -69,6 +71,8 @@ def load_arrays(path: str | os.PathLike[str], required: Iterable[str]) -> dict[s
         UserError: not a `.npz` file, or an array that is missing, there twice, or cannot be read;
             names the file and the array.
     """
+    if pathlib.Path(path).is_dir():
+        return _map_arrays(pathlib.Path(path), required)
     path = _find_file(path)
     # A damaged file may raise nearly anything: numpy and zipfile check little of what they parse.
     try:
@@ -86,16 +90,33 @@ def load_arrays(path: str | os.PathLike[str], required: Iterable[str]) -> dict[s
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise UserError(f"{path} is one array; expected an .npz file of named arrays")
         names = collections.Counter(file.files)
-        missing = [name for name in required if name not in names]
-        if missing:
-            raise UserError(
-                f"{path} lacks {', '.join(missing)}; it holds {', '.join(names) or 'nothing'}, "
-                f"expected are {', '.join(required)}"
-            )
+        _check_names(names, required, path)
         for name, times in names.items():
             if times > 1:
                 raise UserError(f"{path} holds {name} {times} times; expected one of each name")
         return {name: _read_array(file, name, path) for name in names}
+
+
+def _map_arrays(path: pathlib.Path, required: Iterable[str]) -> dict[str, np.ndarray]:
+    files = {file.stem: file for file in sorted(path.glob("*.npy"))}
+    _check_names(files, required, path)
+    arrays = {}
+    for name, file in files.items():
+        try:
+            arrays[name] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+        except Exception as error:  # a damaged header may raise nearly anything
+            raise UserError(
+                f"{file} is not a complete .npy file (as np.save writes it): {error}"
+            ) from error
+    return arrays
+
+
+def _check_names(names: Collection[str], required: Iterable[str], path: pathlib.Path) -> None:
+    if missing := [name for name in required if name not in names]:
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}; it holds {', '.join(names) or 'nothing'}, "
+            f"expected are {', '.join(required)}"
+        )
 
 
 def _find_file(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -121,10 +142,10 @@ def _read_array(file: Any, name: str, path: pathlib.Path) -> np.ndarray:
 
 
 def load_features(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Read one file with all six arrays of `ARRAYS`, and whatever else it holds.
+    """Read one file (or directory) with all six arrays of `ARRAYS`, and whatever else it holds.
 
     Args:
-        path: `.npz`, or a `.mat` file with the arrays of `MATLAB_ARRAYS`.
+        path: `.npz`, a directory of `.npy` files, or a `.mat` file with those of `MATLAB_ARRAYS`.
 
     Raises:
         NotFoundError, UserError: as `load_arrays`; arrays of types or shapes that do not fit.

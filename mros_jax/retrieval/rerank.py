@@ -153,7 +153,7 @@ class ECN(Rerank):
     is r(i, j) = -w_i . w_j; the expanded neighbours N(i) are the t nearest of i and the q nearest
     of each of those. The distance of query and gallery image is the mean of r(n, gallery) over
     N(query) and r(query, n) over N(gallery). As r is bilinear the mean over n is taken first: with
-    E_i the mean of w_n over N(i), it is -(E_q . w_g + w_q . E_g) / 2, two sparse products. Where
+    E_i the mean of w_n over N(i), it is -(E_q . w_g + w_q . E_g) / 2: sparse products. Where
     that is 0 the cosine distance stands in its place (so those come last, in cosine order).
 
     Attributes:
@@ -227,15 +227,17 @@ class ECN(Rerank):
         # Whole numbers, so float32 sums are exact below 2**24; the division comes last, in float64.
         weights = np.broadcast_to(np.arange(k, 0, -1, dtype=np.float32), (num, k))
         rank = make_rows(lists[:, :k], weights, num)
-        mean = chosen @ rank
-        of_query = scipy.sparse.hstack([mean[:num_query], rank[:num_query]], format="csr")
+        ranked_by = rank.T.tocsr()
+        mean = chosen[:num_query] @ rank
         of_gallery = scipy.sparse.vstack(
-            [rank[num_query:].T.tocsr(), mean[num_query:].T.tocsr()], format="csr"
+            [rank[num_query:].T.tocsr(), chosen[num_query:].T.tocsr()], format="csr"
         )
         cosine_distances = distances.Gallery(gallery, "cosine", placement=placement.alone())
 
         def write_ranks(rows: np.ndarray, out: np.ndarray) -> None:
-            total = of_query[rows] @ of_gallery
+            # The gallery's means would take the most memory: w_q . E_g is the mean of w_q . w_n.
+            shared = rank[rows] @ ranked_by
+            total = scipy.sparse.hstack([mean[rows], shared], format="csr") @ of_gallery
             np.copyto(out, cosine_distances(query[rows]))
             values = total.data.astype(np.float64) / (-2 * count)
             for row, begin, end in zip(out, total.indptr, total.indptr[1:], strict=False):

@@ -66,7 +66,7 @@ def test_labels_of_any_whole_type_come_as_int64(tmp_path):
 def test_what_is_no_archive_of_arrays(tmp_path):
     with pytest.raises(NotFoundError, match="does not exist"):
         descriptors.load_features(tmp_path / "none.npz")
-    with pytest.raises(NotFoundError, match="is no file"):
+    with pytest.raises(UserError, match=r"lacks query_features, .*; it holds nothing"):
         descriptors.load_features(tmp_path)
     np.save(tmp_path / "one.npy", np.arange(3))
     with pytest.raises(UserError, match="is one array"):
@@ -124,6 +124,22 @@ def test_saved_is_loaded(tmp_path):
         name: array.tolist() for name, array in GOOD.items()
     }
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_a_directory_of_arrays_is_mapped(tmp_path):
+    for name, array in GOOD.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    (tmp_path / "notes.txt").write_text("no array")
+    mapped = descriptors.load_features(tmp_path)
+    assert set(mapped) == set(GOOD)
+    for name, array in GOOD.items():
+        np.testing.assert_array_equal(mapped[name], array)
+    features = mapped["gallery_features"]
+    assert isinstance(features.base, np.memmap)
+    assert not features.flags.writeable
+    (tmp_path / "gallery_features.npy").write_bytes(b"1 2 3")
+    with pytest.raises(UserError, match=r"gallery_features\.npy is not a complete \.npy file"):
+        descriptors.load_features(tmp_path)
 
 
 def save_matlab(path, **changes):
