@@ -365,8 +365,7 @@ def make_network(config: ConfigDict, num_classes: int) -> Network:
     config = list(split_stages(config).values())[-1]
     fields = config.network.to_dict()
     name = fields.pop("name", None)
-    if name not in NETWORKS:
-        raise UserError(f"network.name is {name!r}; expected one of {', '.join(NETWORKS)}")
+    errors.check_choice("network.name", name, NETWORKS)
     known = set(inspect.signature(NETWORKS[name]).parameters) - {"parent", "name"}
     if unknown := sorted(set(fields) - known):
         raise UserError(

@@ -30,5 +30,6 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     Raises:
         UserError: names the field, its value and the choices.
     """
-    if value not in (known := tuple(choices)):
+    known = tuple(choices)
+    if not isinstance(value, str) or value not in known:
         raise UserError(f"{name} is {value!r}; expected one of {', '.join(known)}")

@@ -21,7 +21,7 @@ from mros_jax import console, parallel
 from mros_jax.config import find_normalization, find_size, make_network
 from mros_jax.data import augment, decoding
 from mros_jax.data.prefetch import prefetch
-from mros_jax.errors import UserError
+from mros_jax.errors import UserError, check_choice
 from mros_jax.models.counting import count_multiply_adds
 from mros_jax.models.outputs import Network, Outputs
 from mros_jax.retrieval import blocks
@@ -133,8 +133,7 @@ class Embedder:
             UserError: images of another type or rank, files that cannot be read, images that the
                 crops cannot be cut from, or a flip test of ten crops.
         """
-        if crops not in CROPS:
-            raise UserError(f"crops is {crops!r}; expected one of {', '.join(CROPS)}")
+        check_choice("crops", crops, CROPS)
         if flip_test and crops == "ten":
             raise UserError("ten crops have mirror images already; use them without the flip test")
         if isinstance(images, str | os.PathLike | PIL.Image.Image):

@@ -15,10 +15,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32
 
-from mros_jax.errors import UserError
+from mros_jax.errors import UserError, check_choice
 from mros_jax.gallery.features import make_model_record
 from mros_jax.inference import Embedder, load_model
-from mros_jax.retrieval.inputs import check_choice, check_count
+from mros_jax.retrieval.inputs import check_count
 
 
 class Appearance:
@@ -48,7 +48,7 @@ class Appearance:
         flip_test: bool | None = None,
     ) -> None:
         self._model = model if isinstance(model, Embedder) else load_model(model)
-        check_choice(channels, "channels", ("bgr", "rgb"))
+        check_choice("channels", channels, ("bgr", "rgb"))
         self._step = -1 if channels == "bgr" else 1
         if not batch_sizes:
             raise UserError("batch_sizes is empty; expected numbers of people, such as (4, 16)")

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.special
 
 from mros_jax.retrieval import Result, bootstrap
 from mros_jax.runs import paper as papers
@@ -55,6 +54,8 @@ def estimate(values: Sequence[float]) -> tuple[float, float]:
     Args:
         values: the known ones.
     """
+    import scipy.special  # takes longer to load than all else here
+
     n = len(values)
     t = float(scipy.special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2))
     half = t * statistics.stdev(values) * math.sqrt(1 + 1 / n)

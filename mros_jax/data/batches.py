@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Int32, Integer
 
-from mros_jax.errors import UserError
+from mros_jax.errors import UserError, check_choice
 
 Labels = Integer[np.ndarray, "N"]
 
@@ -401,8 +401,7 @@ def make_sampler(section: Mapping[str, Any]) -> Sampler:
     """
     fields = dict(section)
     name = fields.pop("sampler", None)
-    if name not in SAMPLERS:
-        raise UserError(f"batch.sampler is {name!r}; expected one of {', '.join(SAMPLERS)}")
+    check_choice("batch.sampler", name, SAMPLERS)
     known = {field.name for field in dataclasses.fields(SAMPLERS[name])}
     if set(fields) != known:
         raise UserError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, Shaped
 
-from mros_jax.errors import UserError
+from mros_jax.errors import UserError, check_choice
 
 # Weights are whole multiples of 2^-22, as Pillow's `Resample.c` rounds them. Grey levels times
 # weights and their sums are exact in 32 bits, so that no result depends on the order of sums or on
@@ -66,10 +66,7 @@ def make_taps(size: int, out: int, interpolation: str = "bilinear") -> Taps:
     Raises:
         UserError: a size below 1, or an unknown interpolation.
     """
-    if interpolation not in _KERNELS:
-        raise UserError(
-            f"interpolation is {interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}"
-        )
+    check_choice("interpolation", interpolation, INTERPOLATIONS)
     if size < 1 or out < 1:
         raise UserError(f"cannot resize {size} pixels to {out}: sizes must be at least 1")
     kernel, reach = _KERNELS[interpolation]

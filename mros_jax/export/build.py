@@ -10,7 +10,7 @@ import numpy as np
 from mros_jax import config as configs
 from mros_jax import extras
 from mros_jax.data.splits import Dataset
-from mros_jax.errors import NotFoundError, UserError
+from mros_jax.errors import NotFoundError, UserError, check_choice
 from mros_jax.export import checks, stablehlo
 from mros_jax.export.model import Model, flatten, load
 from mros_jax.files import check_output, write_atomically
@@ -58,10 +58,8 @@ def export(
         UserError: what the format needs is not installed, an option that it does not have, a file
             that does not agree with the run (nothing is written), a path that cannot be written.
     """
-    if form not in FORMATS:
-        raise UserError(f"format is {form!r}; expected one of {', '.join(FORMATS)}")
-    if precision not in PRECISIONS:
-        raise UserError(f"precision is {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    check_choice("format", form, FORMATS)
+    check_choice("precision", precision, PRECISIONS)
     if precision != "float32" and form != "onnx":
         raise UserError(f"precision {precision} is for ONNX files; {form} files have float32")
     if sample < 2:

@@ -29,13 +29,13 @@ import numpy as np
 from jaxtyping import Float, Float32, Int64
 
 from mros_jax import extras
-from mros_jax.errors import NotFoundError, UserError
+from mros_jax.errors import NotFoundError, UserError, check_choice
 from mros_jax.files import read_json, write_atomically, write_json
 from mros_jax.gallery import segment as segments
 from mros_jax.gallery.features import Features, check_model
 from mros_jax.gallery.segment import BLOCK, KINDS, Block, Nearest, Segment
 from mros_jax.retrieval import rerank as reranks
-from mros_jax.retrieval.inputs import check_choice, check_count
+from mros_jax.retrieval.inputs import check_count
 from mros_jax.runs import lock
 
 FORMAT = 1  # of the directory: its files, and what they hold
@@ -88,7 +88,7 @@ class _Manifest:
                     raise ValueError(f"no segment is named {part.name}, {part.removed}")
                 if not set(segments.FILES) >= set(part.files) >= set(segments.FILES[:3]):
                     raise ValueError(f"{part.name} has the files {part.files}")
-            check_choice(manifest.kind, "kind", list(KINDS))
+            check_choice("kind", manifest.kind, KINDS)
             check_count(manifest.size, "size")
             check_count(manifest.next, "next")
             if not isinstance(manifest.model, dict):
@@ -230,7 +230,7 @@ class Index:
         """
         extras.require("faiss", "an index")
         path = pathlib.Path(path)
-        check_choice(kind, "kind", list(KINDS))
+        check_choice("kind", kind, KINDS)
         effort = choose_effort(kind, KINDS[kind], effort)
         shape = np.shape(features.features)
         if len(shape) != 2 or shape[1] < 1:

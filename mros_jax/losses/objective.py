@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from mros_jax.errors import UserError
+from mros_jax.errors import UserError, check_choice
 from mros_jax.losses.center import center_loss
 from mros_jax.losses.classification import smoothed_cross_entropy
 from mros_jax.losses.mutual import mutual_divergence
@@ -302,10 +302,7 @@ def make_objective(sections: Mapping[str, Mapping[str, Any]]) -> Objective:
     for name, section in sections.items():
         fields = dict(section)
         kind = fields.pop("loss", None)
-        if kind not in TERMS:
-            raise UserError(
-                f"objective.{name}.loss is {kind!r}; expected one of {', '.join(TERMS)}"
-            )
+        check_choice(f"objective.{name}.loss", kind, TERMS)
         if fields.get("weight") == 0:
             continue
         known = list(inspect.signature(TERMS[kind]).parameters)

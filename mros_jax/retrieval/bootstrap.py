@@ -9,8 +9,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float64, Int
 
-from mros_jax.errors import UserError
-from mros_jax.retrieval.inputs import check_choice, check_count, check_number
+from mros_jax.errors import UserError, check_choice
+from mros_jax.retrieval.inputs import check_count, check_number
 from mros_jax.retrieval.metrics import Result
 
 UNITS = ("query", "identity")
@@ -49,7 +49,7 @@ def _sum_units(
     values: Float64[np.ndarray, "V M"], pids: Int[np.ndarray, "V"], by: str
 ) -> tuple[Float64[np.ndarray, "U M"], Float64[np.ndarray, "U"]]:
     """Sums and numbers of queries of each unit that is resampled."""
-    check_choice(by, "by", UNITS)
+    check_choice("by", by, UNITS)
     if by == "query":
         return values, np.ones(len(values))
     _, unit = np.unique(pids, return_inverse=True)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from mros_jax.errors import UserError
+from mros_jax.errors import UserError, check_choice
 from mros_jax.retrieval import blocks
-from mros_jax.retrieval.inputs import Numbers, check_choice, check_pair, show_rows
+from mros_jax.retrieval.inputs import Numbers, check_pair, show_rows
 
 METRICS = ("cosine", "euclidean")
 
@@ -191,7 +191,7 @@ def prepare_distances(
     Raises:
         UserError: as `compute_distances`.
     """
-    check_choice(metric, "metric", METRICS)
+    check_choice("metric", metric, METRICS)
     query, gallery, exponent = check_pair(query_features, gallery_features, normalize=normalize)
     compute = Gallery(gallery, choose_kind(metric, normalize), placement=placement)
 

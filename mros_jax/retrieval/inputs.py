@@ -256,12 +256,6 @@ def check_pid(pid: int | None, name: str) -> None:
         raise UserError(f"{name} is {pid!r}; expected a whole number, or None if there is none")
 
 
-def check_choice(value: Any, name: str, choices: Sequence[str | None]) -> None:
-    """Raise a UserError unless `value` is among `choices`."""
-    if not (value is None or isinstance(value, str)) or value not in choices:
-        raise UserError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
-
-
 def check_count(value: Any, name: str, *, most: int | None = None, of: str = "") -> None:
     """Raise a UserError unless 1 <= value <= most (`of` says what `most` counts)."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mros_jax.errors import UserError
+from mros_jax.errors import UserError, check_choice
 from mros_jax.retrieval import blocks, distances, gathers, neighbors, padded
-from mros_jax.retrieval.inputs import check_choice, check_count
+from mros_jax.retrieval.inputs import check_count
 from mros_jax.retrieval.metrics import AP_VARIANTS, count_ranks
 from mros_jax.retrieval.rerank import ECN, KReciprocal
 
@@ -255,7 +255,7 @@ def evaluate(
         UserError: as `compute_distances`; an unknown `ap`, or counts below 1.
     """
     _check(rerank)
-    check_choice(ap, "ap", AP_VARIANTS)
+    check_choice("ap", ap, AP_VARIANTS)
     check_count(most_per_pid, "most_per_pid")
     check_count(max_rank, "max_rank")
     num_query, num = len(query_features), len(query_features) + len(gallery_features)

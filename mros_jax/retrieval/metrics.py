@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Float64, Int, Int64, Shaped
 
-from mros_jax.errors import UserError
+from mros_jax.errors import UserError, check_choice
 from mros_jax.retrieval import blocks, distances, gathers
 from mros_jax.retrieval.inputs import (
     Numbers,
-    check_choice,
     check_count,
     check_matrix,
     check_pair,
@@ -388,7 +387,7 @@ def evaluate_distances(
         UserError: NaN or infinite distances, wrong shapes, labels that are no whole numbers, no
             valid query.
     """
-    check_choice(ap, "ap", AP_VARIANTS)
+    check_choice("ap", ap, AP_VARIANTS)
     check_count(max_rank, "max_rank")
     matrix = np.asarray(check_matrix(distance))
     labels = check_labels(
@@ -468,8 +467,8 @@ def evaluate(
         1.0
     """
     query_side, gallery_side = make_sides(data)
-    check_choice(metric, "metric", distances.METRICS)
-    check_choice(ap, "ap", AP_VARIANTS)
+    check_choice("metric", metric, distances.METRICS)
+    check_choice("ap", ap, AP_VARIANTS)
     check_count(max_rank, "max_rank")
     if isinstance(rerank, str):
         (rerank,) = parse([rerank])

@@ -18,10 +18,10 @@ import numpy as np
 import scipy
 from jaxtyping import Array, Float
 
-from mros_jax.errors import UserError
+from mros_jax.errors import UserError, check_choice
 from mros_jax.retrieval import blocks, distances, gathers, rescore
 from mros_jax.retrieval.descriptors import PAIR_ARRAYS
-from mros_jax.retrieval.inputs import Numbers, check_choice, check_count, check_number, check_pair
+from mros_jax.retrieval.inputs import Numbers, check_count, check_number, check_pair
 from mros_jax.retrieval.neighbors import (
     Neighbors,
     check_neighbors,
@@ -179,7 +179,7 @@ class ECN(Rerank):
     def __post_init__(self) -> None:
         for name in ("k", "t", "q"):
             check_count(getattr(self, name), f"{self.name}: {name}")
-        check_choice(self.method, f"{self.name}: method", ("rankdist", "origdist"))
+        check_choice(f"{self.name}: method", self.method, ("rankdist", "origdist"))
         _check_search(self.neighbors)
 
     def check(self, num_query: int, num_gallery: int) -> None:
@@ -340,7 +340,7 @@ class AQE(Rerank):
         check_count(self.k, f"{self.name}: k")
         check_number(self.alpha, f"{self.name}: alpha", 0)
         if isinstance(self.neighbors, str):
-            check_choice(self.neighbors, f"{self.name}: neighbors", ("exact",))
+            check_choice(f"{self.name}: neighbors", self.neighbors, ("exact",))
 
     def check(self, num_query: int, num_gallery: int) -> None:
         """See `Rerank.check`."""

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64
 
-from mros_jax.errors import UserError
+from mros_jax.errors import UserError, check_choice
 from mros_jax.retrieval import blocks, distances
 from mros_jax.retrieval.inputs import (
     Numbers,
-    check_choice,
     check_matrix,
     check_number,
     check_pair,
@@ -123,7 +122,7 @@ def verify(
         UserError: as `evaluate`; no genuine or no impostor pair.
     """
     query_side, gallery_side = make_sides(data)
-    check_choice(metric, "metric", distances.METRICS)
+    check_choice("metric", metric, distances.METRICS)
     query, gallery, exponent = check_pair(
         query_side.features, gallery_side.features, normalize=normalize
     )

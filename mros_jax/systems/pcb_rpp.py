@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from mros_jax.errors import UserError
+from mros_jax.errors import UserError, check_choice
 from mros_jax.models.heads import dropout
 from mros_jax.models.layers import widen
 from mros_jax.models.stripes import pool_stripes
@@ -46,8 +46,7 @@ class PCBRPP(PCB):
     def _pool(
         self, t4: Array, *, train: bool, keys: Array | None
     ) -> tuple[Array, dict[str, Array]]:
-        if self.pooling not in _POOLINGS:
-            raise UserError(f"pooling is {self.pooling!r}; expected one of {', '.join(_POOLINGS)}")
+        check_choice("pooling", self.pooling, _POOLINGS)
         classifier = PartClassifier(
             self.num_stripes,
             kind=self.part_classifier,
@@ -89,10 +88,7 @@ class PartClassifier(nn.Module):
         Raises:
             UserError: another kind, or channels that do not make groups of 8.
         """
-        if self.kind not in CLASSIFIERS:
-            raise UserError(
-                f"part_classifier is {self.kind!r}; expected one of {', '.join(CLASSIFIERS)}"
-            )
+        check_choice("part_classifier", self.kind, CLASSIFIERS)
         authors = self.kind == "authors"
         if self.dropout and not authors:
             raise UserError(f"part_dropout is {self.dropout}; only the authors' classifier has one")

@@ -93,5 +93,5 @@ def test_bad_input():
         bootstrap.estimate_intervals(result, rng=rng, samples=0)
     with pytest.raises(ValueError, match="confidence is 95"):
         bootstrap.estimate_intervals(result, rng=rng, confidence=95)
-    with pytest.raises(ValueError, match="'query', 'identity'"):
+    with pytest.raises(ValueError, match="by is 'camera'; expected one of query, identity"):
         bootstrap.estimate_intervals(result, rng=rng, by="camera")

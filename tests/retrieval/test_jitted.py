@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_not_a_number():
         ({"rerank": ECN(method="origdist")}, "compiled are None, KReciprocal, and ECN with"),
         ({"rerank": AQE()}, "all with neighbors 'exact'"),
         ({"rerank": ECN(k=71)}, "k is 71, but there are only 70"),
-        ({"ap": "mean"}, "'standard', 'trapezoid'"),
+        ({"ap": "mean"}, "one of standard, trapezoid"),
         ({"most_per_pid": 0}, "most_per_pid is 0"),
     ],
 )

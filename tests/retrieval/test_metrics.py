@@ -362,8 +362,8 @@ def test_bad_arrays(change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metric": "l1"}, "metric is 'l1'; expected one of 'cosine', 'euclidean'"),
-        ({"ap": "area"}, "'standard', 'trapezoid'"),
+        ({"metric": "l1"}, "metric is 'l1'; expected one of cosine, euclidean"),
+        ({"ap": "area"}, "one of standard, trapezoid"),
         ({"rerank": "magic"}, "no re-ranking 'magic'; expected some of ecn"),
         ({"max_rank": 0}, "max_rank is 0"),
     ],

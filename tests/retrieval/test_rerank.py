@@ -189,7 +189,7 @@ def test_accepts_jax_arrays():
         (ECN, {"k": 81}, "k is 81, but there are only 80 images"),
         (ECN, {"t": 80}, "t is 80, but there are only 79"),
         (ECN, {"q": 0}, "q is 0; expected a whole number of at least 1"),
-        (ECN, {"method": "other"}, "'rankdist', 'origdist'"),
+        (ECN, {"method": "other"}, "one of rankdist, origdist"),
         (ECN, {"neighbors": "magic"}, "neighbors is 'magic'"),
         (KReciprocal, {"k1": 80}, "k1 is 80, but there are only 79"),
         (KReciprocal, {"lambda_value": 2}, "lambda_value is 2"),
