@@ -32,6 +32,7 @@ from mros_jax.training import recipe
 from mros_jax.training.feed import Feed
 from scripts import (
     ablation,
+    bench_convolutions,
     bench_gpu,
     bench_model,
     bench_train,
@@ -412,6 +413,47 @@ def test_gpu_benchmark_of_training(tmp_path):
     assert sum(row["seconds"] for row in parts) == pytest.approx(whole["seconds"])
     assert all(row["seconds"] > 0 for row in parts)
     assert "Rank-1" in whole["remark"]
+
+
+def test_convolutions_are_those_of_the_network():
+    config, _ = configs.parse_config(["--config=configs/demo.py"])
+    assert config is not None
+    found = bench_convolutions.find_convolutions(config, 4)
+    size = batches.make_sampler(config.batch.to_dict()).size
+    height, width = config.input.height, config.input.width
+    counted = count_multiply_adds(configs.make_network(config, 4), height, width)["descriptor"]
+    assert sum(n * each.flops for each, n in found.items()) == 2 * size * counted
+
+
+def test_convolutions_alone_are_timed(monkeypatch, tmp_path):
+    some = bench_convolutions.Convolution((2, 6, 5, 4), (3, 3, 4, 8), (2, 2), (1, 1), 1)
+    other = bench_convolutions.Convolution((2, 6, 4, 4), (1, 1, 4, 3), (1, 1), (0, 0), 1)
+    monkeypatch.setattr(
+        bench_convolutions, "find_convolutions", lambda *_, **__: {some: 2, other: 1}
+    )
+    table = tmp_path / "table.md"
+    words = ["--config=configs/demo.py", "--no_torch", "--repeats=1", f"--markdown={table}"]
+    assert bench_convolutions.main(words) == 0
+    lines = [line.split("|") for line in table.read_text().splitlines()[4:]]
+    rows = {(row[1].strip(), row[4].strip()): row for row in lines}
+    assert len(rows) == 3 * len(bench_convolutions.PASSES)
+    for what in bench_convolutions.PASSES:
+        parts = [float(rows[kernel, what][5]) for kernel in ("3 x 3 / 2", "1 x 1")]
+        assert min(parts) > 0
+        assert float(rows["all", what][5]) == pytest.approx(sum(parts), abs=0.2)
+        assert rows["all", what][2].strip() == "3"
+
+
+def test_convolutions_are_the_same_in_both(torch):
+    some = bench_convolutions.Convolution((2, 6, 5, 4), (3, 3, 4, 8), (2, 2), (1, 1), 1)
+    other = bench_convolutions.Convolution((2, 6, 4, 4), (1, 1, 4, 3), (2, 2), (0, 0), 1)
+    for convolution in (some, other):
+        ours = bench_convolutions.make_jax_passes(convolution)
+        theirs = bench_convolutions.make_torch_passes(convolution)
+        orders = ((0, 2, 3, 1), (0, 2, 3, 1), (2, 3, 1, 0))
+        for what, axes in zip(bench_convolutions.PASSES, orders, strict=True):
+            expected = theirs[what]().permute(axes).numpy()
+            np.testing.assert_allclose(ours[what](), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
