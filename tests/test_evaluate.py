@@ -18,11 +18,13 @@ from mros_jax import compare, console, evaluate
 from mros_jax import config as configs
 from mros_jax.data.images import EncodedImages
 from mros_jax.data.splits import Dataset, Split
+from mros_jax.data.synthetic import dataset as synthetic
 from mros_jax.files import write_json
 from mros_jax.retrieval import descriptors
 from mros_jax.runs import provenance, results
 from mros_jax.runs.features import fingerprint
 from mros_jax.runs.run import FORMAT
+from tests.runs import make_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "data" / "retrieval_a.npz"
@@ -613,3 +615,24 @@ def test_people_numbered_from_zero_are_pointed_out(tmp_path, capsys):
     _, out, err = call("--features", str(path), "--no_distractors", capsys=capsys)
     assert "3 queries (3 with a match)" in out
     assert "distractor" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_files_that_were_skipped_count_when_they_are_repaired(tmp_path, capsys):
+    root = tmp_path / "data"
+    synthetic.main(["--out", str(root), "--preset", "small"])
+    capsys.readouterr()
+    broken = sorted((root / "query").iterdir())[:4]
+    whole = {path: path.read_bytes() for path in broken}
+    for path in broken:
+        path.write_bytes(b"")
+    given = {"name": "market1501", "root": str(root), "on_bad_image": "skip"}
+    fields = {f"dataset.{name}": value for name, value in given.items()}
+    path = make_run(tmp_path / "run", tmp_path / "cache", **fields)
+    argv = ("--run", str(path), "--json")
+    assert json.loads(call(*argv, capsys=capsys)[1])["dataset"]["num_query"] == 20
+    for path, content in whole.items():
+        path.write_bytes(content)
+    again = json.loads(call(*argv, capsys=capsys)[1])
+    assert again["dataset"]["num_query"] == len(again["results"][0]["ap"]) == 24
