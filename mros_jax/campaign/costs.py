@@ -237,8 +237,10 @@ def measure_apart(words: Sequence[str], repeats: int) -> Cost:
         answer = receiving.recv()
     except EOFError:
         answer = "its process was killed, as systems do where memory is short"
-    finally:
+    except BaseException:
         process.terminate()
+        raise
+    finally:
         process.join()
         receiving.close()
     if not isinstance(answer, Cost):
