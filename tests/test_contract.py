@@ -134,30 +134,32 @@ def get_system(name, variant):
     return System(name, variant)
 
 
-def find_distinct():
-    """Systems that are trained in another way than those before them."""
-    sections: dict[tuple[str, ...], tuple[str, str]] = {}
+def find_distinct(*sections):
+    """Systems that differ in these sections of their config from those before them."""
+    found: dict[tuple[str, ...], tuple[str, str]] = {}
     for name, variant in SYSTEMS:
         config = get_config(name, variant)
-        parts = (config.network.to_json(), config.objective.to_json(), config.optimizer.to_json())
-        sections.setdefault((name, *parts), (name, variant))
-    return list(sections.values())
+        found.setdefault((name, *(config[x].to_json() for x in sections)), (name, variant))
+    return list(found.values())
 
 
 # To compile a step takes seconds: of other systems and variants they are slow tests.
 QUICK = {("mros", "IV"), ("strong", ""), ("pcb", ""), ("trinet", "")}
-each_distinct_system = pytest.mark.parametrize(
-    "system",
-    [
-        pytest.param(
-            (name, variant),
-            marks=() if (name, variant) in QUICK else pytest.mark.slow,
-            id="-".join(filter(None, (name, variant))),
-        )
-        for name, variant in find_distinct()
-    ],
-    indirect=True,
-)
+
+
+def each_distinct(*sections):
+    return pytest.mark.parametrize(
+        "system",
+        [
+            pytest.param(
+                (name, variant),
+                marks=() if (name, variant) in QUICK else pytest.mark.slow,
+                id="-".join(filter(None, (name, variant))),
+            )
+            for name, variant in find_distinct(*sections)
+        ],
+        indirect=True,
+    )
 
 
 @pytest.fixture(params=SYSTEMS, ids=lambda pair: "-".join(filter(None, pair)))
@@ -309,7 +311,7 @@ def take_gradients(tiny, num_devices):
     return jax.device_get(parallel.MappedStep(step, devices)(state, None, batch))
 
 
-@each_distinct_system
+@each_distinct("network", "objective", "optimizer")
 def test_one_training_step(system):
     """Every parameter has a gradient or is frozen; all that moves is finite. As users train."""
     tiny = system.tiny
@@ -329,7 +331,7 @@ def test_one_training_step(system):
 
 
 @pytest.mark.slow
-@each_distinct_system
+@each_distinct("network")
 def test_two_devices_do_as_one_does(system):
     # In float64, and therefore far closer than float32 could be. There, of many inputs of ReLUs and
     # maxima some come within rounding of 0 or of each other, where the gradient jumps: two correct
