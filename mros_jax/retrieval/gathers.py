@@ -1,4 +1,4 @@
-"""ECN by dense gathers: what an accelerator does in place of sparse products.
+"""Re-ranking on accelerators; and ECN by dense gathers, what they do in place of sparse products.
 
 All functions look at a block of queries, with the lists of neighbours of all images at hand, and
 need (block, images) memory. Rank vectors hold whole numbers, so sums of their products are exact in
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int
 
 from mros_jax.retrieval import blocks, distances
 
@@ -134,32 +134,31 @@ def make_order(k: int, t: int, q: int) -> Callable[..., Array]:
     return functools.partial(order, k=k, t=t, q=q)
 
 
-class ECNRows:
-    """ECN distances of blocks of queries, made on the devices; see `rerank.Rows`.
+class DeviceRows:
+    """Distances of blocks of queries, made on the devices; see `rerank.Rows`.
 
     Args:
+        order: (index, query, gallery, inverse norms, *shared, columns) -> (B, G), as `order` here:
+            numbers in the order of distances. Made once, see `blocks.BlockMap`.
         query: (Q, D), checked.
         gallery: (G, D), checked.
-        lists: as for `count_totals`, of queries and gallery stacked.
-        k: length of the rank lists.
-        t: nearest neighbours taken first.
-        q: neighbours taken of each of those.
+        shared: of all images, queries stacked above the gallery.
+        restore: from these numbers to distances, on the host.
         placement: devices and block size.
     """
 
     def __init__(
         self,
+        order: Callable[..., Array],
         query: Float32[np.ndarray | Array, "Q D"],
         gallery: Float32[np.ndarray | Array, "G D"],
-        lists: Int32[np.ndarray, "N length"],
+        shared: Sequence[np.ndarray],
         *,
-        k: int,
-        t: int,
-        q: int,
+        restore: Callable[[np.ndarray], np.ndarray],
         placement: blocks.Placement,
     ):
-        self._query, self._gallery, self._lists = query, gallery, lists
-        self._order, self._count = make_order(k, t, q), t + t * q
+        self._order, self._restore = order, restore
+        self._query, self._gallery, self._shared = query, gallery, shared
         self._placement = placement
 
     def _map(self, columns: np.ndarray, placement: blocks.Placement, **options: Any) -> _Run:
@@ -168,9 +167,9 @@ class ECNRows:
         placed = blocks.place_everywhere(gallery, placement)
         norms = jax.jit(distances.KINDS["cosine"].norms)(placed)
         images = (columns + len(self._query)).astype(np.int32)
-        shared = [self._query, placed, norms, self._lists, images]
+        shared = [self._query, placed, norms, *self._shared, images]
         mapped = blocks.BlockMap(self._order, shared, placement=placement, **options)
-        num, size = len(self._lists), gallery.shape[1]
+        num, size = len(self._query) + len(self._gallery), gallery.shape[1]
         return lambda num_rows, get: mapped.run(num_rows, num, get, num_features=size)
 
     @functools.cached_property
@@ -181,7 +180,7 @@ class ECNRows:
         """Write the distances of some queries."""
         index = rows.astype(np.int32)
         for part, order in self._everything(len(rows), lambda part: [index[part]]):
-            out[part] = np.where(order <= -1, order / np.float64(2 * self._count), order)
+            out[part] = self._restore(order)
 
     def look_at(self, look: Callable[..., Any], columns: np.ndarray) -> _Run:
         """`blocks.BlockMap.run` of `look` at blocks of `order`, of some columns of the gallery.

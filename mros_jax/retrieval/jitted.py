@@ -107,22 +107,14 @@ def _make_order(
     everywhere = jnp.concatenate([jnp.zeros(num_query, bool), hidden])
     images = _Images(features, distances.KINDS["similarity"].norms(features), everywhere)
     lists, smallest = images.search(rerank.list_length, mapped)
+    below = jnp.arange(num_query, len(features))
     if isinstance(rerank, ECN):
         order = gathers.make_order(rerank.k, rerank.t, rerank.q)
-        below = jnp.arange(num_query, len(features))
         return lambda index: order(index, query, gallery, norms, lists, below)
 
-    columns, weights = _encode(images, lists, smallest, rerank, mapped)
-    encoded_gallery = columns[num_query:], weights[num_query:]
-    share = rerank.lambda_value
-
-    def measure(index: Int[Array, "B"]) -> Float[Array, "B G"]:
-        encoded_query = columns[index], weights[index]
-        jaccard = padded.compute_jaccard(encoded_query, encoded_gallery, len(features))
-        cosine = distances.KINDS["cosine"].measure(query[index], gallery, norms)
-        return (1 - share) * jaccard + share * padded.scale(cosine, smallest[index, None])
-
-    return measure
+    encoded = _encode(images, lists, smallest, rerank, mapped)
+    measure = padded.make_measure(rerank.lambda_value)
+    return lambda index: measure(index, query, gallery, norms, *encoded, smallest, below)
 
 
 def _encode(
@@ -132,7 +124,7 @@ def _encode(
     rerank: KReciprocal,
     mapped: _Blocks,
 ) -> tuple[Int[Array, "N wider"], Float[Array, "N wider"]]:
-    """`reciprocal.encode`, padded: columns and weights."""
+    """`padded.encode` within a program."""
     num = len(lists)
     lengths = rerank.k1 + 1, round(rerank.k1 / 2) + 1
     full, half = mapped.map(

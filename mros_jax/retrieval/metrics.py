@@ -512,7 +512,7 @@ def evaluate(
     else:
         write = rerank.prepare(query, gallery, placement)
         columns = labels.kept if keep_junk else np.arange(len(gallery))
-        if isinstance(write, gathers.ECNRows):
+        if isinstance(write, gathers.DeviceRows):
             run = write.look_at(count_ranks, columns)
             ranks = _rank_on_devices(run, lambda rows: rows.astype(np.int32), labels)
         else:

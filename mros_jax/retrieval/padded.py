@@ -1,13 +1,18 @@
-"""k-reciprocal encoding with sets of bounded size, padded: what one compiled program can hold.
+"""k-reciprocal encoding with sets of bounded size, padded: what accelerators can hold.
 
 The same sets as in `reciprocal`. Padding is the number of images, one beyond the last of them.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from mros_jax.retrieval import gathers
+from mros_jax.retrieval import blocks, distances, gathers, reciprocal
+from mros_jax.retrieval.neighbors import Neighbors
 
 
 def find_reciprocal(
@@ -95,3 +100,79 @@ def compute_jaccard(
     entries = gallery[0].T, gallery[1].T
     shared: Array = jax.lax.scan(add, begin, entries, unroll=gathers.UNROLL)[0].T
     return 1.0 - shared / (2.0 - shared)
+
+
+def encode(
+    features: Float32[np.ndarray | Array, "N D"],
+    neighbors: Neighbors,
+    k1: int,
+    k2: int,
+    placement: blocks.Placement,
+) -> tuple[Int[np.ndarray, "N wider"], Float32[np.ndarray, "N wider"]]:
+    """`reciprocal.encode` on the devices: columns and weights of each image, padded."""
+    lists, num = neighbors.indices, len(neighbors.indices)
+    sets = [
+        np.where(reciprocal.find_reciprocal(lists[:, :k]), lists[:, :k], num).astype(np.int32)
+        for k in (k1 + 1, round(k1 / 2) + 1)
+    ]
+    placed = blocks.place_everywhere(features, placement)
+    norms = jax.jit(distances.KINDS["similarity"].norms)(placed)
+    shared = [placed, norms, *sets, neighbors.smallest]
+    index, near = np.arange(num, dtype=np.int32), lists[:, :k2]
+    weighed: tuple[np.ndarray, np.ndarray] = blocks.BlockMap(
+        _weigh_sets, shared, placement=placement
+    ).collect(num, num, lambda rows: [index[rows]], num_features=features.shape[1])
+    averaged: tuple[np.ndarray, np.ndarray] = blocks.BlockMap(
+        average, weighed, placement=placement
+    ).collect(num, k2 * weighed[0].shape[1], lambda rows: [near[rows]])
+    return averaged
+
+
+def _weigh_sets(
+    index: Int[Array, "B"],
+    features: Float[Array, "N D"],
+    norms: Float[Array, "N"],
+    full: Int[Array, "N k"],
+    half: Int[Array, "N h"],
+    smallest: Float[Array, "N"],
+) -> tuple[Int[Array, "B width"], Float[Array, "B width"]]:
+    columns = expand_sets(index, full, half)
+    similarity = distances.compute_similarity(features[index], features, norms)
+    return columns, weigh(index, columns, similarity, smallest[index])
+
+
+def measure(
+    index: Int[Array, "B"],
+    query: Float[Array, "Q D"],
+    gallery: Float[Array, "G D"],
+    inverse_norms: Float[Array, "G"],
+    columns: Int[Array, "N wider"],
+    weights: Float[Array, "N wider"],
+    smallest: Float[Array, "N"],
+    images: Int[Array, "G"],
+    *,
+    lambda_value: float,
+) -> Float[Array, "B G"]:
+    """k-reciprocal distances, see `rerank.KReciprocal`.
+
+    Args:
+        index: of the queries among all images; queries are stacked above the gallery.
+        query: (Q, D) all queries.
+        gallery: (G, D) the images to measure.
+        inverse_norms: (G,) one over their norms.
+        columns: of the encodings of all images.
+        weights: of the same.
+        smallest: (N,) the cosine of each image with the farthest.
+        images: (G,) where the gallery's are among all.
+        lambda_value: share of the distance without re-ranking.
+    """
+    of_query, of_gallery = ((columns[rows], weights[rows]) for rows in (index, images))
+    jaccard = compute_jaccard(of_query, of_gallery, len(columns))
+    cosine = distances.KINDS["cosine"].measure(query[index], gallery, inverse_norms)
+    return (1 - lambda_value) * jaccard + lambda_value * scale(cosine, smallest[index, None])
+
+
+@functools.cache
+def make_measure(lambda_value: float) -> Callable[..., Array]:
+    """`measure` with this share, as a `blocks.BlockMap` takes it."""
+    return functools.partial(measure, lambda_value=lambda_value)

@@ -19,7 +19,7 @@ import scipy
 from jaxtyping import Array, Float
 
 from mros_jax.errors import UserError, check_choice
-from mros_jax.retrieval import blocks, distances, gathers, rescore
+from mros_jax.retrieval import blocks, distances, gathers, padded, rescore
 from mros_jax.retrieval.descriptors import PAIR_ARRAYS
 from mros_jax.retrieval.inputs import Numbers, check_count, check_number, check_pair
 from mros_jax.retrieval.neighbors import (
@@ -204,7 +204,11 @@ class ECN(Rerank):
         else:
             lists = _take_lists(features, self.list_length, self.neighbors, placement)
         if self.method == "rankdist" and gathers.suit(placement):
-            return gathers.ECNRows(query, gallery, lists, k=k, t=t, q=q, placement=placement)
+            return gathers.DeviceRows(
+                *(gathers.make_order(k, t, q), query, gallery, [lists]),
+                restore=lambda x: np.where(x <= -1, x / np.float64(2 * (t + t * q)), x),
+                placement=placement,
+            )
         first = lists[:, 1 : t + 1]
         expanded = np.concatenate([first, lists[first, 1 : q + 1].reshape(num, t * q)], axis=1)
         chosen = make_rows(expanded, np.ones(expanded.shape, np.float32), num)
@@ -292,6 +296,14 @@ class KReciprocal(Rerank):
         features = stack(query, gallery)
         query, gallery = features[:num_query], features[num_query:]
         found = self._find(features, self.list_length, placement)
+        if gathers.suit(placement):
+            padding = padded.encode(features, found, self.k1, self.k2, placement)
+            return gathers.DeviceRows(
+                *(padded.make_measure(self.lambda_value), query, gallery),
+                [*padding, found.smallest],
+                restore=lambda distance: distance,
+                placement=placement,
+            )
         encoded = encode(features, found, self.k1, self.k2)
         encoded_gallery = encoded[num_query:].tocsc()
         cosine_distances = distances.Gallery(gallery, "cosine", placement=placement.alone())

@@ -111,6 +111,21 @@ def test_scores_of_dense_gathers_equal_those_of_sparse_products(keep_junk, num_d
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize(("keep_junk", "num_devices"), [(False, 1), (True, 4)])
+def test_k_reciprocal_on_devices_equals_sparse_sets(keep_junk, num_devices, choose):
+    case = make_case(40, 130, exact=False)
+    method, placement = KReciprocal(k1=10, k2=3), on_devices(num_devices)
+    scores, distances = [], []
+    for dense in (False, True):
+        choose(dense)
+        options = {"rerank": method, "keep_junk": keep_junk, "placement": placement}
+        scores.append(evaluate(*case, **options))
+        distances.append(method.distances(*case[:2], placement=placement))
+    np.testing.assert_allclose(distances[1], distances[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(scores[1].ap, scores[0].ap, rtol=1e-6)
+    assert scores[1].protocol == scores[0].protocol
+
+
 @pytest.mark.parametrize("name", ["a", pytest.param("b", marks=pytest.mark.slow)])
 def test_re_ranking_equals_golden(name, choose):
     with np.load(GOLDEN / f"retrieval_{name}.npz") as file:
@@ -121,8 +136,12 @@ def test_re_ranking_equals_golden(name, choose):
     np.testing.assert_allclose(ECN().distances(*features), expected, rtol=0, atol=1e-5)
     got = jitted.compute_distances(*features, rerank=ECN())
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-5)
-    got = jitted.compute_distances(*features, rerank=KReciprocal())
-    np.testing.assert_allclose(got, data["kreciprocal_k20_6_l0.3"], rtol=0, atol=1e-6)
+    expected = data["kreciprocal_k20_6_l0.3"]
+    for got in (
+        KReciprocal().distances(*features),
+        jitted.compute_distances(*features, rerank=KReciprocal()),
+    ):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
 
 
 def share(function, num_devices):
