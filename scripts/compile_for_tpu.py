@@ -279,7 +279,7 @@ def make_searches(
     rows = block(gallery)
     yield job(
         "expanded queries",
-        lambda query, near: rerank.expand_queries(query, near, float(aqe.alpha)),
+        lambda query, near: gathers.expand_queries(query, near, float(aqe.alpha)),
         [shape(rows, features), shape(rows, aqe.k, features)],
     )
     if hasattr(network, "fold_heads"):

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from mros_jax.retrieval import blocks, distances
 
@@ -134,6 +134,109 @@ def make_order(k: int, t: int, q: int) -> Callable[..., Array]:
     return functools.partial(order, k=k, t=t, q=q)
 
 
+def average_expanded(
+    features: Float32[np.ndarray | Array, "N D"],
+    lists: Int32[np.ndarray, "N length"],
+    t: int,
+    q: int,
+    placement: blocks.Placement,
+) -> Float32[np.ndarray, "N D"]:
+    """Mean of the unit vectors of each image's expanded neighbours, see `expand`."""
+    placed = blocks.place_everywhere(features, placement)
+    norms = jax.jit(distances.KINDS["similarity"].norms)(placed)
+    expanded = np.asarray(jax.jit(expand, static_argnums=(1, 2))(lists, t, q))
+    means = blocks.BlockMap(_average_units, [placed, norms], placement=placement)
+    size = features.shape[1]
+    found: np.ndarray = means.collect(
+        len(lists), size * expanded.shape[1], lambda rows: [expanded[rows]], num_features=size
+    )
+    return found
+
+
+def _average_units(
+    near: Int[Array, "B m"], features: Float[Array, "N D"], inverse_norms: Float[Array, "N"]
+) -> Float[Array, "B D"]:
+    return (features[near] * inverse_norms[near][..., None]).mean(1)
+
+
+def order_by_means(
+    index: Int[Array, "B"],
+    query: Float[Array, "Q D"],
+    gallery: Float[Array, "G D"],
+    inverse_norms: Float[Array, "G"],
+    means: Float[Array, "N D"],
+    columns: Int[Array, "G"],
+) -> Float[Array, "B G"]:
+    """ECN of cosine distances: the mean of 1 - x_n . x_g over n is 1 - (mean of x_n) . x_g.
+
+    Args:
+        index: as for `order`, like all that are not below.
+        query: see there.
+        gallery: see there.
+        inverse_norms: see there; not needed.
+        means: of the unit vectors of each image's expanded neighbours.
+        columns: see there.
+    """
+
+    def compare(images: Float[Array, "M D"], means: Float[Array, "K D"]) -> Float[Array, "M K"]:
+        return distances.compute_similarity(images, means, jnp.ones(len(means)))
+
+    from_query = compare(gallery, means[index]).T
+    return 1.0 - (from_query + compare(query[index], means[columns])) / 2
+
+
+@jax.jit
+def expand_queries(
+    query: Float[Array, "B D"], near: Float[Array, "B k D"], alpha: float | Float[Array, ""]
+) -> Float[Array, "B D"]:
+    """Each query plus its nearest images, weighed by their cosines to the power of alpha."""
+    query = query / jnp.linalg.norm(query, axis=1, keepdims=True)
+    near = near / jnp.linalg.norm(near, axis=2, keepdims=True)
+    cosine = jnp.einsum("bd,bkd->bk", query, near, precision="highest")
+    weight = jnp.maximum(cosine, 0.0) ** alpha
+    return query + jnp.einsum("bk,bkd->bd", weight, near, precision="highest")
+
+
+def expand_all(
+    query: Float32[np.ndarray | Array, "Q D"],
+    gallery: Float32[np.ndarray | Array, "G D"],
+    lists: Int[np.ndarray, "Q k"],
+    alpha: float,
+    placement: blocks.Placement,
+) -> Float32[np.ndarray, "Q D"]:
+    """`expand_queries` of all queries, with these images of the gallery."""
+    expand = blocks.BlockMap(_expand_near, [gallery, np.float32(alpha)], placement=placement)
+    size = gallery.shape[1]
+    found: np.ndarray = expand.collect(
+        len(query),
+        size * lists.shape[1],
+        lambda rows: [query[rows], lists[rows]],
+        num_features=size,
+    )
+    return found
+
+
+def _expand_near(
+    query: Float[Array, "B D"],
+    near: Int[Array, "B k"],
+    gallery: Float[Array, "G D"],
+    alpha: Float[Array, ""],
+) -> Float[Array, "B D"]:
+    expanded: Array = expand_queries(query, gallery[near], alpha)
+    return expanded
+
+
+def order_by_cosine(
+    index: Int[Array, "B"],
+    query: Float[Array, "Q D"],
+    gallery: Float[Array, "G D"],
+    inverse_norms: Float[Array, "G"],
+    columns: Int[Array, "G"],
+) -> Float[Array, "B G"]:
+    """Plain cosine distances of new queries; arguments as for `order`."""
+    return distances.KINDS["cosine"].measure(query[index], gallery, inverse_norms)
+
+
 class DeviceRows:
     """Distances of blocks of queries, made on the devices; see `rerank.Rows`.
 
@@ -143,7 +246,7 @@ class DeviceRows:
         query: (Q, D), checked.
         gallery: (G, D), checked.
         shared: of all images, queries stacked above the gallery.
-        restore: from these numbers to distances, on the host.
+        restore: from these numbers to distances, on the host; None where they are distances.
         placement: devices and block size.
     """
 
@@ -154,7 +257,7 @@ class DeviceRows:
         gallery: Float32[np.ndarray | Array, "G D"],
         shared: Sequence[np.ndarray],
         *,
-        restore: Callable[[np.ndarray], np.ndarray],
+        restore: Callable[[np.ndarray], np.ndarray] | None = None,
         placement: blocks.Placement,
     ):
         self._order, self._restore = order, restore
@@ -180,7 +283,7 @@ class DeviceRows:
         """Write the distances of some queries."""
         index = rows.astype(np.int32)
         for part, order in self._everything(len(rows), lambda part: [index[part]]):
-            out[part] = self._restore(order)
+            out[part] = order if self._restore is None else self._restore(order)
 
     def look_at(self, look: Callable[..., Any], columns: np.ndarray) -> _Run:
         """`blocks.BlockMap.run` of `look` at blocks of `order`, of some columns of the gallery.

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy
 from jaxtyping import Array, Float
@@ -203,12 +202,8 @@ class ECN(Rerank):
             lists = search_neighbors(features, self.list_length, placement).indices
         else:
             lists = _take_lists(features, self.list_length, self.neighbors, placement)
-        if self.method == "rankdist" and gathers.suit(placement):
-            return gathers.DeviceRows(
-                *(gathers.make_order(k, t, q), query, gallery, [lists]),
-                restore=lambda x: np.where(x <= -1, x / np.float64(2 * (t + t * q)), x),
-                placement=placement,
-            )
+        if gathers.suit(placement):
+            return self._prepare_on_devices(query, gallery, features, lists, placement)
         first = lists[:, 1 : t + 1]
         expanded = np.concatenate([first, lists[first, 1 : q + 1].reshape(num, t * q)], axis=1)
         chosen = make_rows(expanded, np.ones(expanded.shape, np.float32), num)
@@ -248,6 +243,26 @@ class ECN(Rerank):
                 row[total.indices[begin:end]] = values[begin:end]
 
         return write_ranks
+
+    def _prepare_on_devices(
+        self,
+        query: _Features,
+        gallery: _Features,
+        features: _Features,
+        lists: np.ndarray,
+        placement: blocks.Placement,
+    ) -> Rows:
+        k, t, q = self.k, self.t, self.q
+        if self.method == "origdist":
+            means = gathers.average_expanded(features, lists, t, q, placement)
+            return gathers.DeviceRows(
+                *(gathers.order_by_means, query, gallery, [means]), placement=placement
+            )
+        return gathers.DeviceRows(
+            *(gathers.make_order(k, t, q), query, gallery, [lists]),
+            restore=lambda x: np.where(x <= -1, x / np.float64(2 * (t + t * q)), x),
+            placement=placement,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +316,6 @@ class KReciprocal(Rerank):
             return gathers.DeviceRows(
                 *(padded.make_measure(self.lambda_value), query, gallery),
                 [*padding, found.smallest],
-                restore=lambda distance: distance,
                 placement=placement,
             )
         encoded = encode(features, found, self.k1, self.k2)
@@ -363,10 +377,15 @@ class AQE(Rerank):
             lists = search_gallery(query, gallery, self.k, placement)
         else:
             lists = self._take(len(query), len(gallery))
+        if gathers.suit(placement):
+            expanded = gathers.expand_all(query, gallery, lists, float(self.alpha), placement)
+            return gathers.DeviceRows(
+                *(gathers.order_by_cosine, expanded, gallery, []), placement=placement
+            )
         cosine_distances = distances.Gallery(gallery, "cosine", placement=placement.alone())
 
         def write(rows: np.ndarray, out: np.ndarray) -> None:
-            expanded = expand_queries(query[rows], gallery[lists[rows]], float(self.alpha))
+            expanded = gathers.expand_queries(query[rows], gallery[lists[rows]], float(self.alpha))
             np.copyto(out, cosine_distances(np.asarray(expanded)))
 
         return write
@@ -464,18 +483,6 @@ class GSRW(Rerank):
             out[at] = scores
 
         return write
-
-
-@jax.jit
-def expand_queries(
-    query: Float[Array, "B D"], near: Float[Array, "B k D"], alpha: float | Float[Array, ""]
-) -> Float[Array, "B D"]:
-    """Each query plus its nearest images, weighed by their cosines to the power of alpha."""
-    query = query / jnp.linalg.norm(query, axis=1, keepdims=True)
-    near = near / jnp.linalg.norm(near, axis=2, keepdims=True)
-    cosine = jnp.einsum("bd,bkd->bk", query, near, precision="highest")
-    weight = jnp.maximum(cosine, 0.0) ** alpha
-    return query + jnp.einsum("bk,bkd->bd", weight, near, precision="highest")
 
 
 def _check_search(neighbors: Numbers | str) -> None:

@@ -111,10 +111,20 @@ def test_scores_of_dense_gathers_equal_those_of_sparse_products(keep_junk, num_d
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize(("keep_junk", "num_devices"), [(False, 1), (True, 4)])
-def test_k_reciprocal_on_devices_equals_sparse_sets(keep_junk, num_devices, choose):
+@pytest.mark.parametrize(
+    ("method", "keep_junk", "num_devices"),
+    [
+        (KReciprocal(k1=10, k2=3), False, 1),
+        (KReciprocal(k1=10, k2=3), True, 4),
+        (ECN(k=12, method="origdist"), True, 4),
+        (AQE(k=7, alpha=2.0), True, 4),
+    ],
+)
+def test_other_re_ranking_on_devices_equals_that_of_the_host(
+    method, keep_junk, num_devices, choose
+):
     case = make_case(40, 130, exact=False)
-    method, placement = KReciprocal(k1=10, k2=3), on_devices(num_devices)
+    placement = on_devices(num_devices)
     scores, distances = [], []
     for dense in (False, True):
         choose(dense)
