@@ -241,8 +241,8 @@ class DeviceRows:
     """Distances of blocks of queries, made on the devices; see `rerank.Rows`.
 
     Args:
-        order: (index, query, gallery, inverse norms, *shared, columns) -> (B, G), as `order` here:
-            numbers in the order of distances. Made once, see `blocks.BlockMap`.
+        order: of index, query, gallery, inverse norms, the `shared` arrays and columns: (B, G), as
+            `order` here, numbers in the order of distances. Made once, see `blocks.BlockMap`.
         query: (Q, D), checked.
         gallery: (G, D), checked.
         shared: of all images, queries stacked above the gallery.
