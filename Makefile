@@ -8,6 +8,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # A file of tests stays on one worker: what it shares is made once.
 PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
+# Whether shapes and types are checked in every call of a test, which takes a tenth of the time.
+CHECK_TYPES := 0
+
 .PHONY: demo test test-all test-newest test-oldest test-export fuzz lint format docs wheel clean
 
 demo: $(VENV)/.runtime
@@ -15,7 +18,7 @@ demo: $(VENV)/.runtime
 
 # Without PyTorch, in minutes; `make test-all` has all tests. CONTRIBUTING.md says what is slow.
 test: $(VENV)/.test
-	MROS_CHECK_TYPES=$(or $(CHECK_TYPES),0) $(BIN)/python $(PYTEST) -m "not slow"
+	MROS_CHECK_TYPES=$(CHECK_TYPES) $(BIN)/python $(PYTEST) -m "not slow"
 
 # The same with shapes and types checked in every call; then what it leaves out, and with PyTorch
 # what it compared with recorded numbers.
@@ -29,7 +32,7 @@ test-newest:
 
 # On the lower bounds of pyproject.toml. What old packages warn of is nothing to us.
 test-oldest: $(VENV)-oldest/.test
-	MROS_CHECK_TYPES=0 $(VENV)-oldest/bin/python $(PYTEST) -m "not slow" \
+	MROS_CHECK_TYPES=$(CHECK_TYPES) $(VENV)-oldest/bin/python $(PYTEST) -m "not slow" \
 		-p no:cacheprovider -W default
 
 # ONNX files, in a .venv of their own: jax2onnx wants an older Orbax than the newest.

@@ -169,7 +169,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--features",
         metavar="FILE",
         help=f".npz file with {', '.join(descriptors.ARRAYS)}; or a .mat file with "
-        f"{', '.join(descriptors.MATLAB_ARRAYS)}",
+        f"{', '.join(descriptors.MATLAB_ARRAYS)}; or a directory with NAME.npy for each array",
     )
     source.add_argument("--query_features", metavar="NPZ", help="file: features, pids, camids")
     source.add_argument("--gallery_features", metavar="NPZ", help="file: features, pids, camids")

@@ -6,7 +6,8 @@ Says what of a training step is in them, and which kind of them another library 
 XLA's CPU backend and PyTorch's oneDNN each have kernels of their own. The convolutions are those of
 a batch as the network's program has them, of noise, in float32; PyTorch's memory layout is channels
 last. Frameworks take turns, each begins with a call that is not timed, and times are the best of
-the repeats. What the network does in between (normalizations, ReLUs, pooling) is not in it.
+the repeats. What the network does in between (normalizations, ReLUs, pooling) is not in it. Of
+the gradients by images, training does not need that of the first convolution.
 """
 
 import collections

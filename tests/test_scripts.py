@@ -426,22 +426,36 @@ def test_convolutions_are_those_of_the_network():
 
 
 def test_convolutions_alone_are_timed(monkeypatch, tmp_path):
+    """Every pass is run; its time counts as often as the network has the convolution."""
     some = bench_convolutions.Convolution((2, 6, 5, 4), (3, 3, 4, 8), (2, 2), (1, 1), 1)
     other = bench_convolutions.Convolution((2, 6, 4, 4), (1, 1, 4, 3), (1, 1), (0, 0), 1)
-    monkeypatch.setattr(
-        bench_convolutions, "find_convolutions", lambda *_, **__: {some: 2, other: 1}
-    )
+    found = {some: 2, other: 1}
+    monkeypatch.setattr(bench_convolutions, "find_convolutions", lambda *_, **__: found)
+
+    def measure(work, repeats):
+        assert all(np.isfinite(run()).all() for run in work.values())
+        return dict.fromkeys(work, 0.25)
+
+    monkeypatch.setattr(bench_convolutions, "measure", measure)
     table = tmp_path / "table.md"
     words = ["--config=configs/demo.py", "--no_torch", "--repeats=1", f"--markdown={table}"]
     assert bench_convolutions.main(words) == 0
     lines = [line.split("|") for line in table.read_text().splitlines()[4:]]
-    rows = {(row[1].strip(), row[4].strip()): row for row in lines}
-    assert len(rows) == 3 * len(bench_convolutions.PASSES)
-    for what in bench_convolutions.PASSES:
-        parts = [float(rows[kernel, what][5]) for kernel in ("3 x 3 / 2", "1 x 1")]
-        assert min(parts) > 0
-        assert float(rows["all", what][5]) == pytest.approx(sum(parts), abs=0.2)
-        assert rows["all", what][2].strip() == "3"
+    rows = [[cell.strip() for cell in row[1:6]] for row in lines]
+    seconds = {"1 x 1": ("1", "250.0"), "3 x 3 / 2": ("2", "500.0"), "all": ("3", "750.0")}
+    assert rows == [
+        [kernel, number, "0.00", what, taken]
+        for kernel, (number, taken) in seconds.items()
+        for what in bench_convolutions.PASSES
+    ]
+
+
+def test_each_is_called_before_it_is_timed():
+    order: list[str] = []
+    work = {name: functools.partial(order.append, name) for name in ("a", "b")}
+    taken = bench_convolutions.measure(work, repeats=2)
+    assert order == 2 * ["a", "a", "b", "b"]
+    assert all(0 < seconds < 1 for seconds in taken.values())
 
 
 def test_convolutions_are_the_same_in_both(torch):

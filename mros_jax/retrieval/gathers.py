@@ -134,23 +134,20 @@ def make_order(k: int, t: int, q: int) -> Callable[..., Array]:
     return functools.partial(order, k=k, t=t, q=q)
 
 
-def average_expanded(
+def average_all(
     features: Float32[np.ndarray | Array, "N D"],
-    lists: Int32[np.ndarray, "N length"],
-    t: int,
-    q: int,
+    lists: Int32[np.ndarray, "N m"],
     placement: blocks.Placement,
 ) -> Float32[np.ndarray, "N D"]:
-    """Mean of the unit vectors of each image's expanded neighbours, see `expand`."""
+    """Mean of the unit vectors of the images in each list."""
     placed = blocks.place_everywhere(features, placement)
     norms = jax.jit(distances.KINDS["similarity"].norms)(placed)
-    expanded = np.asarray(jax.jit(expand, static_argnums=(1, 2))(lists, t, q))
-    means = blocks.BlockMap(_average_units, [placed, norms], placement=placement)
+    average = blocks.BlockMap(_average_units, [placed, norms], placement=placement)
     size = features.shape[1]
-    found: np.ndarray = means.collect(
-        len(lists), size * expanded.shape[1], lambda rows: [expanded[rows]], num_features=size
+    means: np.ndarray = average.collect(
+        len(lists), size * lists.shape[1], lambda rows: [lists[rows]], num_features=size
     )
-    return found
+    return means
 
 
 def _average_units(

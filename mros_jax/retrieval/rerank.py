@@ -202,10 +202,20 @@ class ECN(Rerank):
             lists = search_neighbors(features, self.list_length, placement).indices
         else:
             lists = _take_lists(features, self.list_length, self.neighbors, placement)
-        if gathers.suit(placement):
-            return self._prepare_on_devices(query, gallery, features, lists, placement)
+        dense = gathers.suit(placement)
+        if dense and self.method == "rankdist":
+            return gathers.DeviceRows(
+                *(gathers.make_order(k, t, q), query, gallery, [lists]),
+                restore=lambda x: np.where(x <= -1, x / np.float64(2 * (t + t * q)), x),
+                placement=placement,
+            )
         first = lists[:, 1 : t + 1]
         expanded = np.concatenate([first, lists[first, 1 : q + 1].reshape(num, t * q)], axis=1)
+        if dense:
+            means = gathers.average_all(features, expanded, placement)
+            return gathers.DeviceRows(
+                *(gathers.order_by_means, query, gallery, [means]), placement=placement
+            )
         chosen = make_rows(expanded, np.ones(expanded.shape, np.float32), num)
         count = expanded.shape[1]
 
@@ -243,26 +253,6 @@ class ECN(Rerank):
                 row[total.indices[begin:end]] = values[begin:end]
 
         return write_ranks
-
-    def _prepare_on_devices(
-        self,
-        query: _Features,
-        gallery: _Features,
-        features: _Features,
-        lists: np.ndarray,
-        placement: blocks.Placement,
-    ) -> Rows:
-        k, t, q = self.k, self.t, self.q
-        if self.method == "origdist":
-            means = gathers.average_expanded(features, lists, t, q, placement)
-            return gathers.DeviceRows(
-                *(gathers.order_by_means, query, gallery, [means]), placement=placement
-            )
-        return gathers.DeviceRows(
-            *(gathers.make_order(k, t, q), query, gallery, [lists]),
-            restore=lambda x: np.where(x <= -1, x / np.float64(2 * (t + t * q)), x),
-            placement=placement,
-        )
 
 
 @dataclasses.dataclass(frozen=True)

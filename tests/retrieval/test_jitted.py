@@ -128,6 +128,8 @@ def test_other_re_ranking_on_devices_equals_that_of_the_host(
     scores, distances = [], []
     for dense in (False, True):
         choose(dense)
+        written = method.prepare(*case[:2], placement)
+        assert isinstance(written, gathers.DeviceRows) == dense
         options = {"rerank": method, "keep_junk": keep_junk, "placement": placement}
         scores.append(evaluate(*case, **options))
         distances.append(method.distances(*case[:2], placement=placement))
