@@ -3,6 +3,7 @@
     python -m scripts.bench_index --quick                          # a smoke test
     python -m scripts.bench_index --part time --gallery 1000000 --kinds flat,ivf
     python -m scripts.bench_index --part quality --whole_ecn --plot docs/images/index_quality.png
+    python -m scripts.bench_index --part whole --gallery 1000000
 
 Descriptors are drawn: people and what changes between their images lie in 48 directions whose
 weight falls, as in descriptors of trained networks, where few directions have most of the variance;
@@ -18,6 +19,10 @@ what else the machine does hardly changes. faiss reads and writes no names.
 time that this takes, and the mAP of what is found: the 200 nearest as they are (matches beyond
 count as not found), the same re-ranked by ECN among themselves, and ECN over the whole gallery with
 the lists of 25 neighbours that the search finds for every image (`--whole_ecn`).
+
+`whole`: scores after ECN over the whole gallery from descriptors in a file, end to end: lists of
+neighbours by faiss's inverted lists of every image, re-ranking, CMC and mAP, by `evaluate` in a
+process of its own; and the scores without ECN.
 """
 
 import argparse
@@ -38,6 +43,7 @@ from mros_jax import console, extras, parallel
 from mros_jax.gallery import Features, Index
 from mros_jax.gallery.segment import BLOCK, KINDS
 from mros_jax.retrieval import ECN, Side, evaluate
+from mros_jax.retrieval.neighbors import MOST_POINTS
 from scripts import common
 from scripts.bench_retrieval import MARKET, QUERIES
 
@@ -130,7 +136,7 @@ def time_faiss(kind: str, query: np.ndarray, gallery: np.ndarray, path: pathlib.
         unit = np.array(gallery)
         faiss.normalize_L2(unit)
         if kind == "ivf":
-            index.cp.max_points_per_centroid = 64
+            index.cp.max_points_per_centroid = MOST_POINTS
             index.train(unit)
         index.add(unit)
 
@@ -156,6 +162,42 @@ def time_case(name: str, path: pathlib.Path, num_query: int) -> Any:
     return found
 
 
+def evaluate_whole(neighbors: str | None, path: pathlib.Path, num_query: int) -> dict[str, float]:
+    """Scores after ECN with these neighbours, or without ECN, in this process."""
+    query, gallery = load_data(path, num_query)
+    rerank = None if neighbors is None else ECN(neighbors=neighbors)
+    scores = []
+    seconds, cpu = clock(lambda: scores.append(evaluate(query, gallery, rerank=rerank)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    (found,) = scores
+    rank1 = float(found.cmc[0])
+    return {"seconds": seconds, "cpu": cpu, "peak": peak, "mAP": found.mAP, "rank1": rank1}
+
+
+def measure_whole(args: argparse.Namespace, path: pathlib.Path) -> str:
+    """The table of `whole`: a process for each row."""
+    lists = f"faiss:IVF{int(4 * (args.gallery + args.queries) ** 0.5)},Flat:nprobe={KINDS['ivf']}"
+    rows = []
+    for name, neighbors in (("CMC, mAP, mINP", None), (f"with ECN, {lists}", lists)):
+        got = run_child("whole", neighbors, args, path)
+        cells = (f"{got[x]:.1f}" for x in ("seconds", "cpu"))
+        scores = (f"{100 * got[x]:.2f}" for x in ("mAP", "rank1"))
+        rows.append([name, *cells, f"{got['peak']:.2f}", *scores])
+    header = ("what", "seconds", "CPU s", "peak GB", "mAP", "Rank-1")
+    return common.format_table(header, rows)
+
+
+def run_child(part: str, what: str | None, args: argparse.Namespace, path: pathlib.Path) -> Any:
+    """Measure one row in a process of its own, which `main` is called in."""
+    request = json.dumps([part, what])
+    words = [f"--child={request}", f"--directory={path}", f"--queries={args.queries}"]
+    command = [sys.executable, "-m", "scripts.bench_index", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    got = json.loads(done.stdout.splitlines()[-1])
+    print(f"{part}, {what}: {got}", file=sys.stderr)
+    return got
+
+
 def compare_lists(found: np.ndarray, exact: np.ndarray) -> float:
     """Share of the exact neighbours that was found."""
     pairs = zip(found.tolist(), exact.tolist(), strict=True)
@@ -166,11 +208,7 @@ def time_kinds(args: argparse.Namespace, path: pathlib.Path) -> str:
     rows = []
     for kind in args.kinds:
         for who in ("ours", "faiss"):
-            words = [f"--child={who}-{kind}", f"--directory={path}", f"--queries={args.queries}"]
-            command = [sys.executable, "-m", "scripts.bench_index", *words]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            got = json.loads(done.stdout.splitlines()[-1])
-            print(f"{who}-{kind}: {got}", file=sys.stderr)
+            got = run_child("time", f"{who}-{kind}", args, path)
             lists = [np.load(path / f"{name}.npy") for name in (f"{who}-{kind}", "ours-flat")]
             cells = [
                 *(f"{got[name][0]:.1f} ({got[name][1]:.1f})" for name in ("build", "search")),
@@ -313,7 +351,7 @@ def plot_quality(measured: Sequence[dict[str, Any]], title: str, out: pathlib.Pa
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.make_parser(__doc__)
-    common.add_part(parser, ("time", "quality"))
+    common.add_part(parser, ("time", "quality", "whole"))
     parser.add_argument("--gallery", type=console.count, default=100_000, help="images")
     parser.add_argument("--queries", type=console.count, default=QUERIES, help="queries")
     parser.add_argument("--kinds", default=",".join(KINDS), help="with commas; flat is needed")
@@ -325,7 +363,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     common.add_markdown(parser)
     args = parser.parse_args(argv)
     if args.child:
-        print(json.dumps(time_case(args.child, args.directory, args.queries)))
+        part, what = json.loads(args.child)
+        work = {"time": time_case, "whole": evaluate_whole}[part]
+        print(json.dumps(work(what, args.directory, args.queries)))
         return 0
     args.kinds = args.kinds.split(",")
     if unknown := set(args.kinds) - set(KINDS) or {"flat"} - set(args.kinds):
@@ -347,6 +387,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             texts.append(format_quality(measured))
             if args.plot:
                 plot_quality(measured, what, args.plot)
+        if "whole" in args.part:
+            texts.append(measure_whole(args, path))
     common.publish("\n\n".join(texts), args.markdown)
     return 0
 

@@ -2,7 +2,6 @@
 
     python -m scripts.bench_retrieval --quick                     # a smoke test, seconds
     python -m scripts.bench_retrieval                             # about five minutes
-    python -m scripts.bench_retrieval --growth --plot docs/images/retrieval_growth.png
     python -m scripts.bench_retrieval --mapped                    # large ones from files; an hour
     python -m scripts.bench_retrieval --slow --peer_python PEERS/bin/python --fastreid FAST-REID
 
@@ -454,14 +453,6 @@ MAPPED = {
         ("ecn", " after ECN", ours_rerank_scores("ecn")),
     )
 }
-GROWTH = {
-    f"growth-{kind}-{gallery}": Case(title, "ours", run, gallery, 512, 1)
-    for kind, title, run, galleries in (
-        ("scores", "plain", ours_features, (20000, 50000, 100000, 200000, 1000000)),
-        ("ecn", "with ECN", ours_rerank_scores("ecn"), (20000, 50000)),
-    )
-    for gallery in galleries
-}
 
 
 def make_input(case: Case, quick: bool, labels: str | None = None) -> dict[str, np.ndarray]:
@@ -613,26 +604,6 @@ def format_table(results: dict[str, dict[str, Any]], cases: dict[str, Case]) -> 
     return "\n".join(lines)
 
 
-def plot_growth(results: dict[str, dict[str, Any]], path: pathlib.Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
-    for kind, marker in (("plain", "o"), ("with ECN", "s")):
-        got = [(GROWTH[n].gallery, r) for n, r in results.items() if GROWTH[n].title == kind]
-        for axis, field in zip(axes, ("seconds", "peak_gb"), strict=True):
-            axis.plot([g for g, _ in got], [r[field] for _, r in got], marker=marker, label=kind)
-    for axis, label in zip(axes, ("seconds", "peak memory, GB"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="gallery images", ylabel=label)
-        axis.grid(visible=True, which="both", alpha=0.25)
-        axis.legend()
-    figure.suptitle(f"{QUERIES:,} queries, 512 numbers, {os.cpu_count()} cores")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -643,14 +614,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fastreid", help="a clone of fast-reid with its evaluator compiled")
     parser.add_argument("--before", help="a clone of this project at another commit")
     parser.add_argument("--labels", help="an .npz file with Market-1501's labels")
-    parser.add_argument("--growth", action="store_true", help="only galleries of 20k to 1M")
     parser.add_argument("--mapped", action="store_true", help="only large ones from mapped files")
     parser.add_argument("--only", help="names of cases, with commas")
-    parser.add_argument("--plot", type=pathlib.Path, help="where --growth draws its picture")
     parser.add_argument("--markdown", type=pathlib.Path, help="also write the table to a file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    cases = CASES | GROWTH | MAPPED
+    cases = CASES | MAPPED
     if args.child:
         if args.fastreid:
             root = pathlib.Path(args.fastreid, "fastreid")
@@ -665,7 +634,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"no case {', '.join(unknown)}; there are {', '.join(cases)}")
         chosen = {name: cases[name] for name in args.only.split(",")}
     else:
-        chosen = GROWTH if args.growth else MAPPED if args.mapped else CASES
+        chosen = MAPPED if args.mapped else CASES
         chosen = {n: c for n, c in chosen.items() if args.slow or args.quick or not c.slow}
     if args.labels:
         chosen = {n: c for n, c in chosen.items() if c.gallery in (MARKET, MARKET_ALL)}
@@ -686,8 +655,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from scripts import common  # which the interpreter of the peers does not have
 
     common.publish(format_table(results, chosen), args.markdown)
-    if args.plot:
-        plot_growth({n: r for n, r in results.items() if n in GROWTH}, args.plot)
     return 0
 
 

@@ -72,6 +72,19 @@ def test_times(capsys):
 
 
 @pytest.mark.slow
+def test_whole(capsys, tmp_path):
+    assert bench.main(["--part=whole", "--gallery=1200", "--queries=40"]) == 0
+    plain, ecn = read_table(capsys.readouterr().out)
+    bench.make_data(tmp_path, 40, 1200)
+    query, gallery = bench.load_data(tmp_path, 40)
+    assert float(plain["mAP"]) == pytest.approx(100 * evaluate(query, gallery).mAP, abs=0.005)
+    assert ecn["what"] == "with ECN, faiss:IVF140,Flat:nprobe=32"
+    found = evaluate(query, gallery, rerank=ECN(neighbors=ecn["what"].split(", ", 1)[1]))
+    assert float(ecn["mAP"]) == pytest.approx(100 * found.mAP, abs=0.005)
+    assert float(ecn["Rank-1"]) == pytest.approx(100 * found.cmc[0], abs=0.005)
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_tracking(capsys, tmp_path):
     words = ["--config=configs/demo.py", *(f"--config.{k}={v}" for k, v in TINY.items())]

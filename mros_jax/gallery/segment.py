@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt64
 
 from mros_jax.errors import UserError
+from mros_jax.retrieval.neighbors import MOST_POINTS
 
 # Kinds of search, and how much work each does for a query unless told: "flat" compares it with all
 # vectors; "ivf" with those of this many of its clusters; "hnsw" walks a graph of neighbours with
@@ -30,7 +31,7 @@ FILES = ("vectors.npy", "rows.npy", "records.jsonl", "search.faiss")
 BLOCK = 65536  # rows that are handled at once
 
 _LEAST_APPROXIMATE = 10_000  # rows; fewer are compared with all of them in milliseconds
-_LEAST_POINTS, _MOST_POINTS = 39, 64  # that a cluster of "ivf" is found from; faiss warns of fewer
+_LEAST_POINTS = 39  # that a cluster of "ivf" is found from; faiss warns of fewer
 _LINKS = 32  # of an image in the graph of "hnsw"
 _ROW = np.dtype([("digest", "<u8"), ("start", "<i8"), ("stop", "<i8")])
 
@@ -130,7 +131,7 @@ def _write_approximate(path: pathlib.Path, kind: str) -> None:
     form = f"HNSW{_LINKS},Flat" if kind == "hnsw" else f"IVF{clusters},Flat"
     index = faiss.index_factory(size, form, faiss.METRIC_INNER_PRODUCT)
     if kind == "ivf":
-        index.cp.max_points_per_centroid = _MOST_POINTS
+        index.cp.max_points_per_centroid = MOST_POINTS
         index.train(vectors)
     for start in range(0, count, BLOCK):
         index.add(vectors[start : start + BLOCK])

@@ -71,9 +71,10 @@ def choose_block(
 ) -> int:
     """Rows of a block on one device, a multiple of 8.
 
-    128 rows of distances stay near a CPU's cache while they are looked at. Wide descriptors need up
-    to 512, since all of the gallery is read again for each block. At most 64 MiB of distances, but
-    never fewer than 64 rows; `block_size` overrides all of this.
+    128 rows of distances stay near a CPU's cache while they are looked at. Wide descriptors have up
+    to 512, since all of the gallery is read again for each block: on accelerators, which are quick
+    enough to wait for it (`BlockMap.run`). At most 64 MiB of distances, but never fewer than 64
+    rows; `block_size` overrides all of this.
     """
     if block_size is None:
         rows = min(512, max(128, int(128 * math.sqrt(num_features / _NARROW))))
@@ -99,7 +100,12 @@ def empty_aligned(shape: tuple[int, int]) -> Float32[np.ndarray, "N D"]:
 def take_rows(
     array: Float32[np.ndarray | jax.Array, "N D"], rows: np.ndarray
 ) -> Float32[np.ndarray | jax.Array, "M D"]:
-    """array[rows], in memory that JAX can use on a CPU without another copy."""
+    """array[rows] of rising rows, in memory that JAX can use on a CPU without another copy.
+
+    Not to be written to: rows that follow one another are a view.
+    """
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        return array[rows[0] : rows[-1] + 1]
     if isinstance(array, jax.Array):
         return array[rows]
     out = empty_aligned((len(rows), array.shape[1]))
@@ -191,7 +197,8 @@ class BlockMap:
             The slice of rows, and the function's result on the host, or what `finish` made of it.
         """
         least = MULTIPLE * self._num_devices
-        step = choose_block(num_columns, num_features, self._placement.block_size)
+        width = _NARROW if self._placement.is_host() else num_features
+        step = choose_block(num_columns, width, self._placement.block_size)
         together = self._placement.together
         share = -(-num_rows // (jax.process_count() if together else 1))
         num_blocks = -(-share // (step * self._num_devices))

@@ -1,7 +1,6 @@
 """The benchmark compares like with like: its formulas and ours give the same numbers."""
 
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -76,9 +75,3 @@ def test_another_commits_package_takes_turns(tmp_path):
     refused = run([*command, f"--before={tmp_path / 'nowhere'}"], text=True)
     assert refused.returncode == 2
     assert "is no clone of this project" in refused.stderr
-
-
-def test_growth_is_drawn(tmp_path):
-    got = {name: {"seconds": 1.0, "peak_gb": 1.0} for name in bench.GROWTH}
-    bench.plot_growth(json.loads(json.dumps(got)), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -12,6 +12,7 @@ from mros_jax.retrieval import (
     ECN,
     Placement,
     Result,
+    blocks,
     compute_distances,
     evaluate,
     evaluate_distances,
@@ -231,9 +232,33 @@ def test_devices_and_blocks_do_not_change_the_result():
     assert one.to_dict() == four.to_dict()
 
 
-def test_work_is_spread_over_all_devices(monkeypatch):
-    from mros_jax.retrieval import blocks
+def test_rows_are_copied_only_where_they_must_be():
+    array = np.arange(40, dtype=np.float32).reshape(10, 4)
+    following = blocks.take_rows(array, np.arange(3, 7))
+    assert np.shares_memory(following, array)
+    np.testing.assert_array_equal(following, array[3:7])
+    apart = blocks.take_rows(array, np.array([3, 4, 6]))
+    np.testing.assert_array_equal(apart, array[[3, 4, 6]])
+    assert apart.ctypes.data % 64 == 0
+    assert blocks.take_rows(array, np.zeros(0, np.int64)).shape == (0, 4)
 
+
+def test_blocks_of_wide_descriptors_are_as_small_as_others_on_a_processor(monkeypatch):
+    data = make_data(3, num_query=300, features=4096)
+    most = []
+    original = blocks.BlockMap.__call__
+
+    def call(self, *rows):
+        most.append(len(rows[0]))
+        return original(self, *rows)
+
+    monkeypatch.setattr(blocks.BlockMap, "__call__", call)
+    evaluate(*(data[name] for name in DATA), placement=Placement(devices=jax.local_devices()[:1]))
+    assert max(most) <= 128
+    assert blocks.choose_block(150, 4096) > 256  # on accelerators
+
+
+def test_work_is_spread_over_all_devices(monkeypatch):
     used = []
     original = blocks.BlockMap.__call__
 
