@@ -1,3 +1,4 @@
+import functools
 from typing import Any
 
 import jax
@@ -253,8 +254,9 @@ def test_noise_fills_what_is_erased_and_nothing_else():
     assert 0.0015 < (np.abs(drawn) > 3).mean() < 0.0045  # 0.0027 of a normal distribution
     assert np.abs(np.corrcoef(drawn, rowvar=False) - np.eye(3)).max() < 0.03
     still = AugmentParams(jnp.array(False), jnp.zeros(2, int), jnp.zeros(4, int))
+    fill = functools.partial(apply_params, height=H, width=W, erase_fill="noise")
     with pytest.raises(ValueError, match="needs the example's key"):
-        apply_params(jnp.asarray(images[0]), still, height=H, width=W, erase_fill="noise")
+        jax.eval_shape(fill, images[0], still)
 
 
 def test_one_color_fills_what_is_erased():
