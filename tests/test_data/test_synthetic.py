@@ -18,6 +18,7 @@ from mros_jax.data.synthetic import dataset as synthetic
 from mros_jax.data.synthetic import imaging, pedestrians, rendering
 from mros_jax.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROWS = synthetic.CHUNK  # every test draws and renders a whole chunk: one compilation for all
 
@@ -315,8 +316,7 @@ def test_products_are_float32_on_accelerators_too(dataset):
     people = pedestrians.draw_people(0, rows, lookalikes=dataset.query.images.lookalikes)
     pictures = pedestrians.draw_pictures(0, 0, rows, rows, rows + 1, rows)
     cameras = pedestrians.draw_cameras(0, np.arange(1, 4, dtype=np.int32))
-    render = jax.jit(lambda: rendering.render(people, pictures, cameras, rows))
-    text = render.lower().as_text().splitlines()
+    text = rendering.render.lower(people, pictures, cameras, rows).as_text().splitlines()
     products = [line for line in text if "stablehlo.dot_general" in line]
     assert products
     assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
