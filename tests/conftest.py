@@ -5,6 +5,7 @@ The checks take a tenth of the time: MROS_CHECK_TYPES=0, as in `make test`, leav
 
 import os
 import pathlib
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -97,8 +98,9 @@ def quick_compilation():
     """
     from mros_jax.data.synthetic import rendering
 
+    render: Any = rendering.render
     render = jax.jit(
-        rendering.render.__wrapped__,
+        render.__wrapped__,
         static_argnames=("height", "width"),
         compiler_options={
             "xla_backend_optimization_level": 3,
