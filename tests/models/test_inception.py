@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -49,4 +50,4 @@ def test_starts_as_pytorchs_layers_do():
 
 def test_channels_that_cannot_be_shared_out():
     with pytest.raises(UserError, match="6 channels; expected a multiple of 4"):
-        Inception(6).init(jax.random.key(0), X, train=False)
+        Inception(6).init(jax.random.key(0), jnp.asarray(X), train=False)
