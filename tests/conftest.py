@@ -5,6 +5,7 @@ The checks take a tenth of the time: MROS_CHECK_TYPES=0, as in `make test`, leav
 
 import os
 import pathlib
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -92,9 +93,22 @@ def few_programs_of_slow_tests(request):
 def quick_compilation():
     """For tests of what programs do, not of their numbers: compiled in half the time, unoptimized.
 
-    So are those of processes that are started.
+    So are those of processes that are started. Embedded images are rendered as ever: that takes
+    four times as long where it is not optimized.
     """
+    from mros_jax.data.synthetic import rendering
+
+    render: Any = rendering.render
+    render = jax.jit(
+        render.__wrapped__,
+        static_argnames=("height", "width"),
+        compiler_options={
+            "xla_backend_optimization_level": 3,
+            "xla_llvm_disable_expensive_passes": False,
+        },
+    )
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rendering, "render", render)
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         jax.config.update("jax_disable_most_optimizations", True)
         yield

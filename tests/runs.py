@@ -1,7 +1,9 @@
 """A finished run without training: random weights, evaluated on the smallest data set."""
 
+import fcntl
 import json
 import pathlib
+import shutil
 
 from ml_collections import ConfigDict
 
@@ -64,6 +66,16 @@ def make_run(path: pathlib.Path, cache_dir: pathlib.Path, **overrides) -> pathli
     timing = {"step": 30, "seconds": 2.0, "images_per_second": 120.0}
     run.timing_file.write_text(json.dumps(timing) + "\n")
     return path
+
+
+def copy_run(path: pathlib.Path, cache_dir: pathlib.Path) -> pathlib.Path:
+    """A copy of the run that `make_run` writes without overrides, made once for all workers."""
+    shared = cache_dir.parent
+    with (shared / "run.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not (shared / "run").exists():
+            make_run(shared / "making", cache_dir).rename(shared / "run")
+    return shutil.copytree(shared / "run", path)
 
 
 def begin_run(path: pathlib.Path, config: ConfigDict) -> Dataset:

@@ -18,7 +18,7 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-import scipy.stats
+import scipy  # whose modules are imported when they are used
 
 from mros_jax import config as configs
 from mros_jax import console, train

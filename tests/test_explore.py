@@ -25,7 +25,7 @@ from mros_jax.retrieval import ECN, compute_distances
 from scripts import chromium
 from scripts.bench_explorer import write_run
 from tests import devtools
-from tests.runs import make_run
+from tests.runs import copy_run
 from tests.training import ROOT, make_config
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -268,7 +268,7 @@ _GRADIO_SAYS = "Method not implemented."  # a warning of its own, whenever a str
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, cache_dir):
-    return make_run(tmp_path_factory.mktemp("runs") / "small", cache_dir)
+    return copy_run(tmp_path_factory.mktemp("runs") / "small", cache_dir)
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,14 @@ from mros_jax import console, extract, gallery
 from mros_jax.data import decoding
 from mros_jax.errors import UserError
 from mros_jax.inference import Embedder, load_model
-from tests.runs import make_run
+from tests.runs import copy_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, cache_dir):
-    return make_run(tmp_path_factory.mktemp("runs") / "small", cache_dir)
+    return copy_run(tmp_path_factory.mktemp("runs") / "small", cache_dir)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from mros_jax.gallery import Features, Index
 from mros_jax.models.torch_weights import read_state_dict
 from mros_jax.runs.checkpoints import load_variables
 from mros_jax.runs.run import Run
-from tests.runs import make_run
+from tests.runs import copy_run
 from tests.test_data.test_fuzz import SECONDS, SLOWEST, mutate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -53,7 +53,7 @@ def test_weights(tmp_path, suffix, request):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, cache_dir):
-    return make_run(tmp_path_factory.mktemp("fuzz") / "run", cache_dir)
+    return copy_run(tmp_path_factory.mktemp("fuzz") / "run", cache_dir)
 
 
 @pytest.mark.parametrize("name", ["config.json", "run.json", "results.json", "metrics.jsonl"])

@@ -28,6 +28,15 @@ def make_outputs(setting, rng, batch=B):
     return Outputs(descriptor, g, logits, {})
 
 
+def init(objective, key, outputs, num_classes):
+    return jax.jit(lambda key, outputs: objective.init(key, outputs, num_classes))(key, outputs)
+
+
+def evaluate(objective, outputs, labels):
+    """Of an objective without parameters of its own, compiled as a whole: (total, parts)."""
+    return jax.jit(lambda outputs, labels: objective({}, outputs, labels))(outputs, labels)
+
+
 def mros_sections(setting):
     return read("configs/mros.py", setting).objective.to_dict()
 
@@ -42,7 +51,7 @@ def test_mros_by_hand(setting):
     sections = mros_sections(setting)
     sections["center"]["weight"] = 0.01
     objective = make_objective(sections)
-    own = objective.init(jax.random.key(0), outputs, N)
+    own = init(objective, jax.random.key(0), outputs, N)
     assert own.keys() == {"center"}
     ((name, centers),) = own["center"].items()
     shapes = {"I": (6, N, 4), "II": (5, N, 4), "III": (N, 20), "IV": (N, 35)}
@@ -81,7 +90,7 @@ def test_devices_see_the_global_batch(setting):
     """Values and (by pmean) gradients equal those of one device."""
     outputs, labels = make_outputs(setting, np.random.default_rng(7), 16), random_labels(7, 16)
     objective = make_objective(mros_sections(setting))
-    own = objective.init(jax.random.key(0), outputs, N)
+    own = init(objective, jax.random.key(0), outputs, N)
 
     def step(params, outputs, labels, axis_name=None):
         """`scale` stands for parameters of the network that all devices share."""
@@ -115,7 +124,7 @@ def test_heads_are_averaged_or_summed():
         heads: make_objective({"x": {"loss": "cross_entropy", "on": ("t3", "t4"), "heads": heads}})
         for heads in ("mean", "sum")
     }
-    mean, total = (float(losses[h]({}, outputs, labels)[0]) for h in ("mean", "sum"))
+    mean, total = (float(evaluate(losses[h], outputs, labels)[0]) for h in ("mean", "sum"))
     assert total == pytest.approx(10 * mean, rel=1e-6)
 
 
@@ -123,8 +132,8 @@ def test_classifiers_of_several_outputs_learn_from_each_other():
     outputs, labels = make_outputs("IV", np.random.default_rng(8)), random_labels(8)
     objective = make_objective({"x": {"loss": "mutual", "on": ("t3", "t4"), "weight": 0.5}})
     together = jnp.concatenate([outputs.logits["t3"], outputs.logits["t4"]], axis=1)
-    expected = mutual_divergence(together)
-    total, parts = objective({}, outputs, labels)
+    expected = jax.jit(mutual_divergence)(together)
+    total, parts = evaluate(objective, outputs, labels)
     assert expected > 0.1
     np.testing.assert_allclose(parts["x"], expected, rtol=1e-6)
     np.testing.assert_allclose(total, expected / 2, rtol=1e-6)
@@ -135,15 +144,19 @@ def test_several_outputs_of_one_term_are_averaged_over_their_vectors():
     objective = make_objective({"x": {"loss": "triplet", "on": ("g_t3", "descriptor")}})
     expected = [
         triplet_by_hand(x, np.asarray(labels), 0.3, "mean")
-        for x in (*np.moveaxis(np.asarray(outputs.embeddings["g_t3"]), 1, 0), outputs.descriptor)
+        for x in (
+            *np.moveaxis(np.asarray(outputs.embeddings["g_t3"]), 1, 0),
+            np.asarray(outputs.descriptor),
+        )
     ]
-    np.testing.assert_allclose(objective({}, outputs, labels)[0], np.mean(expected), rtol=1e-5)
+    total, _ = evaluate(objective, outputs, labels)
+    np.testing.assert_allclose(total, np.mean(expected), rtol=1e-5)
 
 
 def test_centers_are_standard_normal_and_differ_between_outputs():
     outputs = make_outputs("IV", np.random.default_rng(8))
     objective = make_objective({"c": {"loss": "center", "on": ("g_t3", "g_t4")}})
-    centers = objective.init(jax.random.key(1), outputs, 2000)["c"]
+    centers = jax.device_get(init(objective, jax.random.key(1), outputs, 2000)["c"])
     assert {k: v.shape for k, v in centers.items()} == {"g_t3": (5, 2000, 3), "g_t4": (5, 2000, 4)}
     for value in centers.values():
         assert abs(float(value.mean())) < 0.02

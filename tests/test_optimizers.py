@@ -33,7 +33,7 @@ def test_warm_up_per_iteration():
     rate = make_schedule(steps_per_epoch=10, warmup_per="iteration")
     steps = np.arange(0, 101)
     expected = 1e-3 * (0.01 * (1 - steps / 100) + steps / 100)
-    np.testing.assert_allclose(jax.vmap(rate)(jnp.asarray(steps)), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.vmap(rate))(steps), expected, rtol=1e-5)
 
 
 def test_exponential_warm_up():
@@ -50,7 +50,7 @@ def test_exponential_warm_up():
         warmup_factor=1e-3, decay_epochs=(),
     )  # fmt: skip
     expected = 1e-3 * 1e-3 ** (1 - np.arange(7) / 6)
-    np.testing.assert_allclose(jax.vmap(by_step)(jnp.arange(7)), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.vmap(by_step))(np.arange(7)), expected, rtol=1e-5)
 
 
 def test_exponential_decay_by_the_step():
@@ -142,7 +142,7 @@ def make(sections, **options):
 
 
 def run(optimizer, steps, gradients=gradient):
-    params, state = jax.tree.map(jnp.asarray, PARAMS), optimizer.init(PARAMS)
+    params, state = PARAMS, optimizer.init(PARAMS)
 
     @jax.jit
     def update(params, state, grads):
@@ -400,7 +400,7 @@ def test_frozen_parameters_have_no_part_in_the_norm():
         }
     )
     params = {
-        "network": {"trunk": {"kernel": jnp.ones(3)}, "head": {"kernel": jnp.zeros(1)}},
+        "network": {"trunk": {"kernel": np.ones(3, "f4")}, "head": {"kernel": np.zeros(1, "f4")}},
         "objective": {},
     }
 
@@ -408,10 +408,10 @@ def test_frozen_parameters_have_no_part_in_the_norm():
         network = stop_frozen(params, groups)["network"]
         return 100 * jnp.sum(network["trunk"]["kernel"]) + 0.5 * network["head"]["kernel"][0]
 
-    gradients = jax.grad(loss)(params)
+    gradients = jax.jit(jax.grad(loss))(params)
     np.testing.assert_array_equal(gradients["network"]["trunk"]["kernel"], 0)
     schedules = make_schedules(groups, steps_per_epoch=1, warmup_epochs=0, decay_epochs=())
     optimizer = make_optimizer(groups, schedules, clip_norm=1.0)
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(gradients, jax.jit(optimizer.init)(params), params)
     np.testing.assert_array_equal(updates["network"]["trunk"]["kernel"], 0)
     np.testing.assert_allclose(updates["network"]["head"]["kernel"], -0.5)

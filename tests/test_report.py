@@ -20,7 +20,7 @@ from mros_jax.retrieval import compute_distances, descriptors, evaluate
 from mros_jax.runs.run import Run
 from scripts import chromium, shoot_report
 from tests import browser
-from tests.runs import make_run
+from tests.runs import copy_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -32,7 +32,7 @@ needs_chromium = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, cache_dir):
-    return make_run(tmp_path_factory.mktemp("runs") / "small", cache_dir)
+    return copy_run(tmp_path_factory.mktemp("runs") / "small", cache_dir)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from mros_jax import config as configs
 from mros_jax import console, parallel, train
 from mros_jax.errors import DivergedError, NotFoundError, UserError
 from mros_jax.files import read_jsonl
@@ -28,6 +29,7 @@ from mros_jax.runs.run import Run
 from mros_jax.training import validation
 from mros_jax.training.loop import Stop
 from mros_jax.training.state import TrainState
+from tests.least import write_config
 from tests.training import (
     JAX_CONFIG,
     ROOT,
@@ -263,11 +265,19 @@ def test_strangers_directory_is_refused(tmp_path, cache_dir):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_diverged_loss_names_step_parts_and_checkpoint(tmp_path, cache_dir):
-    config = make_config(
-        cache_dir,
-        **{"optimizer.network.lr": 1e25, "schedule.warmup_epochs": 0, "log_every_steps": 100},
-    )
+@pytest.fixture
+def least(tmp_path, cache_dir, monkeypatch):
+    """The words of a config whose step is compiled soon, for what happens around steps."""
+    return write_config(tmp_path, cache_dir, monkeypatch)
+
+
+def test_diverged_loss_names_step_parts_and_checkpoint(tmp_path, least):
+    changes = ["--config.schedule.warmup_epochs=0", "--config.log_every_steps=100"]
+    config, _ = configs.parse_config([*least, *changes])
+    assert config is not None
+    with config.unlocked():
+        config.optimizer.all.lr = 1e38
+        config.objective.triplet = {"loss": "triplet", "on": ("descriptor",)}
     with pytest.raises(DivergedError, match=r"at step \d+ .*triplet.*none was saved yet"):
         train.train(config, tmp_path / "run")
     assert checkpoints.Checkpoints(tmp_path / "run" / "checkpoints").step() is None
@@ -551,7 +561,7 @@ def _overrides(cache_dir):
 
 
 @pytest.mark.parametrize("where", ["claim", "logs", "save"])
-def test_a_full_disk_ends_with_one_line(tmp_path, cache_dir, where, monkeypatch, capsys):
+def test_a_full_disk_ends_with_one_line(tmp_path, least, where, monkeypatch, capsys):
     """What was there stays, no temporary file stays, and the same command goes on."""
     full = OSError(errno.ENOSPC, "no", str(tmp_path / "run" / "x"))
 
@@ -565,8 +575,7 @@ def test_a_full_disk_ends_with_one_line(tmp_path, cache_dir, where, monkeypatch,
     }[where]
     with monkeypatch.context() as patch:
         patch.setattr(*target, fail)
-        arguments = ["--config=configs/demo.py", f"--workdir={tmp_path / 'run'}"]
-        assert console.run(train.main, arguments + _overrides(cache_dir)) == 2
+        assert console.run(train.main, [*least, f"--workdir={tmp_path / 'run'}"]) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert told == [
         f"error: {full.filename}: No space left on device; make room, then give the same command "
@@ -574,7 +583,9 @@ def test_a_full_disk_ends_with_one_line(tmp_path, cache_dir, where, monkeypatch,
     ]
     left = [path.name for path in (tmp_path / "run").rglob("*") if "tmp" in path.name]
     assert left == []
-    Run(tmp_path / "run").check_free(make_config(cache_dir))
+    config, _ = configs.parse_config(least)
+    assert config is not None
+    Run(tmp_path / "run").check_free(config)
 
 
 @pytest.mark.parametrize(

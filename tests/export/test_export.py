@@ -24,7 +24,7 @@ from mros_jax.export import build, checks, stablehlo
 from mros_jax.export.model import flatten, load
 from mros_jax.files import read_json, write_json
 from mros_jax.models.layers import max_pool, plainly
-from tests.runs import make_run
+from tests.runs import copy_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -45,7 +45,7 @@ print(metadata["system"])
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, cache_dir):
-    return make_run(tmp_path_factory.mktemp("export") / "run", cache_dir)
+    return copy_run(tmp_path_factory.mktemp("export") / "run", cache_dir)
 
 
 @pytest.fixture(scope="module")

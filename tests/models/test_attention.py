@@ -20,7 +20,7 @@ def test_weights_by_hand():
         for name, shape in shapes.items()
     }
     x = np.random.default_rng(0).standard_normal((3, 4, 5, 8)).astype(np.float32)
-    found = SqueezeExcitation(ratio=4).apply({"params": params}, jnp.asarray(x))
+    found = jax.jit(SqueezeExcitation(ratio=4).apply)({"params": params}, x)
     for image, ours in zip(x, np.asarray(found), strict=True):
         y = image.reshape(-1, 8).mean(0)
         y = np.maximum(params["squeeze"]["kernel"].T @ y + params["squeeze"]["bias"], 0)
@@ -29,8 +29,9 @@ def test_weights_by_hand():
 
 
 def test_starts_as_pytorchs_linear_layers_do():
-    x = jnp.zeros((1, 1, 1, 1024))
-    params = SqueezeExcitation(ratio=8).init(jax.random.key(0), x)["params"]
+    init = jax.jit(SqueezeExcitation(ratio=8).init)
+    x = np.zeros((1, 1, 1, 1024), np.float32)
+    params = jax.device_get(init(jax.random.key(0), x)["params"])
     for name, inputs in (("squeeze", 1024), ("excite", 128)):
         for leaf in params[name].values():
             ends = np.array([leaf.min(), leaf.max()]) * inputs**0.5

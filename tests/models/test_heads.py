@@ -18,6 +18,7 @@ def make(seed=0):
     return x, rng.standard_normal((2, 8, 5)).astype(np.float32)
 
 
+@jax.jit
 def apply(x, kernel):
     return MODEL.apply({"params": {"kernel": kernel}}, jnp.asarray(x))
 
@@ -48,7 +49,8 @@ def test_cosines_see_directions_alone():
 
 def test_gradient_is_along_the_sphere():
     x, kernel = make()
-    of_x, of_kernel = jax.grad(lambda *a: jnp.sum(jnp.sin(apply(*a))), argnums=(0, 1))(x, kernel)
+    slopes = jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(apply(*a))), argnums=(0, 1)))
+    of_x, of_kernel = slopes(x, kernel)
     assert np.abs(of_x).max() > 0.1
     np.testing.assert_allclose(np.sum(of_x * x, axis=2), 0, atol=1e-4)
     np.testing.assert_allclose(np.sum(of_kernel * kernel, axis=1), 0, atol=1e-4)
@@ -58,12 +60,13 @@ def test_a_zero_vector_has_logits_and_a_gradient():
     x, kernel = make()
     zero = np.zeros_like(x)
     assert (apply(zero, kernel) == 0).all()
-    assert np.isfinite(jax.grad(lambda a: apply(a, kernel).sum())(zero)).all()
+    assert np.isfinite(jax.jit(jax.grad(lambda a: apply(a, kernel).sum()))(zero)).all()
 
 
 def test_each_classifier_starts_from_xaviers_distribution():
     model = CosineClassifiers(num_classes=751, scale=1.0)
-    kernel = model.init(jax.random.key(0), jnp.zeros((1, 2, 1024)))["params"]["kernel"]
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 2, 1024))))
+    kernel = np.asarray(init(jax.random.key(0))["params"]["kernel"])
     assert kernel.shape == (2, 1024, 751)
     for one in kernel:
         np.testing.assert_allclose(one.std(), (2 / (1024 + 751)) ** 0.5, rtol=0.01)
@@ -73,15 +76,14 @@ def test_generalized_mean_lies_between_mean_and_maximum():
     x = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
     positive = np.maximum(x.astype(np.float64), 1e-6)
 
+    @jax.jit
     def pool(p):
-        return GeneralizedMean().apply(
-            {"params": {"p": jnp.full(1, p, jnp.float32)}}, jnp.asarray(x)
-        )
+        return GeneralizedMean().apply({"params": {"p": p[None]}}, jnp.asarray(x))
 
     expected = (positive**3).mean((1, 2)) ** (1 / 3)
-    np.testing.assert_allclose(pool(3.0), expected, rtol=1e-5)
-    np.testing.assert_allclose(pool(1.0), positive.mean((1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(pool(60.0), positive.max((1, 2)), rtol=0.1)
+    np.testing.assert_allclose(pool(np.float32(3)), expected, rtol=1e-5)
+    np.testing.assert_allclose(pool(np.float32(1)), positive.mean((1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(pool(np.float32(60)), positive.max((1, 2)), rtol=0.1)
     start = GeneralizedMean().init(jax.random.key(0), jnp.asarray(x))["params"]
     np.testing.assert_array_equal(start["p"], [3.0])
 
@@ -89,11 +91,12 @@ def test_generalized_mean_lies_between_mean_and_maximum():
 def test_the_power_of_the_mean_is_learned():
     x = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, (2, 3, 4, 5)).astype(np.float32))
 
+    @jax.jit
     def total(p):
         pooled: Any = GeneralizedMean().apply({"params": {"p": p}}, x)
         return pooled.sum()
 
-    slope = jax.grad(total)(jnp.array([3.0]))[0]
+    slope = jax.jit(jax.grad(total))(jnp.array([3.0]))[0]
     step = 1e-2
     by_difference = (total(jnp.array([3 + step])) - total(jnp.array([3 - step]))) / (2 * step)
     np.testing.assert_allclose(slope, by_difference, rtol=1e-2)

@@ -1,4 +1,7 @@
-"""What is written twice computes the same, and as a plain forward pass, gradients as well."""
+"""What is written twice computes the same, and as a plain forward pass, gradients as well.
+
+Compiled as a whole, as users run it: one operation after another takes longer.
+"""
 
 import functools
 
@@ -24,10 +27,16 @@ def test_a_choice_by_platform_is_made_once():
         layers.convolve_depthwise(x, kernel, 1)
         layers.convolve(x, jnp.ones((1, 1, 2, 2)), 1)
 
-    use_all()
+    jax.make_jaxpr(lambda: use_all())()
     made = layers._make_choice.cache_info().misses
-    use_all()
+    jax.make_jaxpr(lambda: use_all())()
     assert layers._make_choice.cache_info().misses == made
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def pool_and_pull(pool, stride, x, dy):
+    y, pull = jax.vjp(lambda x: pool(x, stride), x)
+    return y, pull(dy)[0]
 
 
 @pytest.mark.parametrize("pool", [layers.max_pool, layers.max_pool_on_cpu, layers.max_pool_plainly])
@@ -41,14 +50,8 @@ def test_max_pool_equals_the_library(stride, size, ties, pool):
     x = jnp.asarray(drawn, jnp.float32)
     shape = (2, -(-size[0] // stride), -(-size[1] // stride), 3)
     dy = rng.standard_normal(shape).astype(np.float32)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def both(pool, x, dy):
-        y, pull = jax.vjp(lambda x: pool(x, stride), x)
-        return y, pull(dy)[0]
-
-    y, dx = both(pool, x, dy)
-    expected, expected_dx = both(plain_max_pool, x, dy)
+    y, dx = pool_and_pull(pool, stride, x, dy)
+    expected, expected_dx = pool_and_pull(plain_max_pool, stride, x, dy)
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_allclose(dx, expected_dx, rtol=1e-6, atol=1e-6)
 
@@ -59,7 +62,7 @@ def test_multiply(shape):
     key = jax.random.key(0)
     x, k = jax.random.normal(key, (m, c)), jax.random.normal(key, (c, f))
     ours = jax.jit(jax.grad(lambda x, k: jnp.sum(layers.multiply(x, k) ** 2), (0, 1)))(x, k)
-    plain = jax.grad(lambda x, k: jnp.sum((x @ k) ** 2), (0, 1))(x, k)
+    plain = jax.jit(jax.grad(lambda x, k: jnp.sum((x @ k) ** 2), (0, 1)))(x, k)
     for a, b in zip(ours, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
@@ -92,6 +95,7 @@ def test_1x1_convolutions_agree(stride, features):
     kernel = jnp.asarray(rng.standard_normal((1, 1, 5, features)), jnp.float32)
     dy = jnp.asarray(rng.standard_normal((2, -(-7 // stride), -(-4 // stride), features)), x.dtype)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def run(convolve):
         y, pull = jax.vjp(lambda x, k: convolve(x, k, stride), x, kernel)
         return y, *pull(dy)
@@ -148,10 +152,12 @@ def test_normalize(shape):
     def ours(*args):
         return layers.normalize(*args, guess, 1e-5, None)[0]
 
-    y, pull = jax.vjp(ours, x, scale, bias)
-    expected, expected_pull = jax.vjp(plain_normalize, x, scale, bias)
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
-    for a, b in zip(pull(dy), expected_pull(dy), strict=True):
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(function):
+        y, pull = jax.vjp(function, x, scale, bias)
+        return y, *pull(dy)
+
+    for a, b in zip(run(ours), run(plain_normalize), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -172,6 +178,7 @@ def test_normalize_and_pool_equals_one_after_the_other(size, dtype):
     def together(x, scale, bias):
         return layers.normalize_and_pool(x, scale, bias, guess, 1e-5, None)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def run(function, x, scale, bias):
         (y, mean, var), pull = jax.vjp(function, x, scale, bias)
         return y, mean, var, *pull((dy, jnp.zeros(4), jnp.zeros(4)))
@@ -190,7 +197,11 @@ def test_normalize_over_devices_equals_one_device():
     rng = np.random.default_rng(1)
     x, dy = (jnp.asarray(rng.standard_normal((8, 5)), jnp.float32) for _ in range(2))
     scale, bias = jnp.full(5, 1.5), jnp.full(5, 0.5)
-    y, pull = jax.vjp(plain_normalize, x, scale, bias)
+
+    @jax.jit
+    def plain(dy):
+        y, pull = jax.vjp(plain_normalize, x, scale, bias)
+        return y, *pull(dy)
 
     def device(x, dy):
         y, pull = jax.vjp(
@@ -201,17 +212,16 @@ def test_normalize_over_devices_equals_one_device():
 
     parts = (a.reshape(4, 2, 5) for a in (x, dy))
     ours_y, dx, dscale, dbias = jax.pmap(device, axis_name="d")(*parts)
-    np.testing.assert_allclose(ours_y.reshape(8, 5), y, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(dx.reshape(8, 5), pull(dy)[0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(dscale[0], pull(dy)[1], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(dbias[3], pull(dy)[2], rtol=1e-4, atol=1e-5)
+    ours = ours_y.reshape(8, 5), dx.reshape(8, 5), dscale[0], dbias[3]
+    for a, b in zip(ours, plain(dy), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("moments", [layers.moments_in_two_passes, layers.moments_in_one_pass])
 @pytest.mark.parametrize(("mean", "guess"), [(0.5, 0), (1000, 1001), (1000, 990)])
 def test_moments(mean, guess, moments):
     x = jnp.asarray(mean + np.random.default_rng(0).standard_normal((64, 3)), jnp.float32)
-    ours = moments(x, jnp.full(3, guess, jnp.float32), None)
+    ours = jax.jit(lambda x: moments(x, jnp.full(3, guess, jnp.float32), None))(x)
     exact = np.asarray(x, np.float64)
     np.testing.assert_allclose(ours[0], exact.mean(0), rtol=1e-6)
     np.testing.assert_allclose(ours[1], exact.var(0), rtol=1e-4)
@@ -229,7 +239,7 @@ def test_moments_over_devices(moments):
 
 def test_one_value_many_times_has_no_variance():
     x = jnp.full((999, 2), 0.1, jnp.float32)
-    _, var = layers.moments_in_one_pass(x, jnp.full(2, 0.3), None)
+    _, var = jax.jit(lambda x: layers.moments_in_one_pass(x, jnp.full(2, 0.3), None))(x)
     assert (np.asarray(var) >= 0).all()
 
 
@@ -240,6 +250,10 @@ def test_normalize_as_accelerators_do(monkeypatch):
     scale, bias, guess = (jnp.asarray(rng.uniform(0.5, 2, 5), jnp.float32) for _ in range(3))
 
     def run():
+        # A function of its own each time: it is traced again.
+        return jax.jit(lambda *args: differentiate(*args))(x, scale, bias)
+
+    def differentiate(x, scale, bias):
         y, pull = jax.vjp(lambda *a: layers.normalize(*a, guess, 1e-5, None)[0], x, scale, bias)
         return y, *pull(dy)
 
@@ -251,6 +265,8 @@ def test_normalize_as_accelerators_do(monkeypatch):
 
 def test_large_means_do_not_cancel():
     x = jnp.asarray(1000 + np.random.default_rng(0).standard_normal((64, 3)), jnp.float32)
-    y, _, var = layers.normalize(x, jnp.ones(3), jnp.zeros(3), jnp.zeros(3), 1e-5, None)
+    y, _, var = jax.jit(
+        lambda x: layers.normalize(x, jnp.ones(3), jnp.zeros(3), jnp.zeros(3), 1e-5, None)
+    )(x)
     np.testing.assert_allclose(var, np.var(np.asarray(x, np.float64), axis=0), rtol=1e-4)
     np.testing.assert_allclose(jnp.std(y, axis=0), 1, rtol=1e-4)

@@ -205,6 +205,6 @@ def test_one_image_has_no_batch_statistics(tiny):
 def test_variables_may_be_numpy(tiny):
     model, variables = tiny
     loaded = jax.tree.map(np.asarray, variables)
-    outputs = model.apply(loaded, IMAGES, train=False)
+    outputs = jax.jit(lambda: model.apply(loaded, IMAGES, train=False))()
     expected = apply(model, variables, IMAGES).descriptor
     np.testing.assert_allclose(outputs.descriptor, expected, rtol=1e-4, atol=1e-5)

@@ -32,7 +32,7 @@ def test_windows(num_stripes, step, overlap, batch, kind):
     shape = (*batch, num_stripes * step, 3, 4)
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     expected = by_hand(x, num_stripes, overlap, kind)
-    pooled = pool_stripes(jnp.asarray(x), num_stripes, overlap, kind)
+    pooled = jax.jit(pool_stripes, static_argnums=(1, 2, 3))(x, num_stripes, overlap, kind)
     np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -41,7 +41,7 @@ def test_composes_with_transformations():
     direct = pool_stripes(x)
     np.testing.assert_allclose(jax.jit(pool_stripes)(x), direct, rtol=1e-6)
     np.testing.assert_allclose(jax.vmap(pool_stripes)(x), direct, rtol=1e-6)
-    gradient = jax.grad(lambda y: pool_stripes(y).sum())(x)
+    gradient = jax.jit(jax.grad(lambda y: pool_stripes(y).sum()))(x)
     # Each pixel of an inner stripe lies in two windows of 2 x 2 x 2 pixels, of an outer one in one.
     expected = np.full(12, 2 / 8)
     expected[:2] = expected[-2:] = 1 / 8
@@ -62,11 +62,12 @@ def test_maxima_and_their_gradients_are_pytorchs(recorded):
 
     theirs = recorded(compute)
 
+    @jax.jit
     def pool(y):
         return pool_stripes(y, 3, overlap=False, kind="max")
 
     np.testing.assert_array_equal(pool(x), theirs["pooled"])
-    gradient = jax.grad(lambda y: (pool(y) ** 2).sum())(x)
+    gradient = jax.jit(jax.grad(lambda y: (pool(y) ** 2).sum()))(x)
     np.testing.assert_allclose(gradient, theirs["gradient"], rtol=1e-6)
     whole = pool_stripes(x, 1, overlap=False, kind="max")
     np.testing.assert_array_equal(pool(x).max(axis=1, keepdims=True), whole)

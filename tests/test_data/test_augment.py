@@ -1,3 +1,4 @@
+import functools
 from typing import Any
 
 import jax
@@ -6,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from mros_jax.data import augment as augmentation
 from mros_jax.data.augment import (
     AugmentParams,
     apply_params,
     augment_batch,
     draw_params,
-    example_keys,
     preprocess,
     ten_crops,
 )
@@ -19,6 +20,7 @@ from mros_jax.errors import UserError
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 H, W, PAD = 48, 16, 5
+example_keys = jax.jit(augmentation.example_keys)  # as in a step: part of a program
 
 
 def augment(images, keys):
@@ -102,7 +104,9 @@ def test_resize_to_the_inputs_size_changes_no_bit():
 def test_ten_crops_are_torchvisions(size):
     """`ten_crop` as it is documented: corners and center of the image, then of its mirror image."""
     images = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
-    ours = ten_crops(preprocess(images, height=size[0], width=size[1]), height=40, width=16)
+    ours = jax.jit(
+        lambda x: ten_crops(preprocess(x, height=size[0], width=size[1]), height=40, width=16)
+    )(images)
     assert ours.shape == (10, 2, 40, 16, 3)
     for i, image in enumerate(images):
         picture = Image.fromarray(image)
@@ -250,8 +254,9 @@ def test_noise_fills_what_is_erased_and_nothing_else():
     assert 0.0015 < (np.abs(drawn) > 3).mean() < 0.0045  # 0.0027 of a normal distribution
     assert np.abs(np.corrcoef(drawn, rowvar=False) - np.eye(3)).max() < 0.03
     still = AugmentParams(jnp.array(False), jnp.zeros(2, int), jnp.zeros(4, int))
+    fill = functools.partial(apply_params, height=H, width=W, erase_fill="noise")
     with pytest.raises(ValueError, match="needs the example's key"):
-        apply_params(jnp.asarray(images[0]), still, height=H, width=W, erase_fill="noise")
+        jax.eval_shape(fill, images[0], still)
 
 
 def test_one_color_fills_what_is_erased():
@@ -353,7 +358,7 @@ def test_dtype():
 def test_wrong_parameters(options, message):
     images, keys = np.zeros((1, 4, 2, 3), np.uint8), example_keys(0, 0, np.arange(1))
     with pytest.raises(ValueError, match=message):
-        augment_batch(images, keys, height=H, width=W, **options)
+        jax.eval_shape(lambda x, k: augment_batch(x, k, height=H, width=W, **options), images, keys)
 
 
 def test_other_pixels_than_imagenets():
@@ -364,9 +369,12 @@ def test_other_pixels_than_imagenets():
     blue_first = images[..., ::-1].astype(np.float64)
     expected = (blue_first / 255 - np.array(mean)) / np.array(std)
     given: dict[str, Any] = {**size, "mean": mean, "std": std, "channels": "bgr"}
-    np.testing.assert_allclose(preprocess(images, **given), expected, rtol=1e-5, atol=1e-4)
+    at_test = jax.jit(lambda x: preprocess(x, **given))(images)
+    np.testing.assert_allclose(at_test, expected, rtol=1e-5, atol=1e-4)
     still: dict[str, Any] = {"flip": 0.0, "pad": 0, "erase": 0.0}
-    augmented = augment_batch(images, example_keys(0, 0, np.arange(2)), **given, **still)
+    augmented = jax.jit(lambda x, k: augment_batch(x, k, **given, **still))(
+        images, example_keys(0, 0, np.arange(2))
+    )
     np.testing.assert_allclose(augmented, expected, rtol=1e-5, atol=1e-4)
 
 
