@@ -120,12 +120,13 @@ def plot_axis(axis: str, measured: Sequence[dict[str, Any]], path: pathlib.Path)
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for kind, marker in zip(KINDS, "os", strict=True):
+    for kind, marker, color in zip(KINDS, "os", ("tab:blue", "tab:orange"), strict=True):
         rows = [got for got in measured if got["kind"] == kind]
         values = [row[axis] for row in rows]
-        left.plot(values, [row["seconds"] for row in rows], marker=marker, label=kind)
-        left.plot(values, [row["cpu"] for row in rows], ":", label=f"{kind}: processor time")
-        right.plot(values, [row["peak_gb"] for row in rows], marker=marker, label=kind)
+        left.plot(values, [row["seconds"] for row in rows], marker=marker, color=color, label=kind)
+        cpu = [row["cpu"] for row in rows]
+        left.plot(values, cpu, ":", color=color, label=f"{kind}: processor time")
+        right.plot(values, [row["peak_gb"] for row in rows], marker=marker, color=color)
     for place, label in ((left, "seconds"), (right, "peak memory, GB")):
         place.set(xlabel=LABELS[axis], ylabel=label)
         if axis == "devices":
@@ -134,7 +135,7 @@ def plot_axis(axis: str, measured: Sequence[dict[str, Any]], path: pathlib.Path)
         else:
             place.set(xscale="log", yscale="log")
         place.grid(visible=True, which="both", alpha=0.25)
-        place.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=4)
     figure.suptitle(f"{QUERIES:,} queries, {os.cpu_count()} cores")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -119,10 +119,14 @@ def concatenate(parts: Sequence[Float32[np.ndarray, "_ D"]]) -> Float32[np.ndarr
 
 
 def map_on_host(
-    function: Callable[[S], T], items: Sequence[S], placement: Placement = EVERYWHERE
+    function: Callable[[S], T],
+    items: Sequence[S],
+    placement: Placement = EVERYWHERE,
+    *,
+    threads: int = _THREADS,
 ) -> list[T]:
     """Results of all items, in threads; processes that work together share the items."""
-    with concurrent.futures.ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(threads, os.cpu_count() or 1)) as pool:
 
         def work(own: Sequence[S]) -> list[T]:
             return list(pool.map(function, own))
