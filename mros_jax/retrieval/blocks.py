@@ -23,7 +23,7 @@ _NARROW = 512  # numbers of a descriptor
 _AXIS = "rows"
 _ALIGNMENT = 64  # bytes; what XLA asks for
 _BYTES = 64 * 2**20  # of one block of float32 distances on one device
-_THREADS = 8  # at most: each holds a block
+THREADS = 8  # at most: each holds a block
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -123,7 +123,7 @@ def map_on_host(
     items: Sequence[S],
     placement: Placement = EVERYWHERE,
     *,
-    threads: int = _THREADS,
+    threads: int = THREADS,
 ) -> list[T]:
     """Results of all items, in threads; processes that work together share the items."""
     with concurrent.futures.ThreadPoolExecutor(min(threads, os.cpu_count() or 1)) as pool:

@@ -27,6 +27,7 @@ from mros_jax.retrieval.labels import Labels, Side, check_labels, make_sides, ra
 from mros_jax.retrieval.rerank import Rerank, parse
 
 AP_VARIANTS = ("standard", "trapezoid")
+_SHORT = 100_000  # gallery images; NumPy's calls for fewer end so soon that threads only wait
 _MASK = 2**19  # bytes that mark what comes before some matches
 
 
@@ -195,11 +196,12 @@ def _rank_given(
     rows_of: Callable[[np.ndarray], Any],
     labels: Labels,
     placement: blocks.Placement,
-    **threads: int,
+    *,
+    threads: int = blocks.THREADS,
 ) -> Int64[np.ndarray, "P"]:
     """Ranks of all matches, in the order of `labels.matches.indices`, from rows of distances.
 
-    `threads`: see `blocks.map_on_host`; counting alone is too many short calls for more than one.
+    `threads`: see `blocks.map_on_host`.
     """
 
     def rank(rows: np.ndarray) -> np.ndarray:
@@ -210,7 +212,7 @@ def _rank_given(
     rows = np.flatnonzero(labels.matches.lengths)
     step = blocks.choose_block(len(labels.kept), block_size=placement.block_size)
     parts = [rows[i : i + step] for i in range(0, len(rows), step)]
-    return np.concatenate(blocks.map_on_host(rank, parts, placement, **threads))
+    return np.concatenate(blocks.map_on_host(rank, parts, placement, threads=threads))
 
 
 Run = Callable[[int, Callable[[slice], Sequence[Any]]], Iterator[tuple[slice, Any]]]
@@ -416,7 +418,8 @@ def evaluate_distances(
         part = matrix[rows[0] : rows[-1] + 1] if len(rows) > rows[-1] - rows[0] else matrix[rows]
         return np.take(part, labels.kept, axis=1) if labels.num_junk else part
 
-    ranks = _rank_given(rows_of, labels, placement, threads=1)
+    threads = 1 if matrix.shape[1] < _SHORT else blocks.THREADS
+    ranks = _rank_given(rows_of, labels, placement, threads=threads)
     described = {
         "metric": "given distances",
         "rerank": None,

@@ -16,6 +16,7 @@ from mros_jax.retrieval import (
     compute_distances,
     evaluate,
     evaluate_distances,
+    metrics,
 )
 from mros_jax.retrieval.labels import check_labels
 from mros_jax.retrieval.metrics import rank_by_group
@@ -230,6 +231,16 @@ def test_devices_and_blocks_do_not_change_the_result():
     one = evaluate(*features, placement=Placement(devices=jax.local_devices()[:1]))
     four = evaluate(*features, placement=Placement(block_size=32))
     assert one.to_dict() == four.to_dict()
+
+
+def test_threads_that_count_do_not_change_the_result(monkeypatch):
+    data = make_data(3, num_query=150)
+    distance = compute_distances(data["query_features"], data["gallery_features"])
+    placement = Placement(block_size=32)
+    one = evaluate_distances(distance, *labels_of(data), placement=placement)
+    monkeypatch.setattr(metrics, "_SHORT", 0)
+    several = evaluate_distances(distance, *labels_of(data), placement=placement)
+    assert one.to_dict() == several.to_dict()
 
 
 def test_rows_are_copied_only_where_they_must_be():
