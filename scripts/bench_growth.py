@@ -2,7 +2,7 @@
 
     python -m scripts.bench_growth --quick                          # a smoke test
     python -m scripts.bench_growth --plots docs/images              # half an hour
-    python -m scripts.bench_growth --by numbers,devices --plots docs/images
+    python -m scripts.bench_growth --part numbers,devices --plots docs/images
 
 One of the three changes, the others are Market-1501's (15,913 gallery images), 512 numbers and one
 device. Descriptors and labels are random, as `bench_retrieval` makes them, for 3,368 queries. Every
@@ -17,13 +17,11 @@ import dataclasses
 import json
 import os
 import pathlib
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from mros_jax import console, extras
-from mros_jax.errors import UserError
 from scripts import common
 from scripts.bench_retrieval import (
     MARKET,
@@ -75,17 +73,7 @@ def spawn(kind: str, point: Point, args: argparse.Namespace) -> dict[str, Any]:
     words = [f"--child={request}", f"--repeats={args.repeats}", *["--quick"] * args.quick]
     flags = os.environ.get("XLA_FLAGS", "")
     flags += f" --xla_force_host_platform_device_count={point.devices}"
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.bench_growth", *words],
-        env={**os.environ, "XLA_FLAGS": flags},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise UserError(f"{kind} of {point} failed (exit code {done.returncode}), see above")
-    got: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{kind}, {point}: {got}", file=sys.stderr)
+    got = common.run_child("scripts.bench_growth", words, f"{kind}, {point}", XLA_FLAGS=flags)
     return {"kind": kind, **dataclasses.asdict(point), **got}
 
 
@@ -144,7 +132,7 @@ def plot_axis(axis: str, measured: Sequence[dict[str, Any]], path: pathlib.Path)
 def main(argv: Sequence[str] | None = None) -> int:
     parser = common.make_parser(__doc__)
     common.add_repeats(parser, 2)
-    parser.add_argument("--by", default=",".join(AXES), help="any of %(default)s")
+    common.add_part(parser, tuple(AXES))
     parser.add_argument("--quick", action="store_true", help="1/50 of the images: a smoke test")
     parser.add_argument("--plots", type=pathlib.Path, help="directory for growth_AXIS.png")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -154,12 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind, point = json.loads(args.child)
         print(json.dumps(measure(kind, Point(**point), args)))
         return 0
-    chosen = args.by.split(",")
-    if unknown := [axis for axis in chosen if axis not in AXES]:
-        parser.error(f"--by: no {', '.join(unknown)}; there are {', '.join(AXES)}")
     machine = common.describe_machine()
     texts = [f"Measured by `scripts/bench_growth.py` on {machine}. {QUERIES:,} queries."]
-    for axis in chosen:
+    for axis in args.part:
         measured = measure_axis(axis, args)
         texts.append(format_axis(axis, measured))
         if args.plots:

@@ -30,7 +30,6 @@ import json
 import pathlib
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -191,11 +190,7 @@ def run_child(part: str, what: str | None, args: argparse.Namespace, path: pathl
     """Measure one row in a process of its own, which `main` is called in."""
     request = json.dumps([part, what])
     words = [f"--child={request}", f"--directory={path}", f"--queries={args.queries}"]
-    command = [sys.executable, "-m", "scripts.bench_index", *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    got = json.loads(done.stdout.splitlines()[-1])
-    print(f"{part}, {what}: {got}", file=sys.stderr)
-    return got
+    return common.run_child("scripts.bench_index", words, f"{part}, {what}")
 
 
 def compare_lists(found: np.ndarray, exact: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -97,6 +98,29 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str
     """A Markdown table; columns after the first are numbers."""
     rule = ["---", *["--:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, rule, *rows))
+
+
+def run_child(module: str, words: Sequence[str], what: str, **environment: str) -> Any:
+    """What a script prints on its last line, as JSON, in a process of its own; also for the log.
+
+    Args:
+        module: the script.
+        words: its arguments.
+        what: names the process.
+        environment: variables that it has besides ours.
+
+    Raises:
+        UserError: it failed.
+    """
+    command = [sys.executable, "-m", module, *words]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"{what}: failed with exit code {done.returncode}, see above")
+    got = json.loads(done.stdout.splitlines()[-1])
+    print(f"{what}: {got}", file=sys.stderr)
+    return got
 
 
 def describe_machine(*packages: str) -> str:

@@ -25,14 +25,14 @@ def test_points_of_an_axis(monkeypatch):
 
 def test_unknown_axis(capsys):
     with pytest.raises(SystemExit, match="2"):
-        bench.main(["--by=queries"])
-    assert "no queries; there are gallery, numbers, devices" in capsys.readouterr().err
+        bench.main(["--part=queries"])
+    assert "no part queries; there are gallery, numbers, devices" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_scores_are_the_same_on_any_number_of_devices(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(bench.AXES, "devices", (1, 3))
-    words = ["--quick", "--by=devices", "--repeats=1", f"--plots={tmp_path}"]
+    words = ["--quick", "--part=devices", "--repeats=1", f"--plots={tmp_path}"]
     assert bench.main(words) == 0
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
     rows = [[cell.strip() for cell in line[1:-1]] for line in lines[2:]]
@@ -48,5 +48,5 @@ def test_scores_are_the_same_on_any_number_of_devices(tmp_path, monkeypatch, cap
 @pytest.mark.slow
 def test_a_point_that_fails_says_which():
     args = argparse.Namespace(repeats=1, quick=True)
-    with pytest.raises(UserError, match=r"Point\(gallery=0.*failed \(exit code"):
+    with pytest.raises(UserError, match=r"Point\(gallery=0.*failed with exit code"):
         bench.spawn(bench.PLAIN, bench.Point(gallery=0), args)

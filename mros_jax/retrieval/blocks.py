@@ -97,6 +97,12 @@ def empty_aligned(shape: tuple[int, int]) -> Float32[np.ndarray, "N D"]:
     return raw[begin : begin + size].view(np.float32).reshape(shape)
 
 
+def narrow(rows: np.ndarray) -> np.ndarray | slice:
+    """Rising rows as a slice, which copies nothing, where they follow one another."""
+    following = len(rows) and rows[-1] - rows[0] == len(rows) - 1
+    return slice(rows[0], rows[-1] + 1) if following else rows
+
+
 def take_rows(
     array: Float32[np.ndarray | jax.Array, "N D"], rows: np.ndarray
 ) -> Float32[np.ndarray | jax.Array, "M D"]:
@@ -104,10 +110,9 @@ def take_rows(
 
     Not to be written to: rows that follow one another are a view.
     """
-    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
-        return array[rows[0] : rows[-1] + 1]
-    if isinstance(array, jax.Array):
-        return array[rows]
+    part = narrow(rows)
+    if isinstance(part, slice) or isinstance(array, jax.Array):
+        return array[part]
     out = empty_aligned((len(rows), array.shape[1]))
     return np.take(array, rows, axis=0, out=out, mode="clip")
 

@@ -415,7 +415,7 @@ def evaluate_distances(
     )
 
     def rows_of(rows: np.ndarray) -> Any:
-        part = matrix[rows[0] : rows[-1] + 1] if len(rows) > rows[-1] - rows[0] else matrix[rows]
+        part = matrix[blocks.narrow(rows)]
         return np.take(part, labels.kept, axis=1) if labels.num_junk else part
 
     threads = 1 if matrix.shape[1] < _SHORT else blocks.THREADS

@@ -15,7 +15,7 @@ from mros_jax.errors import UserError
 from mros_jax.retrieval import blocks, distances, tiles
 from mros_jax.retrieval.inputs import Numbers
 
-MOST_POINTS = 64  # that faiss finds a cluster from: four times as quick as with its own 256
+MOST_POINTS = 64  # at most, that faiss finds a cluster from; with its own 256 it takes longer
 _FAISS_BLOCK = 1024  # queries that a process gives to faiss at once, where several search
 
 
