@@ -7,6 +7,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import errno
+import gc
 import logging
 import os
 import re
@@ -22,6 +23,8 @@ from mros_jax.errors import UserError
 MISUSE = 2  # what a user can mend; argparse ends with it, too
 INTERRUPTED = 128 + 2  # SIGINT, as shells count
 BROKEN_PIPE = 128 + 13  # SIGPIPE
+
+_GARBAGE_AFTER = 50_000  # new objects before Python looks for garbage among them; it has 700
 
 _LOG_INTERVAL = 30.0  # seconds between the lines of a progress bar that goes into a file
 
@@ -58,6 +61,8 @@ def run(
     # Pictures are drawn into files. The name that a notebook's shell passes on may not be there.
     os.environ["MPLBACKEND"] = "agg"
     sys.unraisablehook = _report_unraisable
+    # JAX makes millions of objects while it traces a network, next to none of them garbage.
+    gc.set_threshold(_GARBAGE_AFTER)
     show_messages()
     try:
         code = main(argv)

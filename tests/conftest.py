@@ -3,6 +3,7 @@
 The checks take a tenth of the time: MROS_CHECK_TYPES=0, as in `make test`, leaves them out.
 """
 
+import gc
 import os
 import pathlib
 from typing import Any
@@ -24,6 +25,8 @@ jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+gc.set_threshold(50_000)  # as in commands, see `mros_jax.console`
 
 if os.environ.get("MROS_CHECK_TYPES", "1") == "1":
     # An int is good enough for a float.

@@ -164,6 +164,11 @@ def test_a_notebooks_drawing_backend_does_no_harm():
     assert done.returncode == 0, done.stderr
 
 
+def test_commands_seldom_look_for_garbage():
+    code = "import gc\nconsole.run(lambda argv: print(gc.get_threshold()[0]))"
+    assert int(program(code).stdout) > 10 * 2000  # Python's own is 700 or 2,000
+
+
 def test_what_asyncio_says_of_a_full_disk_is_told_once(capsys):
     def fail(error):
         logger = logging.getLogger("asyncio")

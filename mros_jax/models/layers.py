@@ -18,6 +18,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+# The same function for the same arguments: as one function, each use of it is traced once.
+_bind = functools.cache(functools.partial)
 _plainly: contextvars.ContextVar[bool] = contextvars.ContextVar("plainly", default=False)
 
 
@@ -344,8 +346,8 @@ def _normalize_forward(
     mean, var = lax.platform_dependent(
         x,
         guess,
-        cpu=functools.partial(moments_in_two_passes, axis_name=axis_name),
-        default=functools.partial(moments_in_one_pass, axis_name=axis_name),
+        cpu=_bind(moments_in_two_passes, axis_name=axis_name),
+        default=_bind(moments_in_one_pass, axis_name=axis_name),
     )
     inverse = lax.rsqrt(var + epsilon)
     kept = max_pool(x) if pool else x

@@ -20,6 +20,7 @@ from mros_jax.retrieval.inputs import check_count
 
 MULTIPLE = 8  # blocks have a multiple of so many rows on each device
 _NARROW = 512  # numbers of a descriptor
+WIDE = 4096  # the same: so many are wide for a CPU
 _AXIS = "rows"
 _ALIGNMENT = 64  # bytes; what XLA asks for
 _BYTES = 64 * 2**20  # of one block of float32 distances on one device
@@ -35,7 +36,7 @@ class Placement:
 
     Attributes:
         devices: blocks of queries are spread over them; None: all local devices.
-        block_size: queries in a block on one device; None: 128 to 512 (see `choose_block`).
+        block_size: queries in a block on one device; None: 64 to 512 (see `choose_block`).
         together: all processes of the run make the same call with the same data; each works on a
             share of the blocks, and all get the whole. Otherwise a process works by itself.
     """
@@ -67,17 +68,30 @@ EVERYWHERE = Placement()
 
 
 def choose_block(
-    num_columns: int, num_features: int = _NARROW, block_size: int | None = None
+    num_columns: int,
+    num_features: int = _NARROW,
+    block_size: int | None = None,
+    *,
+    host: bool = False,
 ) -> int:
     """Rows of a block on one device, a multiple of 8.
 
-    128 rows of distances stay near a CPU's cache while they are looked at. Wide descriptors have up
-    to 512, since all of the gallery is read again for each block: on accelerators, which are quick
-    enough to wait for it (`BlockMap.run`). At most 64 MiB of distances, but never fewer than 64
-    rows; `block_size` overrides all of this.
+    128 rows of distances stay near a CPU's cache while they are looked at; its products of wide
+    descriptors are quicker with 64. Accelerators, which are quick enough to wait for the gallery
+    that is read again for each block, have up to 512 rows of wide descriptors. At most 64 MiB of
+    distances, but never fewer than 64 rows; `block_size` overrides all of this.
+
+    Args:
+        num_columns: numbers in a row of what a block computes.
+        num_features: numbers in a descriptor.
+        block_size: of a `Placement`.
+        host: whether the device is a CPU.
     """
     if block_size is None:
-        rows = min(512, max(128, int(128 * math.sqrt(num_features / _NARROW))))
+        if host:
+            rows = 64 if num_features >= WIDE else 128
+        else:
+            rows = min(512, max(128, int(128 * math.sqrt(num_features / _NARROW))))
         block_size = max(64, min(rows, _BYTES // 4 // num_columns))
     return max(MULTIPLE, block_size // MULTIPLE * MULTIPLE)
 
@@ -206,8 +220,12 @@ class BlockMap:
             The slice of rows, and the function's result on the host, or what `finish` made of it.
         """
         least = MULTIPLE * self._num_devices
-        width = _NARROW if self._placement.is_host() else num_features
-        step = choose_block(num_columns, width, self._placement.block_size)
+        step = choose_block(
+            num_columns,
+            num_features,
+            self._placement.block_size,
+            host=self._placement.is_host(),
+        )
         together = self._placement.together
         share = -(-num_rows // (jax.process_count() if together else 1))
         num_blocks = -(-share // (step * self._num_devices))

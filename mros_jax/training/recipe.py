@@ -376,8 +376,9 @@ def build(
     if source is not None:
         variables = source.fill(variables)
     shapes = shape_outputs(network, config.input.height, config.input.width)
-    outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    own = objective.init(jax.random.key(config.seed), outputs, num_classes)
+    outputs = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    init = jax.jit(lambda key: objective.init(key, outputs, num_classes))
+    own = init(jax.random.key(config.seed))
     use_ema = config.ema_decay > 0
     state = make_state(variables, own, stages[0].optimizer, use_ema=use_ema)
     return Recipe(network, objective, state, tuple(stages))

@@ -25,8 +25,9 @@ SHAPES = [
     (8, 33, 7),
     (33, 47, 5),
     (70, 130, 12),
+    (9, 33, 4096),
 ]
-QUICK = [(1, 1, 1), (2, 5, 4), (5, 40, 8)]
+QUICK = [(1, 1, 1), (2, 5, 4), (5, 40, 8), (9, 33, 4096)]
 KINDS = list(itertools.product(("cosine", "euclidean"), (True, False)))
 
 
