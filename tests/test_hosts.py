@@ -20,9 +20,10 @@ from mros_jax.data.datasets.sources import load_dataset
 from mros_jax.data.images import EncodedImages
 from mros_jax.errors import UserError
 from mros_jax.files import read_json
-from mros_jax.retrieval import AQE, ECN, KReciprocal, Placement
+from mros_jax.retrieval import AQE, ECN, GSRW, KReciprocal, Placement
 from mros_jax.retrieval import evaluate as rank
 from mros_jax.retrieval.neighbors import search_neighbors
+from mros_jax.retrieval.rescore import PairHeads
 from tests.runs import make_run
 from tests.training import JAX_CONFIG, ROOT
 
@@ -31,11 +32,15 @@ pytestmark = [  # three processes
     pytest.mark.usefixtures("quick_compilation"),
 ]
 
+HEADS = PairHeads(
+    *(np.random.default_rng(1).standard_normal((4, *n)).astype(np.float32) for n in ((4, 2), (2,)))
+)
 METHODS = {
     "plain": None,
     "ecn": ECN(k=6, t=2, q=3),
     "k_reciprocal": KReciprocal(k1=5, k2=3),
     "aqe": AQE(k=3),
+    "gsrw": GSRW(top=9, heads=HEADS),
 }
 if importlib.util.find_spec("faiss"):
     METHODS["faiss"] = ECN(k=6, t=2, q=3, neighbors="faiss")

@@ -23,7 +23,8 @@ _NARROW = 512  # numbers of a descriptor
 WIDE = 4096  # the same: so many are wide for a CPU
 _AXIS = "rows"
 _ALIGNMENT = 64  # bytes; what XLA asks for
-_BYTES = 64 * 2**20  # of one block of float32 distances on one device
+_BYTES = 64 * 2**20  # of one block of float32 distances on one device, at most
+_BYTES_ON_HOST = 32 * 10**6
 THREADS = 8  # at most: each holds a block
 
 S = TypeVar("S")
@@ -76,10 +77,11 @@ def choose_block(
 ) -> int:
     """Rows of a block on one device, a multiple of 8.
 
-    128 rows of distances stay near a CPU's cache while they are looked at; its products of wide
-    descriptors are quicker with 64. Accelerators, which are quick enough to wait for the gallery
-    that is read again for each block, have up to 512 rows of wide descriptors. At most 64 MiB of
-    distances, but never fewer than 64 rows; `block_size` overrides all of this.
+    A CPU has as many as a descriptor has numbers, from 128 to 384, but 64 of wide descriptors,
+    whose products are quicker so, and at most 32 MB of distances: larger blocks are memory that the
+    system gives anew each time. Accelerators, which are quick enough to wait for the gallery that
+    is read again for each block, have up to 512 rows of wide descriptors and at most 64 MiB of
+    distances. Never fewer than 64 rows; `block_size` overrides all of this.
 
     Args:
         num_columns: numbers in a row of what a block computes.
@@ -89,10 +91,11 @@ def choose_block(
     """
     if block_size is None:
         if host:
-            rows = 64 if num_features >= WIDE else 128
+            rows = 64 if num_features >= WIDE else min(384, max(128, num_features))
         else:
             rows = min(512, max(128, int(128 * math.sqrt(num_features / _NARROW))))
-        block_size = max(64, min(rows, _BYTES // 4 // num_columns))
+        most = _BYTES_ON_HOST if host else _BYTES
+        block_size = max(64, min(rows, most // 4 // num_columns))
     return max(MULTIPLE, block_size // MULTIPLE * MULTIPLE)
 
 

@@ -6,6 +6,7 @@ and only those are looked at one by one.
 """
 
 import collections
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -61,7 +62,11 @@ class Lists:
         similarity = similarity.copy()
         np.fill_diagonal(similarity, np.inf)
         if k < num:
-            self.least = np.partition(similarity, num - k, axis=1)[:, num - k]
+            # The largest of every so many: k images are at least as near as the k-th of these.
+            size = math.isqrt(num // k)
+            groups = num // size
+            largest = similarity[:, : size * groups].reshape(num, size, groups).max(1)
+            self.least = np.partition(largest, groups - k, axis=1)[:, groups - k]
         row, column = np.nonzero(similarity >= self.least[:, None])
         self.add(row, first + column, similarity[row, column])
         self.merge()

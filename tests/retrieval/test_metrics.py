@@ -97,6 +97,17 @@ def test_one_match_by_hand():
     assert result.ap.tolist() == [1 / 3]
 
 
+@pytest.mark.parametrize("first", [0, 3, 3000, 9000])
+def test_ranks_of_long_and_short_rows(first):
+    """Two matches among 10,000 images, the nearer one with so many images before it."""
+    distance = np.random.default_rng(0).permutation(10_000)
+    pids = np.full(10_000, 2)
+    pids[[np.flatnonzero(distance == rank)[0] for rank in (first, first + 20)]] = 1
+    result = evaluate_one(distance, pids, np.full(10_000, 2))
+    assert result.first_match_rank.tolist() == [first + 1]
+    assert result.inp.tolist() == [2 / (first + 21)]
+
+
 def test_trapezoid_by_hand():
     # Matches at ranks 1 and 3: (1 + 1) / 2 and (1/2 + 2/3) / 2.
     result = evaluate_one([0.1, 0.2, 0.3], [1, 2, 1], [2, 2, 2], ap="trapezoid")
@@ -267,6 +278,9 @@ def test_blocks_of_wide_descriptors_are_small_on_a_processor(monkeypatch):
     evaluate(*(data[name] for name in DATA), placement=Placement(devices=jax.local_devices()[:1]))
     assert max(most) <= 64
     assert blocks.choose_block(150, 4096) > 256  # on accelerators
+    # Neither the gallery nor what is asked for is forgotten.
+    assert blocks.choose_block(50_000, 512, host=True) * 50_000 * 4 <= 32e6
+    assert blocks.choose_block(15_913, 512, 200, host=True) == 200
 
 
 def test_work_is_spread_over_all_devices(monkeypatch):
