@@ -37,7 +37,8 @@ _MENDABLE = (
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EMFILE, errno.ENFILE),
     *(errno.EIO, errno.ESTALE, errno.ETXTBSY, errno.EBUSY),
 )
-# tensorstore, below orbax, raises a ValueError that quotes the system.
+# tensorstore, below orbax, says in a ValueError what it was at, and quotes the system.
+_OF_TENSORSTORE = "[tensorstore_spec="
 _QUOTED_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
 _QUOTED_PATH = re.compile(r'"(/[^"]+)"')
 
@@ -139,10 +140,11 @@ def _chain(error: BaseException, with_context: bool = False) -> Iterator[BaseExc
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a message of asyncio's is not of an error that ends the program in one line anyhow.
 
-    tensorstore's writes are tasks; asyncio logs the errors of those that nobody has waited for.
+    tensorstore's reads and writes are tasks. The error of one is told; of those that nobody has
+    waited for asyncio logs the errors, whenever Python comes to throw them away.
     """
     error = record.exc_info[1] if record.exc_info else None
-    return error is None or explain(error) is None
+    return error is None or (explain(error) is None and _OF_TENSORSTORE not in str(error))
 
 
 class _Handler(logging.Handler):

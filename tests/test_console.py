@@ -169,7 +169,7 @@ def test_commands_seldom_look_for_garbage():
     assert int(program(code).stdout) > 10 * 2000  # Python's own is 700 or 2,000
 
 
-def test_what_asyncio_says_of_a_full_disk_is_told_once(capsys):
+def test_what_asyncio_says_of_reads_and_writes_is_told_once(capsys):
     def fail(error):
         logger = logging.getLogger("asyncio")
         logger.error("Task exception was never retrieved", exc_info=error)
@@ -179,6 +179,7 @@ def test_what_asyncio_says_of_a_full_disk_is_told_once(capsys):
     logging.getLogger("asyncio").addHandler(handler)
     try:
         fail(OSError(errno.ENOSPC, "full"))
+        fail(ValueError("OUT_OF_RANGE: Error reading params [tensorstore_spec='{}']"))
         assert capsys.readouterr().err == ""
         fail(KeyError("a bug"))
         assert "a bug" in capsys.readouterr().err
