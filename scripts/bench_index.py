@@ -40,7 +40,7 @@ import numpy as np
 
 from mros_jax import console, extras, parallel
 from mros_jax.gallery import Features, Index
-from mros_jax.gallery.segment import BLOCK, KINDS
+from mros_jax.gallery.segment import BLOCK, KINDS, describe_index
 from mros_jax.retrieval import ECN, Side, evaluate
 from mros_jax.retrieval.neighbors import MOST_POINTS
 from scripts import common
@@ -122,11 +122,6 @@ def time_ours(kind: str, query: np.ndarray, gallery: np.ndarray, path: pathlib.P
     found["add"] = clock(lambda: index.add(more))
     found["remove"] = clock(lambda: index.remove(images.names[:_ADDED]))
     return found
-
-
-def describe_index(kind: str, num: int) -> str:
-    """What faiss calls the form that the index gives a kind for so many images."""
-    return {"flat": "Flat", "ivf": f"IVF{int(4 * num**0.5)},Flat", "hnsw": "HNSW32,Flat"}[kind]
 
 
 def time_faiss(kind: str, query: np.ndarray, gallery: np.ndarray, path: pathlib.Path) -> Any:

@@ -73,13 +73,13 @@ def test_times(capsys):
 
 @pytest.mark.slow
 def test_whole(capsys, tmp_path):
-    assert bench.main(["--part=whole", "--gallery=1200", "--queries=40"]) == 0
+    assert bench.main(["--part=whole", "--gallery=2400", "--queries=40"]) == 0
     plain, *with_ecn = read_table(capsys.readouterr().out)
-    bench.make_data(tmp_path, 40, 1200)
+    bench.make_data(tmp_path, 40, 2400)
     query, gallery = bench.load_data(tmp_path, 40)
     assert float(plain["mAP"]) == pytest.approx(100 * evaluate(query, gallery).mAP, abs=0.005)
     # Threads that build a graph together do not build the same one again: one query of 40.
-    near = {"IVF140,Flat:nprobe=32": 0.005, "HNSW32,Flat:efSearch=128": 2.6}
+    near = {"IVF62,Flat:nprobe=32": 0.005, "HNSW32,Flat:efSearch=128": 2.6}
     assert [row["what"] for row in with_ecn] == [f"with ECN, faiss:{lists}" for lists in near]
     for row, (lists, tolerance) in zip(with_ecn, near.items(), strict=True):
         found = evaluate(query, gallery, rerank=ECN(neighbors=f"faiss:{lists}"))

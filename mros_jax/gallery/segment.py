@@ -122,14 +122,18 @@ def write(
     return {file.name: file.stat().st_size for file in sorted(path.iterdir())}
 
 
+def describe_index(kind: str, count: int) -> str:
+    """What faiss calls the index of a kind for so many vectors."""
+    clusters = int(min(4 * count**0.5, count / _LEAST_POINTS))
+    return {"flat": "Flat", "ivf": f"IVF{clusters},Flat", "hnsw": f"HNSW{_LINKS},Flat"}[kind]
+
+
 def _write_approximate(path: pathlib.Path, kind: str) -> None:
     faiss = _import_faiss()
 
     vectors = np.load(path / "vectors.npy", mmap_mode="r")
     count, size = vectors.shape
-    clusters = int(min(4 * count**0.5, count / _LEAST_POINTS))
-    form = f"HNSW{_LINKS},Flat" if kind == "hnsw" else f"IVF{clusters},Flat"
-    index = faiss.index_factory(size, form, faiss.METRIC_INNER_PRODUCT)
+    index = faiss.index_factory(size, describe_index(kind, count), faiss.METRIC_INNER_PRODUCT)
     if kind == "ivf":
         index.cp.max_points_per_centroid = MOST_POINTS
         index.train(vectors)
